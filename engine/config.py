@@ -1,0 +1,262 @@
+"""Settings of an engine: one frozen dataclass, its flags, and the only reads of the environment."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvist.proto.errors import ConfigInvalid
+from kvist.proto.sizes import format_bytes, parse_bytes
+
+CACHE_EMBEDDED = "embedded"
+CACHE_OFF = "off"
+DTYPES = ("auto", "bfloat16", "float32")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+BLOCK_TOKENS_MAX = 4096
+_HOST_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use: its affinity mask, cut by a cgroup quota if there is one.
+
+    Without the quota a container with a limit of 2 on a machine of 64 would start 64 threads
+    that take turns on 2 cores, which is slower than 2 threads by a factor, not by a share.
+    """
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+def default_flash_path() -> str:
+    """Folder of the embedded flash tier: $XDG_CACHE_HOME/kvist/flash or ~/.cache/kvist/flash."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return str(Path(base) / "kvist" / "flash")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything `kvist serve` can be told, checked when made.
+
+    Attributes:
+        model: folder or file of the model, or its name on the hub.
+        host: address to listen on.
+        port: TCP port; 0 takes any free one.
+        served_model_name: name that clients use; None is the last part of the model's path.
+        dtype: "auto" (what the checkpoint has), "bfloat16" or "float32".
+        block_tokens: tokens per KV block and page, a power of two.
+        max_model_len: tokens of prompt and output together; None is the model's own limit.
+        max_num_batched_tokens: tokens of one step at most.
+        max_num_seqs: requests in the batch at most.
+        kv_cache_bytes: bytes of the paged KV pool; None lets the core choose from free memory.
+        threads: compute threads of the core.
+        cache: "embedded", "off", or the sidecar's address as gRPC writes it.
+        cache_dram_bytes: DRAM of the embedded cache.
+        cache_flash_bytes: flash of the embedded cache; 0 turns that tier off.
+        cache_flash_path: folder of the embedded flash tier.
+        enable_prefix_caching: reuse pages in the HBM tier; False turns all reuse off.
+        api_key: what clients must send as a bearer token; None asks for nothing.
+        log_level: "debug", "info", "warning" or "error".
+        seed: of the engine's own random draws.
+        drain_seconds: how long running requests may go on after SIGTERM.
+
+    Raises:
+        ConfigInvalid: a value is out of range; the message names the flag and the fix.
+    """
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None
+    dtype: str = "auto"
+    block_tokens: int = 64
+    max_model_len: int | None = None
+    max_num_batched_tokens: int = 512
+    max_num_seqs: int = 32
+    kv_cache_bytes: int | None = None
+    threads: int = field(default_factory=usable_cores)
+    cache: str = CACHE_EMBEDDED
+    cache_dram_bytes: int = 1 << 30
+    cache_flash_bytes: int = 4 << 30
+    cache_flash_path: str = field(default_factory=default_flash_path)
+    enable_prefix_caching: bool = True
+    api_key: str | None = None
+    log_level: str = "info"
+    seed: int = 0
+    drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigInvalid("MODEL is empty; give a folder, a file or a name on the hub")
+        self._check_range("--port", self.port, 0, 65535)
+        self._check_range("--block-size", self.block_tokens, 1, BLOCK_TOKENS_MAX)
+        if self.block_tokens & (self.block_tokens - 1):
+            raise ConfigInvalid(f"--block-size: {self.block_tokens} must be a power of two, like 64")
+        if self.max_model_len is not None:
+            self._check_range("--max-model-len", self.max_model_len, 2, 1 << 24)
+        self._check_range("--max-num-batched-tokens", self.max_num_batched_tokens, 1, 1 << 20)
+        self._check_range("--max-num-seqs", self.max_num_seqs, 1, 4096)
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ConfigInvalid(
+                f"--max-num-seqs: {self.max_num_seqs} requests need a token each in a step of "
+                f"{self.max_num_batched_tokens}; raise --max-num-batched-tokens"
+            )
+        if self.kv_cache_bytes is not None:
+            self._check_range("--kv-cache-memory-bytes", self.kv_cache_bytes, 1 << 20, 1 << 50)
+        self._check_range("--threads", self.threads, 1, 1024)
+        self._check_range("--seed", self.seed, 0, 2**63 - 1)
+        self._check_range("--drain-seconds", self.drain_seconds, 0, 86400)
+        self._check_choice("--dtype", self.dtype, DTYPES)
+        self._check_choice("--log-level", self.log_level, LOG_LEVELS)
+        if self.api_key == "":
+            raise ConfigInvalid("--api-key is empty; give a key or leave the flag out")
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        object.__setattr__(self, "cache", normal_cache(self.cache))
+        if self.cache != CACHE_EMBEDDED:
+            return
+        self._check_range("--cache-dram-bytes", self.cache_dram_bytes, 1 << 20, 1 << 50)
+        if self.cache_flash_bytes != 0:
+            self._check_range("--cache-flash-bytes", self.cache_flash_bytes, 1 << 20, 1 << 50)
+
+    @staticmethod
+    def _check_range(flag: str, value: float, low: int, high: int) -> None:
+        if not low <= value <= high:
+            raise ConfigInvalid(f"{flag}: {value} is out of range; give {low} to {high}")
+
+    @staticmethod
+    def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
+        if value not in choices:
+            raise ConfigInvalid(f"{flag}: {value!r} is not one of {', '.join(choices)}")
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names by which clients may call the model, the shown one first."""
+        if self.served_model_name:
+            return (self.served_model_name,)
+        if not Path(self.model).exists():
+            return (self.model,)
+        path = Path(self.model).resolve()
+        return (path.stem if path.suffix == ".gguf" else path.name, self.model)
+
+
+def normal_cache(text: str) -> str:
+    """Bring a cache setting to "embedded", "off", "unix:/path" or "host:port".
+
+    Raises:
+        ConfigInvalid: none of these.
+    """
+    if text in (CACHE_EMBEDDED, CACHE_OFF):
+        return text
+    if text.startswith("/"):
+        return f"unix:{text}"
+    if text.startswith("unix:") and len(text) > len("unix:"):
+        return text
+    match = _HOST_PORT.fullmatch(text)
+    if match and 0 < int(match.group(2)) <= 65535:
+        return text
+    raise ConfigInvalid(
+        f"--cache: {text!r} is no cache; give embedded, off, an absolute path to a socket "
+        "like /run/kvist/kvistd.sock, or host:port"
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _number(kind: Callable[[str], float], what: str) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+
+    return convert
+
+
+def add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL and one flag per field of EngineConfig; vLLM's names where vLLM has one."""
+    whole = _number(int, "a whole number")
+    parser.add_argument("model", metavar="MODEL", help="folder, file, or name on the hub")
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    http.add_argument("--port", type=whole, default=8000, help="0 takes a free one (%(default)s)")
+    http.add_argument("--served-model-name", metavar="NAME", help="name that clients use")
+    http.add_argument(
+        "--api-key", default=os.environ.get("KVIST_API_KEY"), help="ask for it ($KVIST_API_KEY)"
+    )
+    http.add_argument(
+        "--drain-seconds",
+        type=_number(float, "a number"),
+        default=30.0,
+        help="let running requests go on this long after SIGTERM (%(default)s)",
+    )
+    run = parser.add_argument_group("model")
+    run.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)} (%(default)s)")
+    run.add_argument("--max-model-len", type=whole, metavar="TOKENS", help="default: the model's")
+    run.add_argument("--max-num-batched-tokens", type=whole, default=512, help="(%(default)s)")
+    run.add_argument("--max-num-seqs", type=whole, default=32, help="(%(default)s)")
+    run.add_argument("--threads", type=whole, default=usable_cores(), help="(%(default)s)")
+    run.add_argument("--seed", type=whole, default=0, help="(%(default)s)")
+    run.add_argument("--log-level", default="info", help=f"{', '.join(LOG_LEVELS)} (%(default)s)")
+    _add_cache_flags(parser.add_argument_group("KV cache"), whole)
+
+
+def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float]) -> None:
+    kv.add_argument(
+        "--block-size", dest="block_tokens", type=whole, default=64, help="tokens (%(default)s)"
+    )
+    kv.add_argument(
+        "--kv-cache-memory-bytes",
+        dest="kv_cache_bytes",
+        type=_size,
+        metavar="SIZE",
+        help="paged pool (HBM tier), like 1GiB; default: from free memory",
+    )
+    kv.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="reuse of pages; --no-enable-prefix-caching turns every tier off",
+    )
+    kv.add_argument(
+        "--cache",
+        default=CACHE_EMBEDDED,
+        metavar="WHERE",
+        help="embedded, off, or the sidecar's socket or host:port (%(default)s)",
+    )
+    for flag, size, what in (
+        ("--cache-dram-bytes", 1 << 30, "embedded DRAM tier"),
+        ("--cache-flash-bytes", 4 << 30, "embedded flash tier, 0 is off"),
+    ):
+        text = f"{what} ({format_bytes(size)})"
+        kv.add_argument(flag, type=_size, default=size, metavar="SIZE", help=text)
+    kv.add_argument(
+        "--cache-flash-path",
+        default=default_flash_path(),
+        metavar="FOLDER",
+        help="of the embedded flash tier (%(default)s)",
+    )
+
+
+def config_from_flags(flags: argparse.Namespace) -> EngineConfig:
+    """Turn parsed flags into settings; flags that are no setting are left out.
+
+    Raises:
+        ConfigInvalid: a value is out of range.
+    """
+    names = EngineConfig.__dataclass_fields__
+    return EngineConfig(**{key: value for key, value in vars(flags).items() if key in names})

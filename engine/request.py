@@ -1,0 +1,182 @@
+"""What the API process and the engine core say to each other: requests in, tokens out."""
+
+from __future__ import annotations
+
+import msgspec
+
+CACHE_ON = "on"
+CACHE_BYPASS = "bypass"
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How tokens are chosen, checked where a request enters (api), trusted below.
+
+    Attributes:
+        max_tokens: tokens to generate at most, >= 1.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: keep this many of the likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens whose probabilities sum to at least this, in (0, 1].
+        min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
+        seed: makes the request's own draws repeatable; None draws from the engine's generator.
+        stop_token_ids: ids that end the output (besides the model's own end tokens).
+        ignore_eos: go on past the model's own end tokens.
+        logprobs: alternatives to report per token, 0 reports the chosen token only; None nothing.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+class NewRequest(msgspec.Struct, frozen=True, tag="new"):
+    """Generate from a prompt.
+
+    Attributes:
+        id: unique in the life of the engine.
+        prompt: token ids, at least one.
+        params: how to sample.
+        cache_salt: prompts with different salts never share blocks.
+        cache: CACHE_ON, or CACHE_BYPASS to neither read nor write any tier (HBM included).
+    """
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    cache_salt: str = ""
+    cache: str = CACHE_ON
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop a request and free what it holds; unknown ids are ignored (it may have just ended)."""
+
+    id: str
+
+
+class CachedTokens(msgspec.Struct, frozen=True):
+    """Prompt tokens that were not computed, by the tier that they were in when looked up."""
+
+    hbm: int = 0
+    dram: int = 0
+    flash: int = 0
+
+    @property
+    def total(self) -> int:
+        """Tokens from any tier."""
+        return self.hbm + self.dram + self.flash
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log-probability of a chosen token, and of the likeliest ones beside it.
+
+    Attributes:
+        chosen: natural log-probability of the token, before temperature and filters.
+        top: (token id, log-probability), likeliest first; as many as asked for.
+    """
+
+    chosen: float
+    top: list[tuple[int, float]] = []
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """New tokens of one request.
+
+    Attributes:
+        id: the request.
+        tokens: new token ids, usually one; may be empty in the last delta.
+        logprobs: one per token if asked for, else empty.
+        finish_reason: "stop", "length", "abort" or "error" in the last delta, else None.
+        error: what went wrong, in words, when finish_reason is "error".
+        cached: set in a request's first delta.
+        queue_s: seconds from arrival in the core to the first scheduled step; in the first delta.
+        prefill_s: seconds from that step to the first token; in the first delta.
+    """
+
+    id: str
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] = []
+    finish_reason: str | None = None
+    error: str | None = None
+    cached: CachedTokens | None = None
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+
+
+class CoreStats(msgspec.Struct, frozen=True):
+    """Gauges and running totals of the core since it started; totals only grow.
+
+    Attributes:
+        running: requests in the batch.
+        waiting: requests queued, waiting for blocks to arrive included.
+        pages_total: pages of the pool.
+        pages_used: pages that some request holds.
+        queries_tokens: prompt tokens looked up (bypassed requests excluded).
+        hits_tokens: tier ("hbm", "dram", "flash") -> prompt tokens served from it.
+        misses_tokens: reason -> prompt tokens computed; queries = sum(hits) + sum(misses).
+        computed_tokens: prompt tokens that went through the model, bypassed requests included.
+        generated_tokens: output tokens.
+        preemptions: times a request lost its pages to another.
+        steps: forward passes.
+        step_tokens: tokens of the last step.
+        stored_blocks: blocks handed to the cache and committed.
+        store_drops: reason -> blocks not stored.
+        cache_state: "off", "attached" or "detached".
+        reattaches: times that the client attached again after losing its sidecar.
+        load_seconds: time spent waiting for or copying blocks in, summed over requests.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    pages_total: int = 0
+    pages_used: int = 0
+    queries_tokens: int = 0
+    hits_tokens: dict[str, int] = {}
+    misses_tokens: dict[str, int] = {}
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    step_tokens: int = 0
+    stored_blocks: int = 0
+    store_drops: dict[str, int] = {}
+    cache_state: str = "off"
+    reattaches: int = 0
+    load_seconds: float = 0.0
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    """What one step produced, with the core's figures after it."""
+
+    deltas: list[Delta]
+    stats: CoreStats
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The core has loaded its model and takes requests.
+
+    Attributes:
+        max_model_len: tokens of prompt and output together.
+        block_tokens: tokens per block and page.
+        pages: pages in the pool.
+        namespace: hex digest under which blocks are shared.
+    """
+
+    max_model_len: int
+    block_tokens: int
+    pages: int
+    namespace: str
+
+
+class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
+    """The core cannot start or go on; the message is for the operator."""
+
+    message: str
+
+
+ToCore = NewRequest | Abort
+FromCore = Outputs | Ready | Fatal

@@ -1,0 +1,92 @@
+"""The block format: which bytes of a block are which layer, K or V, and head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One run of bytes inside a block: the K or V of one head of one layer.
+
+    Attributes:
+        layer: layer of the model, counted from its first layer.
+        kind: "k" or "v".
+        head: KV head of the model, counted from its first head.
+        offset: first byte inside the block.
+        length: bytes; block_tokens rows of head_dim elements, token-major.
+    """
+
+    layer: int
+    kind: Literal["k", "v"]
+    head: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFormat:
+    """The meaning of every byte of a block, said outright and never inferred from a shape.
+
+    A block is page-first: C order [layer][k, v][head][token][head_dim], so that one page of a
+    paged pool is the block, byte for byte, and moves with one copy.
+
+    Attributes:
+        layers: layers held in the block, >= 1.
+        kv_heads: KV heads held in the block, >= 1.
+        head_dim: elements of one head, >= 1.
+        dtype: "bfloat16", "float16" or "float32".
+        block_tokens: tokens per block, >= 1.
+        first_layer: the model's number of the block's first layer (a pipeline stage starts here).
+        first_head: the model's number of the block's first KV head (a tensor-parallel rank).
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    block_tokens: int
+    first_layer: int = 0
+    first_head: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("layers", "kv_heads", "head_dim", "block_tokens"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be >= 1, got {getattr(self, field)}")
+        if self.first_layer < 0 or self.first_head < 0:
+            raise ValueError("first_layer and first_head must be >= 0")
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype must be one of {sorted(DTYPE_BYTES)}, got {self.dtype!r}")
+
+    @property
+    def region_bytes(self) -> int:
+        """Bytes of one (layer, K or V, head)."""
+        return self.block_tokens * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of a whole block."""
+        return self.layers * 2 * self.kv_heads * self.region_bytes
+
+    def regions(self) -> Iterator[Region]:
+        """Every region of the block, in the order of its bytes, without gaps."""
+        offset = 0
+        kinds: tuple[Literal["k", "v"], ...] = ("k", "v")
+        for layer in range(self.layers):
+            for kind in kinds:
+                for head in range(self.kv_heads):
+                    yield Region(
+                        self.first_layer + layer,
+                        kind,
+                        self.first_head + head,
+                        offset,
+                        self.region_bytes,
+                    )
+                    offset += self.region_bytes

@@ -1,0 +1,1 @@
+"""Doubles and scaffolding for tests: clocks, disks, models, servers."""

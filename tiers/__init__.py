@@ -1,0 +1,1 @@
+"""Where bytes rest: one file, one tier; base is the contract."""
