@@ -1,0 +1,470 @@
+"""The engine's door to the cache: attach, look up, load, store, and survive the sidecar.
+
+Threads. One thread of the client's own attaches, waits for the session to end and attaches
+again. lookup, touch, prefetch and count may be called from any thread; load from many at once;
+store from one. Whoever uses a session's maps enters it first; when the session ends, nobody new
+gets in, and only when the last has left are the maps closed and the ring's lock released, by
+which the sidecar knows that the session's slots cannot be written any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from kvist.cachesvc.control import PROTOCOL_VERSION, SLOTS_MAX, Control, GrpcControl
+from kvist.cachesvc.life import Life
+from kvist.cachesvc.log import Log
+from kvist.proto import cache_pb2
+from kvist.proto.errors import (
+    BlockCorrupt,
+    BlockMissing,
+    BlockTorn,
+    ConfigInvalid,
+    Detached,
+    KvistError,
+)
+from kvist.proto.keys import BlockKey, Namespace
+from kvist.proto.record import BlockHeader, Bytes, Wanted, checksum
+from kvist.proto.shm import CORRUPT, FLASH_FAILED, FLASH_REBUILDING, PREFETCH, TOUCH
+
+BACKOFF_MIN_S = 0.02
+BACKOFF_MAX_S = 0.5
+# A block rises from flash in 0.5 to 2 ms; a poll costs about 2 us.
+POLL_S = 0.0003
+# A slot may be reused between two looks; twice in a row means that the cache is far too small.
+LOAD_ATTEMPTS = 3
+_HOST_PORT = re.compile(r"[^/:]+:\d+|\[[0-9a-fA-F:.]+\]:\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a lookup saw.
+
+    Attributes:
+        tiers: fastest tier of each block of the longest cached prefix, "dram" or "flash".
+        reason: why the prefix ends there, one of MISS_REASONS; "" when all blocks are cached.
+        epoch: boot epoch of the sidecar asked; b"" when detached.
+    """
+
+    tiers: tuple[str, ...]
+    reason: str
+    epoch: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoreItem:
+    """A block to store.
+
+    Attributes:
+        key: block key.
+        parent: key of the block before, NO_KEY for a first block.
+        namespace: digest, 32 bytes.
+        depth: blocks before this one.
+        tokens: the block's own token ids as little-endian uint32 bytes.
+        payload: shape (payload_bytes,), uint8; must not change until store returns.
+    """
+
+    key: BlockKey
+    parent: BlockKey
+    namespace: bytes
+    depth: int
+    tokens: bytes
+    payload: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoreResult:
+    """What became of the blocks of one store; the numbers add up to the items.
+
+    Attributes:
+        stored: now visible.
+        present: were there already, or are being stored by somebody else.
+        dropped: reason -> blocks; "detached" the sidecar went, "full" nothing may be evicted,
+            "share" the worker holds too many slots, "no_parent" the block before is not cached,
+            "torn" the sidecar did not find in the slot what was reserved.
+    """
+
+    stored: int
+    present: int
+    dropped: Mapping[str, int]
+
+
+class CacheClient:
+    """The cache of one worker. See the top of the file for its threads.
+
+    Args:
+        control: how to reach the sidecar; closed by close.
+        namespace: of the worker's blocks.
+        name: of the worker, for the sidecar's logs and metrics.
+        log: where attaching and detaching is told.
+        now: clock of deadlines, seconds.
+        wall: seconds since 1970, for the time of creation of a record.
+
+    Attributes:
+        reattaches: how often a session followed an earlier one.
+        rpc_calls: control calls made so far, Attach included.
+        bell_failures: wake-ups that the sidecar did not take; it looks by itself soon after.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        namespace: Namespace,
+        name: str,
+        log: Log,
+        *,
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.reattaches = 0
+        self.rpc_calls = 0
+        self.bell_failures = 0
+        self._control = control
+        self._request = cache_pb2.AttachRequest(
+            protocol_version=PROTOCOL_VERSION,
+            client=name,
+            pid=os.getpid(),
+            namespace=namespace.digest(),
+            namespace_text=f"{namespace.model} {namespace.compute} salt={namespace.salt!r}",
+            payload_bytes=namespace.format.payload_bytes,
+            block_tokens=namespace.format.block_tokens,
+        )
+        self._log = log
+        self._now = now
+        self._wall = wall
+        self._life: Life | None = None
+        self._attached = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvist-attach", daemon=True)
+        # Guards what a request counted while no ring was there to take it.
+        self._count_lock = threading.Lock()
+        self._uncounted: Counter[str] = Counter()
+
+    # The session.
+
+    def start(self) -> None:
+        """Begin to attach, in the background; an absent sidecar is no error."""
+        self._thread.start()
+
+    @property
+    def state(self) -> str:
+        """ "attached" or "detached"."""
+        return "attached" if self._attached.is_set() else "detached"
+
+    def wait_attached(self, timeout_s: float) -> bool:
+        """Wait until attached; False when that took longer."""
+        return self._attached.wait(timeout_s)
+
+    def close(self) -> None:
+        """End the session, let the maps go and stop the thread."""
+        self._stopping.set()
+        self._control.close()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        backoff_s = BACKOFF_MIN_S
+        refusal = ""
+        while not self._stopping.is_set():
+            try:
+                self._live_once()
+                backoff_s, refusal = BACKOFF_MIN_S, ""
+            except (KvistError, OSError) as error:
+                if str(error) != refusal and not self._stopping.is_set():
+                    refusal = str(error)
+                    self._log.warning("cache not attached", reason=refusal)
+            self._stopping.wait(backoff_s)
+            backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
+
+    def _live_once(self) -> None:
+        """Attach and stay until the session ends.
+
+        Raises: Detached, ConfigInvalid, FormatRefused, OSError when it did not come about.
+        """
+        self.rpc_calls += 1
+        reply = self._control.attach(self._request)
+        try:
+            life = Life(reply)
+        except BaseException:
+            self._control.hang_up()
+            raise
+        try:
+            self._settle_counts(life)
+            self._life = life
+            self._attached.set()
+            self._log.info("cache attached", session=life.session, epoch=life.boot_epoch.hex())
+            reason = self._control.wait_ended()
+        finally:
+            self._attached.clear()
+            self._life = None
+            self._control.hang_up()
+            life.end()
+        self.reattaches += not self._stopping.is_set()
+        if not self._stopping.is_set():
+            self._log.warning("cache detached", session=life.session, reason=reason)
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[Life | None]:
+        """The session to use inside the block, or None when detached."""
+        life = self._life
+        if life is None or not life.enter():
+            yield None
+            return
+        try:
+            yield life
+        finally:
+            life.leave()
+
+    # What needs no call.
+
+    def lookup(self, keys: Sequence[BlockKey]) -> Found:
+        """Find the longest cached prefix, in about 2 us a block; makes no call.
+
+        Args:
+            keys: of one prompt, first block first.
+        """
+        with self._entered() as life:
+            if life is None:
+                return Found((), "detached", b"")
+            tiers: list[str] = []
+            for key in keys[: life.index.longest_prefix(keys)]:
+                location = life.index.find(key)
+                if location is None:
+                    break  # evicted since the search
+                tiers.append("dram" if location.dram is not None else "flash")
+            reason = "" if len(tiers) == len(keys) else _absence(life)
+            return Found(tuple(tiers), reason, life.boot_epoch)
+
+    def touch(self, keys: Sequence[BlockKey], blocks: int) -> None:
+        """Say that the first blocks were used; kept from eviction longer. Makes no call."""
+        if blocks:
+            with self._entered() as life:
+                if life is not None:
+                    life.push(TOUCH, blocks, keys[blocks - 1])
+
+    def prefetch(self, keys: Sequence[BlockKey], blocks: int) -> None:
+        """Ask for the first blocks to rise to DRAM; the sidecar is woken. Makes no call."""
+        if blocks:
+            with self._entered() as life:
+                if life is not None:
+                    life.push(PREFETCH, blocks, keys[blocks - 1])
+                    self.bell_failures += not life.ring_bell()
+
+    def count(
+        self, requested_tokens: int, hits: Mapping[str, int], misses: Mapping[str, int]
+    ) -> None:
+        """Account for one request, once; makes no call. Kept for the next session when detached.
+
+        Args:
+            requested_tokens: tokens of the prompt.
+            hits: tier of TIERS -> tokens. misses: reason of MISS_REASONS -> tokens.
+        """
+        assert requested_tokens == sum(hits.values()) + sum(misses.values()), (
+            requested_tokens, hits, misses,
+        )  # fmt: skip
+        counts = Counter({"lookups": 1, "requested_tokens": requested_tokens})
+        counts.update({f"hit_tokens.{tier}": tokens for tier, tokens in hits.items()})
+        counts.update({f"miss_tokens.{reason}": tokens for reason, tokens in misses.items()})
+        with self._entered() as life:
+            if life is not None:
+                life.add(counts)
+                return
+        with self._count_lock:
+            self._uncounted.update(counts)
+
+    def _settle_counts(self, life: Life) -> None:
+        with self._count_lock:
+            counts, self._uncounted = self._uncounted, Counter()
+        life.add(counts)
+
+    def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
+        """Copy a block out of the cache and verify it; blocks until it is there, makes no call.
+
+        Args:
+            wanted: what the block must be.
+            out: shape (wanted.payload_bytes,), uint8, writable; undefined after a miss.
+            deadline: until when to wait for a block that rises from flash, in time of now.
+
+        Returns:
+            None when out holds the block, else why not, one of MISS_REASONS.
+        """
+        with self._entered() as life:
+            if life is None:
+                return "detached"
+            reason = self._load(life, wanted, out, deadline)
+            if reason is None:
+                life.add({"loaded_bytes": wanted.payload_bytes})
+            elif reason == "corrupt":
+                life.push(CORRUPT, 1, wanted.key)
+                life.ring_bell()
+            return reason
+
+    def _load(self, life: Life, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
+        attempts = 0
+        while not life.ended:
+            location = life.index.find(wanted.key)
+            if location is None:
+                return "torn" if attempts else _absence(life)
+            if location.dram is None:
+                if life.index.flash_state == FLASH_FAILED:
+                    return "flash_off"
+                if self._now() >= deadline:
+                    return "flash_late"
+                time.sleep(POLL_S)
+                continue
+            try:
+                life.arena.read(location.dram, wanted, out)
+                return None
+            except (BlockTorn, BlockMissing):
+                pass
+            except BlockCorrupt:
+                # A slot that was given to another block since the look at the index is no fault.
+                if life.index.find(wanted.key) == location:
+                    return "corrupt"
+            attempts += 1
+            if attempts == LOAD_ATTEMPTS:
+                return "torn"
+        return "detached"
+
+    # What needs a call.
+
+    def store(self, items: Sequence[StoreItem]) -> StoreResult:
+        """Copy blocks into the cache: one Reserve and one Commit for up to SLOTS_MAX new blocks.
+
+        Args:
+            items: parents before their children.
+        """
+        tally: Counter[str] = Counter()
+        absent: set[BlockKey] = set()
+        with self._entered() as life:
+            new = items
+            if life is not None:
+                new = [item for item in items if life.index.find(item.key) is None]
+                tally["present"] += len(items) - len(new)
+            step = min(SLOTS_MAX, life.reservation_limit) if life else SLOTS_MAX
+            for start in range(0, len(new), step):
+                batch = [item for item in new[start : start + step] if item.parent not in absent]
+                orphans = len(new[start : start + step]) - len(batch)
+                if orphans:
+                    tally["no_parent"] += orphans
+                self._store_batch(life, batch, tally, absent)
+        stored, present = tally.pop("stored", 0), tally.pop("present", 0)
+        return StoreResult(stored, present, dict(tally))
+
+    def _store_batch(
+        self,
+        life: Life | None,
+        batch: Sequence[StoreItem],
+        tally: Counter[str],
+        absent: set[BlockKey],
+    ) -> None:
+        """Store a batch and add what became of each block to tally, what was dropped to absent."""
+        before = tally.total()
+        try:
+            if life is None or life.ended:
+                raise Detached("no session")
+            if batch:
+                self._reserve_fill_commit(life, batch, tally, absent)
+        except KvistError as error:
+            # What the sidecar holds reserved for this session is unknown now: end it, so that
+            # all its slots come back, and begin a new one.
+            self._control.hang_up()
+            self._log.debug("store dropped", reason=str(error))
+        lost = len(batch) - (tally.total() - before)
+        if lost:
+            tally["detached"] += lost
+            absent.update(item.key for item in batch)
+
+    def _reserve_fill_commit(
+        self,
+        life: Life,
+        batch: Sequence[StoreItem],
+        tally: Counter[str],
+        absent: set[BlockKey],
+    ) -> None:
+        """Raises: Detached, SessionUnknown; blocks not in tally by then are lost."""
+        names = [cache_pb2.BlockName(key=item.key, parent=item.parent) for item in batch]
+        self.rpc_calls += 1
+        reply = self._control.reserve(
+            cache_pb2.ReserveRequest(session=life.session, blocks=names)
+        )
+        if len(reply.reservations) != len(batch):
+            raise Detached("the sidecar answered for another number of blocks")
+        filled: list[tuple[int, StoreItem]] = []
+        for item, reservation in zip(batch, reply.reservations, strict=True):
+            if reservation.outcome == cache_pb2.Reservation.RESERVED:
+                self._fill(life, reservation.slot, item)
+                filled.append((reservation.slot, item))
+            elif reservation.outcome == cache_pb2.Reservation.PRESENT:
+                tally["present"] += 1
+            else:
+                tally[reservation.reason or "full"] += 1
+                absent.add(item.key)
+        if not filled:
+            return
+        self.rpc_calls += 1
+        slots = [slot for slot, _ in filled]
+        done = self._control.commit(cache_pb2.CommitRequest(session=life.session, slots=slots))
+        if len(done.committed) != len(filled):
+            raise Detached("the sidecar answered for another number of slots")
+        for (_, item), committed in zip(filled, done.committed, strict=True):
+            tally["stored" if committed else "torn"] += 1
+            if committed:
+                life.add({"stored_bytes": item.payload.nbytes})
+            else:
+                absent.add(item.key)
+
+    def _fill(self, life: Life, slot: int, item: StoreItem) -> None:
+        if life.ended:
+            raise Detached("the session ended before the block was copied")
+        header = BlockHeader(
+            key=item.key,
+            parent=item.parent,
+            namespace=item.namespace,
+            depth=item.depth,
+            tokens=item.tokens,
+            payload_bytes=item.payload.nbytes,
+            checksum=checksum(item.payload),
+            created_s=int(self._wall()),
+        )
+        life.arena.fill(slot, header, item.payload)
+
+
+def _absence(life: Life) -> str:
+    """Why a block that the index does not show is not there."""
+    state = life.index.flash_state
+    if state == FLASH_FAILED:
+        return "flash_off"
+    return "flash_rebuilding" if state == FLASH_REBUILDING else "not_stored"
+
+
+def open_cache(address: str, namespace: Namespace, name: str, log: Log) -> CacheClient:
+    """Start a client of a sidecar on this host.
+
+    Args:
+        address: unix:PATH or PATH of the sidecar's socket.
+
+    Raises:
+        ConfigInvalid: the address is of another host, or none at all.
+    """
+    path = address.removeprefix("unix:")
+    if _HOST_PORT.fullmatch(address):
+        raise ConfigInvalid(
+            f"cache address {address}: a worker maps the sidecar's memory and so needs one on its "
+            "own host; give the path of its socket, like /run/kvist/kvistd.sock"
+        )
+    if not path.startswith("/"):
+        raise ConfigInvalid(
+            f"cache address {address!r}: give the absolute path of the sidecar's socket, like "
+            "/run/kvist/kvistd.sock"
+        )
+    client = CacheClient(GrpcControl(f"unix:{path}"), namespace, name, log)
+    client.start()
+    return client

@@ -1,0 +1,358 @@
+"""Settings of the sidecar: one table, read from a file, the environment and flags."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from kvist.cachesvc.log import FORMATS, LEVELS, Format, Level
+from kvist.proto.errors import ConfigInvalid
+from kvist.proto.record import PAGE_BYTES
+from kvist.proto.sizes import format_bytes, parse_bytes
+
+DEFAULT_FILE = Path("/etc/kvist/kvistd.toml")
+VARIABLE_PREFIX = "KVIST_"
+# Variables of the other programs of Kvist, which may stand in the same environment.
+FOREIGN_VARIABLES = ("KVIST_API_KEY",)
+# sockaddr_un holds 108 bytes with the zero at its end.
+SOCKET_PATH_BYTES = 107
+# What Kubernetes sets in every pod for a Service whose name begins with "kvist".
+_SERVICE_LINK = re.compile(r"\w+(_SERVICE_(HOST|PORT)(_\w+)?|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
+_HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One thing a person can set; the field of SidecarConfig has the same name.
+
+    Attributes:
+        key: name in the file; KVIST_<KEY> in the environment, --<key> as a flag.
+        default: as a person would write it.
+        help: what it does, one sentence, for `--help` and the documentation.
+        parse: from text to the field's value; raises ValueError that says what is accepted.
+    """
+
+    key: str
+    default: str
+    help: str
+    parse: Callable[[str], object]
+
+    @property
+    def variable(self) -> str:
+        """Name in the environment."""
+        return VARIABLE_PREFIX + self.key.upper()
+
+    @property
+    def flag(self) -> str:
+        """Name on the command line."""
+        return "--" + self.key.replace("_", "-")
+
+
+def _path(text: str) -> Path:
+    if not text.startswith("/"):
+        raise ValueError(f"{text!r} is not an absolute path; write one, like /run/kvist")
+    return Path(text)
+
+
+def _socket(text: str) -> Path:
+    path = _path(text.removeprefix("unix:"))
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
+        raise ValueError(f"{text!r} is longer than {SOCKET_PATH_BYTES} bytes; use a shorter path")
+    return path
+
+
+def _path_or_off(text: str) -> Path | None:
+    return _path(text) if text else None
+
+
+def _address(text: str) -> str:
+    match = _HOST_PORT.fullmatch(text)
+    if text and (match is None or int(match.group(2)) > 65535):
+        raise ValueError(f"{text!r} is not an address; write host:port, like 127.0.0.1:9400")
+    return text
+
+
+def _bytes_at_least(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        count = parse_bytes(text)
+        if count < low:
+            raise ValueError(f"{text} is too small; give {format_bytes(low)} or more")
+        return count
+
+    return parse
+
+
+def _slot_bytes(text: str) -> int | None:
+    if text == "auto":
+        return None
+    count = parse_bytes(text)
+    if count < 2 * PAGE_BYTES or count % PAGE_BYTES:
+        raise ValueError(f"{text} must be a multiple of 4KiB and 8KiB or more, or auto")
+    return count
+
+
+def _number_in(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise ValueError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"{text!r} is not a share; write a number over 0 and up to 1, like 0.25")
+    return share
+
+
+def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"{text!r} is not one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("socket", "/run/kvist/kvistd.sock", "Unix socket of the gRPC service.", _socket),
+    Setting(
+        "listen",
+        "",
+        "TCP address of the gRPC service for other hosts, like 0.0.0.0:9400; empty: none. It asks "
+        "nobody who they are: open it to trusted networks only.",
+        _address,
+    ),
+    Setting(
+        "http_listen",
+        "127.0.0.1:9401",
+        "Address of the page, /metrics, /stats.json and /healthz; empty: none.",
+        _address,
+    ),
+    Setting("run_dir", "/run/kvist", "Folder of the index, the rings and the bell.", _path),
+    Setting("shm_dir", "/dev/shm/kvist", "Folder of the DRAM arena, in memory.", _path),
+    Setting("dram_bytes", "1GiB", "Size of the DRAM tier.", _bytes_at_least(1 << 20)),
+    Setting("flash_path", "", "Folder of the flash tier; empty: no flash tier.", _path_or_off),
+    Setting("flash_bytes", "8GiB", "Size of the flash tier.", _bytes_at_least(1 << 20)),
+    Setting(
+        "slot_bytes",
+        "auto",
+        "Size of a slot, the largest block it can hold; auto: that of the flash folder, or of the "
+        "first worker that attaches.",
+        _slot_bytes,
+    ),
+    Setting("io_threads", "2", "Threads that read and write flash.", _number_in(1, 64)),
+    Setting(
+        "flash_queue_blocks",
+        "256",
+        "Blocks that may wait to be written to flash; more are dropped and counted.",
+        _number_in(1, 1 << 20),
+    ),
+    Setting(
+        "reservation_share",
+        "0.25",
+        "Share of the DRAM slots that one worker may hold reserved at once.",
+        _share,
+    ),
+    Setting("log_level", "info", f"Least level to log: {', '.join(LEVELS)}.", _one_of(LEVELS)),
+    Setting("log_format", "text", f"Form of a log line: {', '.join(FORMATS)}.", _one_of(FORMATS)),
+)
+"""Every setting, in the order of `--print-config` and of the documentation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SidecarConfig:
+    """What kvistd was told; SETTINGS says what each field means.
+
+    Made by load_config, which checks every field by itself; here is checked what only holds
+    between fields.
+
+    Attributes:
+        listen: "" is no TCP service.
+        http_listen: "" is no page.
+        flash_path: None is no flash tier.
+        slot_bytes: None is "auto".
+
+    Raises:
+        ConfigInvalid: two settings contradict each other; the message names both and the fix.
+    """
+
+    socket: Path
+    listen: str
+    http_listen: str
+    run_dir: Path
+    shm_dir: Path
+    dram_bytes: int
+    flash_path: Path | None
+    flash_bytes: int
+    slot_bytes: int | None
+    io_threads: int
+    flash_queue_blocks: int
+    reservation_share: float
+    log_level: Level
+    log_format: Format
+
+    def __post_init__(self) -> None:
+        if self.slot_bytes is not None and self.slot_bytes > self.dram_bytes:
+            raise ConfigInvalid(
+                f"slot_bytes: {format_bytes(self.slot_bytes)} is more than dram_bytes, "
+                f"{format_bytes(self.dram_bytes)}; raise dram_bytes"
+            )
+        if self.listen and self.listen == self.http_listen:
+            raise ConfigInvalid(f"http_listen: {self.listen} is also listen; give it another port")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The settings and where each came from.
+
+    Attributes:
+        config: checked.
+        texts: key -> the value as it was written.
+        sources: key -> "default", "file PATH", "environment NAME" or "flag --NAME".
+    """
+
+    config: SidecarConfig
+    texts: Mapping[str, str]
+    sources: Mapping[str, str]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --config and one flag per setting."""
+    parser.add_argument("--config", metavar="FILE", help=f"TOML file ({DEFAULT_FILE} if there)")
+    for setting in SETTINGS:
+        shown = f"{setting.help} ({setting.default or 'empty'})"
+        parser.add_argument(setting.flag, dest=setting.key, metavar="VALUE", help=shown)
+
+
+def load_config(
+    flags: argparse.Namespace, environment: Mapping[str, str], default_file: Path = DEFAULT_FILE
+) -> Loaded:
+    """Put the settings together: defaults, then the file, the environment, the flags.
+
+    Args:
+        flags: parsed by a parser that add_flags has filled.
+        environment: the process's variables.
+        default_file: read when --config is not given and it exists.
+
+    Raises:
+        ConfigInvalid: a setting is unknown or wrong; the message names it, where it came from
+            and the fix.
+    """
+    texts = {setting.key: setting.default for setting in SETTINGS}
+    sources = dict.fromkeys(texts, "default")
+
+    def take(layer: Mapping[str, tuple[str, str]]) -> None:
+        for key, (text, source) in layer.items():
+            texts[key], sources[key] = text, source
+
+    if flags.config is not None:
+        take(_from_file(Path(flags.config)))
+    elif default_file.exists():
+        take(_from_file(default_file))
+    take(_from_environment(environment))
+    given = {setting.key: getattr(flags, setting.key) for setting in SETTINGS}
+    take({k: (v, f"flag --{k.replace('_', '-')}") for k, v in given.items() if v is not None})
+    values: dict[str, object] = {}
+    for setting in SETTINGS:
+        try:
+            values[setting.key] = setting.parse(texts[setting.key])
+        except ValueError as error:
+            raise ConfigInvalid(f"{setting.key} (from {sources[setting.key]}): {error}") from None
+    assert values.keys() == {field.name for field in fields(SidecarConfig)}
+    return Loaded(SidecarConfig(**values), texts, sources)  # type: ignore[arg-type]
+
+
+def _from_file(path: Path) -> dict[str, tuple[str, str]]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigInvalid(f"--config: cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"--config: {path} is not TOML: {error}") from None
+    known = [setting.key for setting in SETTINGS]
+    layer: dict[str, tuple[str, str]] = {}
+    for key, value in table.items():
+        if key not in known:
+            raise ConfigInvalid(f"{key} (from file {path}): no such setting{_nearest(key, known)}")
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ConfigInvalid(f"{key} (from file {path}): give a string or a number")
+        layer[key] = (str(value), f"file {path}")
+    return layer
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    known = {setting.variable: setting.key for setting in SETTINGS}
+    layer: dict[str, tuple[str, str]] = {}
+    for name, text in environment.items():
+        if not name.startswith(VARIABLE_PREFIX):
+            continue
+        if name not in known:
+            if name in FOREIGN_VARIABLES or _SERVICE_LINK.fullmatch(name):
+                continue
+            raise ConfigInvalid(
+                f"{name} (from the environment): no such variable{_nearest(name, list(known))}"
+            )
+        layer[known[name]] = (text, f"environment {name}")
+    return layer
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+
+
+def as_toml(loaded: Loaded) -> str:
+    """The settings as a file that load_config takes, each with where it came from."""
+    lines = ["# The settings of kvistd in force, and where each came from."]
+    for setting in SETTINGS:
+        lines.append(f"\n# {setting.help}")
+        # A JSON string of printable text is also a TOML basic string.
+        value = json.dumps(loaded.texts[setting.key], ensure_ascii=False)
+        lines.append(f"{setting.key} = {value}  # {loaded.sources[setting.key]}")
+    return "\n".join(lines) + "\n"
+
+
+def check_space(config: SidecarConfig) -> None:
+    """See whether the tiers fit where they are to live; makes the folders that are missing.
+
+    What Kvist itself left in a folder counts as free, because it is used again or removed.
+
+    Raises:
+        ConfigInvalid: a folder cannot be made or written, or has too little room.
+    """
+    _check_folder("run_dir", config.run_dir, 0)
+    _check_folder("shm_dir", config.shm_dir, config.dram_bytes, "dram_bytes")
+    if config.flash_path is not None:
+        _check_folder("flash_path", config.flash_path, config.flash_bytes, "flash_bytes")
+
+
+def _check_folder(key: str, path: Path, needed_bytes: int, size_key: str = "") -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        space = os.statvfs(path)
+        held = sum(entry.stat().st_blocks * 512 for entry in os.scandir(path) if entry.is_file())
+    except OSError as error:
+        raise ConfigInvalid(
+            f"{key}: cannot use {path}: {error.strerror}; give a folder of this user"
+        ) from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigInvalid(f"{key}: {path} cannot be written by this user; give another folder")
+    free = space.f_bavail * space.f_frsize + held
+    if needed_bytes > free:
+        raise ConfigInvalid(
+            f"{size_key}: {format_bytes(needed_bytes)} do not fit into {path} ({key}), which has "
+            f"{format_bytes(free)} free; lower {size_key} or give another {key}"
+        )

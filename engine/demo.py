@@ -1,0 +1,300 @@
+"""`kvist demo`: one sidecar, two engines, eight chats; what the cache saved, and no wrong token."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
+from rich.table import Table
+
+from kvist.engine.demo_text import CHATS, SYSTEM_PROMPT
+from kvist.engine.local import Answer, LocalEngine, LocalSidecar, ask
+
+ANSWER_TOKENS = 32
+WAIT_SECONDS = 60.0
+TIERS = ("hbm", "dram", "flash")
+
+
+@dataclass(slots=True)
+class Turn:
+    """One request of the demo, answered with the cache and without it.
+
+    Attributes:
+        chat: number of the chat, from 1.
+        turn: number of the turn in it, from 1.
+        engine: index of the engine that answers.
+        messages: what is sent.
+        hit: the answer with the cache, once there is one.
+        miss: the answer of the same engine with the cache bypassed.
+    """
+
+    chat: int
+    turn: int
+    engine: int
+    messages: list[dict[str, str]]
+    hit: Answer | None = None
+    miss: Answer | None = None
+
+    @property
+    def equal(self) -> bool:
+        """Both answers are there and are the same text."""
+        return self.hit is not None and self.miss is not None and self.hit.text == self.miss.text
+
+
+class Demo:
+    """The processes, the chats and what came of them."""
+
+    def __init__(self, console: Console, folder: Path, model: str) -> None:
+        self.console = console
+        self.model = model
+        self.sidecar = LocalSidecar(
+            folder / "sidecar", {"dram_bytes": "512MiB", "flash_bytes": "1GiB"}
+        )
+        # Two engines on a small machine: one compute thread each for every two cores.
+        threads = max(1, len(os.sched_getaffinity(0)) // 2)
+        flags = ["--cache", str(self.sidecar.socket), "--threads", str(threads)]
+        flags += ["--kv-cache-memory-bytes", "512MiB", "--served-model-name", "demo"]
+        self.engines = [
+            LocalEngine(model, folder / f"engine-{number}.log", flags) for number in (1, 2)
+        ]
+        self.turns: list[Turn] = []
+        self.again: list[Turn] = []
+
+    def run(self) -> bool:
+        """Play it all; True if every answer was equal and every tier had hits."""
+        self._start()
+        self.turns = self._chats()
+        self._without_cache("the same requests without a cache", self.turns)
+        self.console.print(request_table("Eight chats on two engines", self.turns))
+        self._restart()
+        self.again = self._ask_again()
+        self.console.print(
+            request_table("After the restart: DRAM is lost, flash is not", self.again)
+        )
+        return self._verdict()
+
+    def stop(self) -> None:
+        """End every process that runs."""
+        for process in (*self.engines, self.sidecar):
+            if process.running:
+                process.stop()
+
+    def _start(self) -> None:
+        with self.console.status("starting the sidecar and two engines"):
+            self.sidecar.start()
+            for engine in self.engines:
+                engine.start()
+            for process in (self.sidecar, *self.engines):
+                process.wait_ready()
+            self._wait("the engines to attach", self._all_attached)
+        self.console.print(f"sidecar  [link]{self.sidecar.url}/[/link]  (page), /metrics beside it")
+        for number, engine in enumerate(self.engines, 1):
+            self.console.print(f"engine {number} {engine.url}/v1  (OpenAI API)")
+
+    def _chats(self) -> list[Turn]:
+        """Play the chats, two at a time; a chat's next turn goes to the other engine."""
+        turns: list[Turn] = []
+        with self._progress() as progress, ThreadPoolExecutor(len(self.engines)) as pool:
+            bar = progress.add_task("chats with the cache", total=sum(map(len, CHATS)))
+            locks = [threading.Lock() for _ in self.engines]
+
+            def play(chat: int) -> list[Turn]:
+                played: list[Turn] = []
+                messages = [{"role": "system", "content": SYSTEM_PROMPT}]
+                for number, question in enumerate(CHATS[chat]):
+                    messages = [*messages, {"role": "user", "content": question}]
+                    turn = Turn(chat + 1, number + 1, (chat + number) % len(locks), messages)
+                    with locks[turn.engine]:
+                        turn.hit = self._ask(turn, "on")
+                    messages = [*messages, {"role": "assistant", "content": turn.hit.text}]
+                    played.append(turn)
+                    progress.advance(bar)
+                return played
+
+            for played in pool.map(play, range(len(CHATS))):
+                turns += played
+        return turns
+
+    def _without_cache(self, what: str, turns: Sequence[Turn]) -> None:
+        """Answer the same requests on the same engines with every tier bypassed."""
+        with self._progress() as progress, ThreadPoolExecutor(len(self.engines)) as pool:
+            bar = progress.add_task(what, total=len(turns))
+
+            def replay(engine: int) -> None:
+                for turn in turns:
+                    if turn.engine == engine:
+                        turn.miss = self._ask(turn, "bypass")
+                        progress.advance(bar)
+
+            for done in [pool.submit(replay, engine) for engine in range(len(self.engines))]:
+                done.result()
+
+    def _restart(self) -> None:
+        engine = self.engines[0]
+        with self.console.status("waiting until every block is on flash"):
+            self._wait("blocks to reach flash", self._all_on_flash)
+        with self.console.status("stopping engine 1, killing the sidecar, starting both again"):
+            engine.stop()
+            self.sidecar.kill()
+            self.sidecar.start()
+            engine.start()
+            self.sidecar.wait_ready()
+            engine.wait_ready()
+            self._wait("the engines to attach", self._all_attached)
+        self.console.print("engine 1 was stopped and the sidecar killed (SIGKILL); both run again")
+
+    def _ask_again(self) -> list[Turn]:
+        turns = [
+            Turn(turn.chat, turn.turn, 0, turn.messages)
+            for turn in self.turns
+            if turn.turn == len(CHATS[turn.chat - 1])
+        ][:3]
+        with self._progress() as progress:
+            bar = progress.add_task("asking engine 1 again", total=len(turns))
+            for turn in turns:
+                turn.hit = self._ask(turn, "on")
+                progress.advance(bar)
+        self._without_cache("the same without a cache", turns)
+        return turns
+
+    def _ask(self, turn: Turn, cache: str) -> Answer:
+        body: dict[str, Any] = {"model": "demo", "messages": turn.messages, "temperature": 0}
+        body |= {"max_tokens": ANSWER_TOKENS, "kv_cache": cache}
+        return ask(self.engines[turn.engine].url, body)
+
+    def _verdict(self) -> bool:
+        every = [*self.turns, *self.again]
+        equal = all(turn.equal for turn in every)
+        hits = {tier: sum(t.hit.cached[tier] for t in every if t.hit) for tier in TIERS}
+        self.console.print()
+        for line in savings(every):
+            self.console.print(line)
+        if equal:
+            self.console.print(f"All {len(every)} answers equal the answers without a cache.")
+        else:
+            wrong = sum(not turn.equal for turn in every)
+            self.console.print(
+                f"[red]{wrong} of {len(every)} answers differ from those without.[/]"
+            )
+        for tier in TIERS:
+            if not hits[tier]:
+                self.console.print(f"[red]The {tier} tier had no hit.[/]")
+        return equal and all(hits.values())
+
+    def _all_attached(self) -> bool:
+        return all(
+            "kvist_engine_cache_attached 1.0" in httpx.get(f"{engine.url}/metrics").text
+            for engine in self.engines
+        )
+
+    def _all_on_flash(self) -> bool:
+        used = {row["tier"]: row["used_slots"] for row in self.sidecar.stats()["tiers"]}
+        return bool(used["flash"] >= used["dram"] > 0)
+
+    def _wait(self, what: str, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not ready():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"waited {WAIT_SECONDS:.0f} s for {what}\n{self.sidecar.tail()}")
+            time.sleep(0.05)
+
+    def _progress(self) -> Progress:
+        return Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<34}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Elapsed(),
+            console=self.console,
+        )
+
+
+def request_table(title: str, turns: Sequence[Turn]) -> Table:
+    """One row per request: tokens by tier, TTFT with and without the cache, equality."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in ("chat", "turn", "engine", "prompt", *TIERS, "TTFT", "without", "same answer"):
+        table.add_column(name, justify="right")
+    for turn in turns:
+        hit, miss = turn.hit, turn.miss
+        assert hit is not None, "a table is drawn when all is answered"
+        assert miss is not None, "a table is drawn when all is answered"
+        table.add_row(
+            str(turn.chat),
+            str(turn.turn),
+            str(turn.engine + 1),
+            str(hit.prompt_tokens),
+            *(str(hit.cached[tier] or "-") for tier in TIERS),
+            f"{hit.ttft_s * 1e3:,.0f} ms",
+            f"{miss.ttft_s * 1e3:,.0f} ms",
+            "yes" if turn.equal else "[red]NO[/]",
+        )
+    return table
+
+
+def savings(turns: Sequence[Turn]) -> list[str]:
+    """What the cache saved, in plain words."""
+    hits = [turn.hit for turn in turns if turn.hit is not None]
+    misses = [turn.miss.ttft_s for turn in turns if turn.miss is not None]
+    prompt = sum(hit.prompt_tokens for hit in hits)
+    cached = sum(hit.cached_tokens for hit in hits)
+    miss = statistics.median(misses)
+    lines = [
+        f"Prefill not computed: {cached:,} of {prompt:,} prompt tokens ({cached / prompt:.0%}).",
+        f"TTFT without a cache: {miss * 1e3:,.0f} ms (median).",
+    ]
+    for tier in TIERS:
+        times = [hit.ttft_s for hit in hits if hit.cached[tier] > hit.prompt_tokens // 2]
+        if times:
+            hit = statistics.median(times)
+            lines.append(
+                f"TTFT with the prefix in {tier.upper() if tier != 'flash' else 'flash'}: "
+                f"{hit * 1e3:,.0f} ms, {miss / hit:.0f} times sooner ({len(times)} requests)."
+            )
+    return lines
+
+
+def run_demo(model: str, keep: bool) -> int:
+    """Play the demo; return the exit code: 0 if all answers were equal and every tier had hits."""
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="kvist-demo-") as folder:
+        demo = Demo(console, Path(folder), model)
+        try:
+            good = demo.run()
+            if keep:
+                _linger(console, demo)
+            else:
+                console.print(
+                    "Look around: make demo KEEP=1 leaves it running, with a page and /metrics."
+                )
+        except RuntimeError as error:
+            console.print(f"[red]The demo failed:[/] {error}", highlight=False)
+            return 1
+        except KeyboardInterrupt:
+            console.print("stopped")
+            return 130
+        finally:
+            demo.stop()
+    return 0 if good else 1
+
+
+def _linger(console: Console, demo: Demo) -> None:
+    console.print(
+        f"\nStill running. Page: {demo.sidecar.url}/  metrics: {demo.sidecar.url}/metrics"
+    )
+    console.print(f"Chat: kvist chat --url {demo.engines[0].url}   (Ctrl-C here stops everything)")
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        console.print("stopping")

@@ -1,0 +1,249 @@
+"""What the next step computes: one token budget for decodes and prompts, pages never overdrawn.
+
+A step takes decodes first, then prompts in the order of arrival, then new requests while budget,
+seats and pages last. Everything here is a decision on state; no tensors, no clock, no threads.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvist.engine.pages import Pages
+from kvist.engine.sequence import Sequence, State
+
+RESERVE_SHARE = 32
+"""One page in this many stays free at an admission (one per running request at most), so that
+the next decode that needs a page does not throw out the request that has just been let in."""
+
+
+class Finder(Protocol):
+    """Tells the scheduler what the cache beyond the pool holds."""
+
+    def find(self, sequence: Sequence, blocks: int) -> None:
+        """Set the sequence's found and found_end.
+
+        Args:
+            sequence: about to be admitted.
+            blocks: leading blocks that it has already, of its usable_blocks.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens [start, start + count) of a sequence, computed in this step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def last(self) -> bool:
+        """The sequence's next token comes out of this."""
+        return self.start + self.count == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One decision.
+
+    Attributes:
+        work: what to compute, at most one per sequence.
+        loads: sequences that have their pages now and wait for blocks from the cache.
+    """
+
+    work: list[Work]
+    loads: list[Sequence]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the step computes."""
+        return sum(work.count for work in self.work)
+
+
+class Scheduler:
+    """All sequences that have not ended, and who may compute what next.
+
+    Args:
+        pages: the pool's books; only the scheduler allocates from it.
+        finder: see there.
+        block_tokens: tokens per page.
+        max_tokens: tokens of one step at most, >= max_seqs.
+        max_seqs: sequences with pages at most.
+
+    Attributes:
+        waiting: in the order in which they will be admitted.
+        running: oldest first.
+        loading: have pages and wait for blocks.
+        preemptions: times that a sequence lost its pages to an older one.
+    """
+
+    def __init__(
+        self, pages: Pages, finder: Finder, block_tokens: int, max_tokens: int, max_seqs: int
+    ) -> None:
+        assert max_tokens >= max_seqs, "a decode could not run although it has a seat"
+        self._pages = pages
+        self._finder = finder
+        self._block_tokens = block_tokens
+        self._max_tokens = max_tokens
+        self._max_seqs = max_seqs
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.loading: list[Sequence] = []
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. It must fit the pool when it is alone (the core checks)."""
+        self.waiting.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a sequence, whatever it is doing; its pages go back now."""
+        self._leave(sequence)
+        self._give_back(sequence)
+        sequence.state = State.FINISHED
+
+    def schedule(self) -> Step:
+        """Decide the next step. Pages for all of its tokens are allocated afterwards."""
+        work: list[Work] = []
+        budget = self._max_tokens
+        for decode in (True, False):
+            for sequence in [s for s in self.running if (s.remaining == 1) == decode]:
+                count = self._chunk(sequence, budget)
+                if count and self._make_room(sequence, work):
+                    work.append(Work(sequence, sequence.computed, count))
+                    budget -= count
+        loads: list[Sequence] = []
+        while budget > 0 and (sequence := self._admit()) is not None:
+            if sequence.found:
+                self.loading.append(sequence)
+                sequence.state = State.LOADING
+                loads.append(sequence)
+                continue
+            self._run(sequence)
+            count = self._chunk(sequence, budget)
+            work.append(Work(sequence, sequence.computed, count))
+            budget -= count
+        return Step(work, loads)
+
+    def loaded(self, sequence: Sequence, blocks: int) -> None:
+        """The cache's blocks have come; the rest is computed.
+
+        Args:
+            sequence: in LOADING.
+            blocks: how many of its `found` blocks are in its pages, from the first on.
+        """
+        self.loading.remove(sequence)
+        sequence.computed = (sequence.registered + blocks) * self._block_tokens
+        self._register(sequence)
+        self._run(sequence)
+
+    def advance(self, work: Work) -> range:
+        """A piece of work is done; call it before the token it gave is appended.
+
+        Returns:
+            blocks that it completed, each now in the index of pages.
+        """
+        work.sequence.computed = work.start + work.count
+        return self._register(work.sequence)
+
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        """Tokens to compute next; a cut prompt is cut at a page's end if that is not nothing."""
+        count = min(sequence.remaining, budget)
+        if count < sequence.remaining:
+            end = (sequence.computed + count) // self._block_tokens * self._block_tokens
+            count = end - sequence.computed if end > sequence.computed else count
+        return count
+
+    def _make_room(self, sequence: Sequence, work: list[Work]) -> bool:
+        """See that a running sequence has a page for its next token, at the youngest's expense.
+
+        A sequence waits a step when nobody younger has pages to give: those that are missing are
+        with a load or a copy, which end by themselves.
+        """
+        if sequence.state is not State.RUNNING:
+            return False  # preempted earlier in this step
+        while len(sequence.pages) < sequence.pages_needed:
+            if self._pages.available:
+                sequence.pages += self._pages.allocate(1)
+                continue
+            if len(self.running) == 1:
+                return False
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            work[:] = [one for one in work if one.sequence is not youngest]
+            if youngest is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        self._give_back(sequence)
+        sequence.state = State.WAITING
+        sequence.preempted = True
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _admit(self) -> Sequence | None:
+        """Take the first waiting sequence if there is a seat and all its pages can be had."""
+        if not self.waiting or len(self.running) + len(self.loading) >= self._max_seqs:
+            return None
+        sequence = self.waiting[0]
+        pages = self._pages.lookup(sequence.keys()[: sequence.usable_blocks])
+        missing = sequence.pages_needed - len(pages)
+        spare = min(len(self.running) + len(self.loading), self._pages.total // RESERVE_SHARE)
+        if missing + spare > self._pages.available - self._pages.idle(pages):
+            return None
+        self.waiting.popleft()
+        self._pages.hold(pages)
+        sequence.registered = len(pages)
+        sequence.computed = len(pages) * self._block_tokens
+        sequence.pages = pages + self._pages.allocate(missing)
+        sequence.found, sequence.found_end = (), ""
+        self._finder.find(sequence, len(pages))
+        return sequence
+
+    def _register(self, sequence: Sequence) -> range:
+        """Put pages that have become complete into the index."""
+        first = sequence.registered
+        if not sequence.reuses:
+            return range(first, first)
+        full = sequence.computed // self._block_tokens
+        keys = sequence.keys()
+        for block in range(first, full):
+            sequence.pages[block] = self._pages.register(
+                sequence.pages[block], keys[block], sequence.parent(block), block
+            )
+        sequence.registered = full
+        return range(first, full)
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.state = State.RUNNING
+        insort(self.running, sequence, key=_number)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take it off the list that its state says."""
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.state is State.LOADING:
+            self.loading.remove(sequence)
+        elif sequence.state is State.RUNNING:
+            self.running.remove(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self._pages.release(sequence.pages)
+        sequence.pages = []
+        sequence.computed = sequence.registered = 0
+
+    def everyone(self) -> Iterable[Sequence]:
+        """All sequences that have not ended."""
+        yield from self.running
+        yield from self.loading
+        yield from self.waiting
+
+
+def _number(sequence: Sequence) -> int:
+    return sequence.number

@@ -1,0 +1,183 @@
+"""A sequence: the state of one request inside the core, from its arrival to its last token."""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvist.engine.request import CachedTokens, NewRequest, TokenLogprobs
+from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace
+
+SALTS_REMEMBERED = 1024
+"""Digests kept, one per tenant salt; making one again costs 20 us."""
+
+
+class State(enum.Enum):
+    """Where a sequence is; it holds pages in LOADING and RUNNING only."""
+
+    WAITING = "waiting"
+    LOADING = "loading"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Digests:
+    """Namespace digests by tenant salt, a bounded number of them."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._namespace = namespace
+        self._by_salt: OrderedDict[str, bytes] = OrderedDict()
+
+    def of(self, salt: str) -> bytes:
+        """The digest that seeds the keys of this tenant's blocks."""
+        digest = self._by_salt.get(salt)
+        if digest is None:
+            digest = self._namespace.salted(salt).digest()
+            self._by_salt[salt] = digest
+            if len(self._by_salt) > SALTS_REMEMBERED:
+                self._by_salt.popitem(last=False)
+        self._by_salt.move_to_end(salt)
+        return digest
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What holds for every sequence of a core.
+
+    Attributes:
+        max_model_len: tokens of prompt and output together.
+        block_tokens: tokens per page.
+        eos_token_ids: tokens that end an output unless the request ignores them.
+    """
+
+    max_model_len: int
+    block_tokens: int
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request's tokens, pages and history.
+
+    Attributes:
+        request: what was asked.
+        number: order of arrival; lower is older.
+        limits: see there.
+        digest: namespace digest of its keys; None reuses and keeps nothing (a bypass).
+        arrived_s: when it came, on the core's clock.
+        tokens: prompt and output so far.
+        pages: page of position p is pages[p // block_tokens].
+        computed: positions whose KV is in the pages, from the start.
+        registered: leading pages that are complete and in the index of pages.
+        found: tier of each block, from block `registered` on, that the cache was seen to hold
+            when the sequence was admitted.
+        found_end: why the cache had no more, a miss reason.
+        counted: its lookup was counted.
+        store_stopped: a block of it was dropped; those after it would have no parent in the cache.
+        cached: prompt tokens that were not computed, by tier.
+        sent: output tokens that were handed out.
+        scheduled_s: when its first step began.
+        first_token_s: when it had its first token.
+        preempted: it lost its pages at least once.
+    """
+
+    request: NewRequest
+    number: int
+    limits: Limits
+    digest: bytes | None
+    arrived_s: float
+    state: State = State.WAITING
+    tokens: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    registered: int = 0
+    found: tuple[str, ...] = ()
+    found_end: str = ""
+    counted: bool = False
+    store_stopped: bool = False
+    cached: CachedTokens = field(default_factory=CachedTokens)
+    sent: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    preempted: bool = False
+    _chain: KeyChain | None = None
+    _hashed: int = 0
+    _stops: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        if self.digest is not None:
+            self._chain = KeyChain(self.digest, self.limits.block_tokens)
+        params = self.request.params
+        eos = () if params.ignore_eos else self.limits.eos_token_ids
+        self._stops = frozenset((*eos, *params.stop_token_ids))
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.id
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def output(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.tokens[self.prompt_tokens :]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose KV is missing; 1 while it decodes."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def usable_blocks(self) -> int:
+        """Full blocks that need not be computed; the last token always is, for its logits."""
+        return (len(self.tokens) - 1) // self.limits.block_tokens
+
+    @property
+    def pages_needed(self) -> int:
+        """Pages that hold all tokens there are."""
+        return -(-len(self.tokens) // self.limits.block_tokens)
+
+    @property
+    def reuses(self) -> bool:
+        """It may read and write the cache, the HBM tier included."""
+        return self._chain is not None
+
+    def keys(self) -> list[BlockKey]:
+        """Keys of all full blocks of the tokens so far; none for a bypass. Do not change it."""
+        if self._chain is None:
+            return []
+        fresh = len(self.tokens) - self._hashed
+        if fresh >= self.limits.block_tokens - self._hashed % self.limits.block_tokens:
+            self._chain.extend(self.tokens[self._hashed :])
+            self._hashed = len(self.tokens)
+        return self._chain.keys
+
+    def parent(self, block: int) -> BlockKey:
+        """Key of the block before a block."""
+        return self.keys()[block - 1] if block else NO_KEY
+
+    def block_tokens_bytes(self, block: int) -> bytes:
+        """A full block's own tokens as little-endian uint32."""
+        size = self.limits.block_tokens
+        return np.asarray(self.tokens[block * size : (block + 1) * size], dtype="<u4").tobytes()
+
+    def append(self, token: int) -> None:
+        """Take a generated token; sets finish_reason if it is the last."""
+        self.tokens.append(token)
+        if token in self._stops:
+            self.finish_reason = "stop"
+        elif (
+            len(self.tokens) - self.prompt_tokens >= self.request.params.max_tokens
+            or len(self.tokens) >= self.limits.max_model_len
+        ):
+            self.finish_reason = "length"
