@@ -6,7 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvist.proto.errors import BlockCorrupt, BlockMissing
 from kvist.proto.layout import BlockFormat
+from kvist.proto.record import BlockHeader, Bytes, Wanted, check_wanted, checksum
+from kvist.tiers.slots import FreeSlots
 
 
 class PagePool:
@@ -47,3 +50,60 @@ class PagePool:
             raise IndexError(f"page {page} is not in [0, {self.pages})")
         view: npt.NDArray[np.uint8] = self._bytes[page].cpu().numpy()
         return view
+
+
+class HbmTier:
+    """The pool as a tier: a page is a slot; see base.Tier for the contract.
+
+    Headers are kept in host memory. One thread, the engine's, uses it, so there is no generation:
+    nothing can change while it is read.
+
+    Attributes:
+        slots: pages of the pool.
+    """
+
+    name = "hbm"
+
+    def __init__(self, pool: PagePool) -> None:
+        """Use all pages of a pool that nobody else uses."""
+        self.slots = pool.pages
+        self._bytes = pool.tensor.view(pool.pages, -1).view(torch.uint8)
+        self._free = FreeSlots(pool.pages)
+        self._headers: dict[int, BlockHeader] = {}
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that allocate could give out now."""
+        return self._free.count
+
+    def allocate(self) -> int:
+        """Take a free slot; TierFull when none is left."""
+        return self._free.pop()
+
+    def write(self, slot: int, header: BlockHeader, payload: Bytes) -> None:
+        """Fill an allocated slot and make it readable; the payload is exactly a page long."""
+        page = self._bytes[slot]
+        assert header.payload_bytes == payload.nbytes == page.numel(), "not a page of this pool"
+        # torch warns of memory that it could write to and must not.
+        page.copy_(torch.from_numpy(payload if payload.flags.writeable else payload.copy()))
+        self._headers[slot] = header
+
+    def read(self, slot: int, wanted: Wanted, out: Bytes) -> None:
+        """Copy a block out; see base.Tier."""
+        header = self._headers.get(slot)
+        if header is None:
+            raise BlockMissing("the slot holds no block")
+        check_wanted(header, wanted)
+        torch.from_numpy(out).copy_(self._bytes[slot])
+        if checksum(out) != header.checksum:
+            raise BlockCorrupt("payload checksum differs")
+
+    def free(self, slot: int) -> None:
+        """Make the slot unreadable and give it back."""
+        self._free.push(slot)
+        self._headers.pop(slot, None)
+
+    def close(self) -> None:
+        """Forget the pool; its memory goes with its last user."""
+        self._headers.clear()
+        self._bytes = torch.empty(0, dtype=torch.uint8)

@@ -1,0 +1,98 @@
+"""The slot protocol: how one writer and any number of readers share a slot without a lock.
+
+The first word of a slot is its generation (proto/record.py): odd while nobody may read it, even
+when the record behind it is whole. An empty or freed slot is odd. A writer calls begin,
+fill_slot, publish; a reader copies and then looks whether the generation is still the one it saw
+before (a sequence lock). Nothing is held, so a reader that dies or stalls harms nobody.
+
+A view passed here is a contiguous memoryview of format "B" over the slot's bytes, aligned to 8
+and a multiple of 8 long; a cast to "Q" then reads and writes a word with one instruction.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvist.proto.errors import BlockCorrupt, BlockMissing, BlockTorn, FormatRefused
+from kvist.proto.record import (
+    BlockHeader,
+    Bytes,
+    Wanted,
+    check_wanted,
+    checksum,
+    pack_header,
+    unpack_header,
+)
+
+_WORD = 0xFFFFFFFFFFFFFFFF
+
+
+def begin(slot: memoryview) -> None:
+    """Make the slot unreadable: its generation goes to the next odd number, or stays if odd."""
+    words = slot.cast("Q")
+    words[0] |= 1
+
+
+def publish(slot: memoryview) -> None:
+    """Make the slot readable: its generation goes to the next even number."""
+    words = slot.cast("Q")
+    words[0] = ((words[0] | 1) + 1) & _WORD
+
+
+def payload_of(slot: memoryview, header: BlockHeader) -> Bytes:
+    """The payload that header describes, in place, shape (payload_bytes,), uint8.
+
+    Raises:
+        BlockCorrupt: it does not fit the slot.
+    """
+    start = header.shape.header_bytes
+    if start + header.payload_bytes > len(slot):
+        raise BlockCorrupt(f"payload_bytes {header.payload_bytes} does not fit the slot")
+    return np.frombuffer(slot, np.uint8, header.payload_bytes, start)
+
+
+def fill_slot(slot: memoryview, header: BlockHeader, payload: Bytes) -> None:
+    """Write a record between begin and publish; the generation is not touched.
+
+    Args:
+        slot: writable, at least header.shape.record_bytes long.
+        header: what to write; header.checksum is that of payload.
+        payload: shape (header.payload_bytes,), uint8.
+    """
+    assert payload.nbytes == header.payload_bytes, "the header is not that of the payload"
+    assert header.shape.record_bytes <= len(slot), "the record is larger than the slot"
+    pack_header(header, slot)
+    # Not a slice assignment of memoryviews: that would hold the interpreter's lock.
+    np.copyto(payload_of(slot, header), payload)
+
+
+def read_slot(slot: memoryview, wanted: Wanted, out: Bytes) -> None:
+    """Copy a block out, if it is what was asked, whole and unchanged.
+
+    Args:
+        slot: the slot's bytes; a writer may be at work in them.
+        wanted: what the block must be.
+        out: shape (wanted.payload_bytes,), uint8, writable; undefined after an error.
+
+    Raises:
+        BlockMissing: the slot is empty, freed or being written.
+        BlockTorn: the slot was rewritten meanwhile; wins over BlockCorrupt.
+        BlockCorrupt: the record is not what was asked, or damaged.
+    """
+    assert out.nbytes == wanted.payload_bytes, "out is not as long as the payload wanted"
+    words = slot.cast("Q")
+    generation = words[0]
+    if generation & 1:
+        raise BlockMissing("the slot holds no block")
+    try:
+        header = unpack_header(slot)
+        check_wanted(header, wanted)
+        np.copyto(out, payload_of(slot, header))
+        if checksum(out) != header.checksum:
+            raise BlockCorrupt("payload checksum differs")
+    except (BlockCorrupt, FormatRefused) as error:
+        if words[0] != generation:
+            raise BlockTorn("the slot changed while it was read") from None
+        raise BlockCorrupt(str(error)) from None
+    if words[0] != generation:
+        raise BlockTorn("the slot changed while it was read")

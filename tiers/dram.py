@@ -1,0 +1,185 @@
+"""The DRAM tier: a file in shared memory, cut into slots, that workers map and read themselves.
+
+    slot i    bytes [i * slot_bytes, (i + 1) * slot_bytes) of the file, a record (proto/record.py)
+
+The file is made anew in every life of the sidecar. Workers that still map the old one keep old
+memory, never somebody else's. A slot's memory is claimed from the file system before the slot is
+given out: touching a page of a full /dev/shm would kill the toucher with SIGBUS, a failing
+fallocate is only a TierFull.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from pathlib import Path
+from threading import Event
+
+from kvist.proto import slot as protocol
+from kvist.proto.errors import BlockMissing, ConfigInvalid, TierFull
+from kvist.proto.record import MAGIC, PAGE_BYTES, BlockHeader, Bytes, Wanted, unpack_header
+from kvist.proto.sizes import format_bytes
+from kvist.tiers.slots import FreeSlots
+
+_MAGIC_BYTES = slice(8, 16)
+_NO_MAGIC = bytes(len(MAGIC))
+_EMPTY_GENERATION = (1).to_bytes(8, "little")
+
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; not in Python's mmap module
+# A first touch costs 0.8 ms of CPU per MiB and madvise holds the interpreter's lock meanwhile.
+_POPULATE_BYTES = 256 * 1024
+
+
+class DramTier:
+    """A shared arena of slots; see base.Tier for the contract.
+
+    Attributes:
+        path: the file, for workers to map.
+        slots: how many blocks fit.
+        slot_bytes: bytes of a slot, a multiple of PAGE_BYTES.
+    """
+
+    name = "dram"
+
+    def __init__(self, path: Path, slots: int, slot_bytes: int) -> None:
+        """Make the file, replacing one that is there.
+
+        Args:
+            path: where; its directory exists, best on a tmpfs such as /dev/shm.
+            slots: how many, >= 1.
+            slot_bytes: bytes of a slot, a multiple of PAGE_BYTES.
+
+        Raises:
+            ConfigInvalid: the sizes make no arena, or the file system cannot hold one.
+        """
+        if slots < 1 or slot_bytes < 2 * PAGE_BYTES or slot_bytes % PAGE_BYTES:
+            raise ConfigInvalid(
+                f"dram_bytes and slot_bytes make {slots} slots of {slot_bytes} bytes; needed are"
+                f" at least one, of a multiple of {PAGE_BYTES} bytes and two such pages"
+            )
+        self.path = path
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        self._free = FreeSlots(slots)
+        self._backed = bytearray(slots)
+        path.unlink(missing_ok=True)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            self._lay_out()
+            self._map = mmap.mmap(self._fd, slots * slot_bytes)
+        except BaseException:
+            os.close(self._fd)
+            path.unlink(missing_ok=True)
+            raise
+        self._view = memoryview(self._map)
+
+    def _lay_out(self) -> None:
+        size = self.slots * self.slot_bytes
+        room = os.fstatvfs(self._fd)
+        try:
+            if size > room.f_blocks * room.f_frsize:
+                raise OSError("the file system is smaller")
+            os.truncate(self._fd, size)
+            for slot in range(self.slots):
+                os.pwrite(self._fd, _EMPTY_GENERATION, slot * self.slot_bytes)
+        except OSError as error:
+            raise ConfigInvalid(
+                f"dram_bytes: {self.path.parent} cannot hold an arena of {format_bytes(size)}"
+                f" ({error}); lower dram_bytes or give it more room (docker run --shm-size)"
+            ) from error
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that allocate could give out now, memory permitting."""
+        return self._free.count
+
+    def allocate(self) -> int:
+        """Take a free slot; TierFull when none is left or the file system is out of memory."""
+        slot = self._free.pop()
+        if not self._back(slot):
+            self._free.push(slot)
+            raise TierFull(f"no memory left in {self.path.parent} for another slot")
+        return slot
+
+    def _back(self, slot: int) -> bool:
+        """Claim the slot's memory; releases the interpreter's lock; False when there is none."""
+        if not self._backed[slot]:
+            try:
+                os.posix_fallocate(self._fd, slot * self.slot_bytes, self.slot_bytes)
+            except OSError:
+                return False
+            self._backed[slot] = 1
+        return True
+
+    def slot_view(self, slot: int) -> memoryview:
+        """The slot's bytes, writable, in place."""
+        assert 0 <= slot < self.slots, f"slot {slot} is not one of {self.slots}"
+        return self._view[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+
+    def write(self, slot: int, header: BlockHeader, payload: Bytes) -> None:
+        """Fill an allocated slot and make it readable; see base.Tier."""
+        view = self.slot_view(slot)
+        protocol.begin(view)
+        protocol.fill_slot(view, header, payload)
+        protocol.publish(view)
+
+    def publish(self, slot: int) -> None:
+        """Make a slot readable that a worker has filled; checks nothing, header does."""
+        protocol.publish(self.slot_view(slot))
+
+    def header(self, slot: int) -> BlockHeader:
+        """What an allocated slot says it holds, published or not.
+
+        Raises:
+            BlockMissing: nobody has written a record since the slot was given out.
+            BlockCorrupt: the record's header is damaged.
+            FormatRefused: a record of another version.
+        """
+        view = self.slot_view(slot)
+        if view[_MAGIC_BYTES] == _NO_MAGIC:
+            raise BlockMissing("the slot has not been filled")
+        return unpack_header(view)
+
+    def read(self, slot: int, wanted: Wanted, out: Bytes) -> None:
+        """Copy a block out; see base.Tier."""
+        protocol.read_slot(self.slot_view(slot), wanted, out)
+
+    def free(self, slot: int) -> None:
+        """Make the slot unreadable and give it back."""
+        self._free.push(slot)
+        view = self.slot_view(slot)
+        protocol.begin(view)
+        # So that header cannot mistake what was here for what the next owner writes.
+        view[_MAGIC_BYTES] = _NO_MAGIC
+
+    def prefault(self, stop: Event) -> bool:
+        """Claim and map all memory, so that no later copy waits for it; for a background thread.
+
+        Args:
+            stop: set it, and join the thread, before close.
+
+        Returns:
+            Whether all memory is there now. False after stop, or when the file system ran out;
+            the tier then works with what there is.
+        """
+        for slot in range(self.slots):
+            if stop.is_set() or not self._back(slot):
+                return False
+            begin = slot * self.slot_bytes
+            for offset in range(begin, begin + self.slot_bytes, _POPULATE_BYTES):
+                length = min(_POPULATE_BYTES, begin + self.slot_bytes - offset)
+                # An older kernel refuses; pages then come with their first use.
+                with contextlib.suppress(OSError):
+                    self._map.madvise(_POPULATE_WRITE, offset, length)
+        return True
+
+    def close(self) -> None:
+        """Remove the file and let go of the memory, as soon as nobody reads from it."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.stat().st_ino == os.fstat(self._fd).st_ino:
+                self.path.unlink()
+        os.close(self._fd)
+        with contextlib.suppress(BufferError):
+            self._view.release()
+            self._map.close()

@@ -1,0 +1,145 @@
+"""Records to and from segments: aligned memory, the header page's detour, the checks of a read."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lmdb
+
+from kvist.proto.errors import BlockCorrupt, FormatRefused, TierOffline
+from kvist.proto.record import MAGIC, PAGE_BYTES, BlockHeader, checksum, unpack_header
+from kvist.proto.slot import payload_of
+from kvist.tiers.flash_index import FlashEntry
+from kvist.tiers.segment import Segments, aligned_buffer
+
+_GENERATION = slice(0, 8)
+_REST_OF_PAGE = slice(8, PAGE_BYTES)
+_NO_GENERATION = bytes(8)
+_MAGIC = slice(8, 16)
+_HEADER_BYTES = struct.Struct("<I")
+_HEADER_BYTES_OFFSET = 20
+
+
+DEVICE_ERRORS = (OSError, lmdb.Error)
+"""What a failing device shows as."""
+
+
+class Device:
+    """A context around everything that touches the device: the first error closes the gate.
+
+    Attributes:
+        failure: why every entry is refused, in words; "" when it is not.
+    """
+
+    def __init__(self, name: str) -> None:
+        """name: what the words begin with."""
+        self._name = name
+        self.failure = ""
+
+    def __enter__(self) -> None:
+        if self.failure:
+            raise TierOffline(self.failure)
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, DEVICE_ERRORS):
+            self.failure = f"{self._name}: {error}"
+            raise TierOffline(self.failure) from error
+
+
+class RecordIo:
+    """Transfers of whole records, from any number of threads at once.
+
+    The first page of a record always goes by way of a page of our own, so that the generation
+    word of a DRAM slot is neither written to the disk nor overwritten from it. The rest goes
+    straight to and from DRAM slots. A detour through huge pages and a copy was as fast with 1.4 MiB
+    records (1.1 to 1.2 GB/s read, 1.4 to 2.2 written either way) and cost 120 us more of CPU each.
+    """
+
+    def __init__(self, segments: Segments) -> None:
+        """Read from and write to these segments, which the caller closes."""
+        self._segments = segments
+        self._pages: list[memoryview] = []
+        self._buffers: list[memoryview] = []
+
+    @contextmanager
+    def buffer(self) -> Iterator[memoryview]:
+        """Aligned memory for one slot; there come to be as many as threads use at once."""
+        with _lent(self._buffers, self._segments.slot_bytes) as buffer:
+            yield buffer
+
+    def write(self, slot: int, record: memoryview) -> None:
+        """Write a record with generation 0.
+
+        Args:
+            slot: where.
+            record: page-aligned memory, the record and no more.
+
+        Raises:
+            OSError: the device failed.
+        """
+        with _lent(self._pages, PAGE_BYTES) as page:
+            page[_GENERATION] = _NO_GENERATION
+            page[_REST_OF_PAGE] = record[_REST_OF_PAGE]
+            self._segments.write(slot, [page, record[PAGE_BYTES:]])
+
+    def read(self, slot: int, record: memoryview) -> BlockHeader:
+        """Read a record, leaving the generation word of record alone.
+
+        Args:
+            slot: where.
+            record: page-aligned memory, as long as the record.
+
+        Raises:
+            BlockCorrupt: a checksum differs, or the segment file was cut.
+            FormatRefused: a record of another version.
+            OSError: the device failed.
+        """
+        with _lent(self._pages, PAGE_BYTES) as page:
+            count = self._segments.read(slot, [page, record[PAGE_BYTES:]])
+            record[_REST_OF_PAGE] = page[_REST_OF_PAGE]
+        if count < len(record):
+            raise BlockCorrupt("the segment file ends inside the slot")
+        header = unpack_header(record)
+        if checksum(payload_of(record, header)) != header.checksum:
+            raise BlockCorrupt("payload checksum differs")
+        return header
+
+    def entry(self, slot: int, memory: memoryview) -> FlashEntry | None:
+        """What the header in a slot says, payload unread; None when none is there or it is damaged.
+
+        Args:
+            slot: where.
+            memory: from buffer.
+
+        Raises:
+            OSError: the device failed.
+        """
+        self._segments.read(slot, [memory[:PAGE_BYTES]])
+        (header_bytes,) = _HEADER_BYTES.unpack_from(memory, _HEADER_BYTES_OFFSET)
+        is_long = PAGE_BYTES < header_bytes <= len(memory) and not header_bytes % PAGE_BYTES
+        if memory[_MAGIC] == MAGIC and is_long:
+            self._segments.read(slot, [memory[:header_bytes]])
+        try:
+            header = unpack_header(memory)
+        except (BlockCorrupt, FormatRefused):
+            return None
+        entry = FlashEntry(
+            slot, header.key, header.parent, header.namespace, header.depth,
+            header.payload_bytes, header.shape.block_tokens,
+        )  # fmt: skip
+        return entry if self._segments.fits(slot, entry.record_bytes) else None
+
+
+@contextmanager
+def _lent(idle: list[memoryview], length: int) -> Iterator[memoryview]:
+    # Taking from a list and giving back are single steps under the interpreter's lock.
+    try:
+        memory = idle.pop()
+    except IndexError:
+        memory = aligned_buffer(length)
+    try:
+        yield memory
+    finally:
+        idle.append(memory)
