@@ -21,7 +21,7 @@ _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use: its affinity mask, cut by a cgroup quota if there is one.
+    """CPU cores that this process may use: its affinity mask, cut by a cgroup quota if any.
 
     Without the quota a container with a limit of 2 on a machine of 64 would start 64 threads
     that take turns on 2 cores, which is slower than 2 threads by a factor, not by a share.
@@ -47,7 +47,7 @@ class EngineConfig:
     """Everything `kvist serve` can be told, checked when made.
 
     Attributes:
-        model: folder or file of the model, or its name on the hub.
+        model: folder of safetensors, .gguf file, or "demo".
         host: address to listen on.
         port: TCP port; 0 takes any free one.
         served_model_name: name that clients use; None is the last part of the model's path.
@@ -95,11 +95,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise ConfigInvalid("MODEL is empty; give a folder, a file or a name on the hub")
+            raise ConfigInvalid("MODEL is empty; give a folder of safetensors, a .gguf file, or demo")
         self._check_range("--port", self.port, 0, 65535)
         self._check_range("--block-size", self.block_tokens, 1, BLOCK_TOKENS_MAX)
         if self.block_tokens & (self.block_tokens - 1):
-            raise ConfigInvalid(f"--block-size: {self.block_tokens} must be a power of two, like 64")
+            raise ConfigInvalid(
+                f"--block-size: {self.block_tokens} must be a power of two, like 64"
+            )
         if self.max_model_len is not None:
             self._check_range("--max-model-len", self.max_model_len, 2, 1 << 24)
         self._check_range("--max-num-batched-tokens", self.max_num_batched_tokens, 1, 1 << 20)
@@ -190,7 +192,7 @@ def _number(kind: Callable[[str], float], what: str) -> Callable[[str], float]:
 def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     """Add MODEL and one flag per field of EngineConfig; vLLM's names where vLLM has one."""
     whole = _number(int, "a whole number")
-    parser.add_argument("model", metavar="MODEL", help="folder, file, or name on the hub")
+    parser.add_argument("model", metavar="MODEL", help="folder of safetensors, .gguf file, or demo")
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     http.add_argument("--port", type=whole, default=8000, help="0 takes a free one (%(default)s)")

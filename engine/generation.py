@@ -42,10 +42,12 @@ class StopStrings:
         if self.found:
             return ""
         text = self._held + text
-        places = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
-        if places:
+        found = [(text.find(stop), stop) for stop in self._stops]
+        ends = [(place + len(stop), place) for place, stop in found if place >= 0]
+        if ends:
+            # The one that is complete first, so that the answer does not depend on the cuts.
             self.found, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(ends)[1]]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -105,7 +107,6 @@ class Answer:
         request: what the core was asked.
         decoder: its own, since it holds state.
         stops: stop strings, looked for in the text.
-        end_ids: tokens that may end an answer and have no text then.
         timer: takes the times of its deltas.
         completion_tokens: tokens generated so far, an end token included.
         cached: prompt tokens that were not computed.
@@ -116,10 +117,9 @@ class Answer:
     request: NewRequest
     decoder: TextDecoder
     stops: StopStrings
-    end_ids: frozenset[int]
     timer: RequestTimer
     completion_tokens: int = 0
-    cached: CachedTokens = CachedTokens()
+    cached: CachedTokens = field(default_factory=CachedTokens)
     ended: bool = False
     _given: int = field(default=0, init=False)
     _decoded: int = field(default=0, init=False)
@@ -136,7 +136,9 @@ class Answer:
             self.cached = delta.cached
         if delta.finish_reason not in (None, "stop", "length"):
             self.timer.finish(delta.finish_reason or "error")
-            raise CoreGone(delta.error or f"the engine core ended the request: {delta.finish_reason}")
+            raise CoreGone(
+                delta.error or f"the engine core ended the request: {delta.finish_reason}"
+            )
         text = "".join(self._texts(delta))
         reason = delta.finish_reason
         if self.stops.found:
@@ -157,8 +159,8 @@ class Answer:
         last = len(delta.tokens) - 1
         for i, token in enumerate(delta.tokens):
             self.completion_tokens += 1
-            if i == last and delta.finish_reason == "stop" and token in self.end_ids:
-                return
+            if i == last and delta.finish_reason == "stop":
+                return  # the core says "stop" for an end token only, and that has no text
             if delta.logprobs:
                 self._waiting.append(LoggedToken(token, self._decoded, delta.logprobs[i]))
             text = self.decoder.push([token])

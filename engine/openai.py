@@ -24,7 +24,6 @@ COMPLETION_TOKENS_DEFAULT = 16
 # What would change the answer and is not done here, with the values that ask for nothing. Anything
 # else that is unknown (user, metadata, store, ...) cannot change the answer and is let through.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "add_special_tokens": (True,),
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
@@ -112,7 +111,7 @@ class _Generate(msgspec.Struct, frozen=True, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    seed: Annotated[int, Meta(ge=-(2**63), lt=2**63)] | None = None
+    seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
@@ -159,6 +158,8 @@ class _Generate(msgspec.Struct, frozen=True, kw_only=True):
             raise bad("stop_token_ids", f"give {STOP_IDS_MAX} ids at most")
         if any(not 0 <= token < 2**32 for token in self.stop_token_ids or ()):
             raise bad("stop_token_ids", "an id is out of range")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise bad("seed", "must fit in 64 bits, with a sign")
         if self.best_of is not None and self.best_of != self.choices:
             raise bad("best_of", "ranking answers is not supported; leave it out or give n")
         if self.kv_cache not in (None, CACHE_ON, CACHE_BYPASS):
@@ -192,6 +193,7 @@ class ChatRequest(_Generate, frozen=True, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | None = None
     echo: bool | None = None
+    add_special_tokens: bool | None = None
 
     @property
     def token_limit(self) -> int | None:
@@ -205,11 +207,13 @@ class ChatRequest(_Generate, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """As for every request; besides, parameters that only chat has."""
-        super(ChatRequest, self).check()
+        super().check()
         if self.top_logprobs and not self.logprobs:
             raise bad("top_logprobs", "only allowed with logprobs=true")
         if self.echo:
             raise bad("echo", "not supported for chat")
+        if self.add_special_tokens:
+            raise bad("add_special_tokens", "the chat template has them; leave it out")
 
     def template_messages(self) -> list[dict[str, Any]]:
         """The messages with text contents, as a chat template takes them.
@@ -258,6 +262,7 @@ class CompletionRequest(_Generate, frozen=True, kw_only=True):
 
     prompt: str | list[Any]
     echo: bool | None = None
+    add_special_tokens: bool = True
     logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
 
     @property
@@ -272,7 +277,7 @@ class CompletionRequest(_Generate, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """As for every request; besides, parameters that only completions have."""
-        super(CompletionRequest, self).check()
+        super().check()
         if self.echo and self.logprobs is not None:
             raise bad("echo", "log-probabilities of a prompt are not computed; drop one of the two")
         if len(self.prompts()) * self.choices > CHOICES_MAX:
@@ -310,6 +315,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str | None = None
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
     add_generation_prompt: bool = True
+    add_special_tokens: bool = True
     return_token_strs: bool | None = None
 
     def check(self) -> None:
@@ -349,7 +355,7 @@ def parse(body: bytes, kind: type[Request]) -> Request:
     """
     try:
         fields = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(fields, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")

@@ -108,7 +108,10 @@ class CoreProcess:
 
 
 def run_as_core(
-    arguments: Sequence[str], stdin: bytes, core: Callable[[EngineConfig, str], None]
+    arguments: Sequence[str],
+    stdin: bytes,
+    core: Callable[[EngineConfig, str], None],
+    expected: tuple[type[Exception], ...] = (KvistError, OSError),
 ) -> int:
     """The core process's main: tie its life to the parent's, run, report what ended it.
 
@@ -116,6 +119,7 @@ def run_as_core(
         arguments: endpoint and the parent's process id.
         stdin: the EngineConfig as JSON.
         core: runs until it is told to stop by SystemExit.
+        expected: errors whose message is enough; others are bugs and leave a trace.
 
     Returns:
         exit code: 0 after SIGTERM, 1 after an error (which the parent was told as Fatal).
@@ -127,17 +131,14 @@ def run_as_core(
         core(msgspec.json.decode(stdin, type=EngineConfig), endpoint)
     except Exception as error:
         link = ApiLink(endpoint)
-        link.send(Fatal(_words(error)))
+        known = isinstance(error, expected)
+        text = str(error) or "no message"
+        link.send(Fatal(text if known else f"{type(error).__name__}: {text}"))
         link.close()
-        if not isinstance(error, KvistError | OSError):
-            raise  # a bug: the trace is for us
+        if not known:
+            raise
         return 1
     return 0
-
-
-def _words(error: Exception) -> str:
-    text = str(error) or "no message"
-    return text if isinstance(error, KvistError) else f"{type(error).__name__}: {text}"
 
 
 def _leave(_signum: int, _frame: FrameType | None) -> NoReturn:
@@ -146,10 +147,12 @@ def _leave(_signum: int, _frame: FrameType | None) -> NoReturn:
 
 
 def main() -> int:
-    """Run the real core; torch is imported here, after the environment is set, and nowhere before."""
+    """Run the real core; torch is imported here, after the environment is set, never before."""
     from kvist.engine.core import run_core
+    from kvist.engine.models.source import ModelFilesError
 
-    return run_as_core(sys.argv[1:], sys.stdin.buffer.read(), run_core)
+    expected = (KvistError, OSError, ModelFilesError)
+    return run_as_core(sys.argv[1:], sys.stdin.buffer.read(), run_core, expected)
 
 
 if __name__ == "__main__":

@@ -209,9 +209,7 @@ class CompletionFormat:
         return {self._name(token.token): token.logprobs.chosen} | top
 
 
-def _encode(
-    head: Head, kind: str, choices: list[dict[str, Any]], total: Usage | None
-) -> bytes:
+def _encode(head: Head, kind: str, choices: list[dict[str, Any]], total: Usage | None) -> bytes:
     return msgspec.json.encode(
         _Object(
             id=head.id,

@@ -1,4 +1,4 @@
-"""Prometheus metrics of an engine: vLLM's names where vLLM has one, `kvist_engine_` for the rest."""
+"""Prometheus metrics of an engine: vLLM's names where it has one, `kvist_engine_` for the rest."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ class _CoreCollector(Collector):
             ("vllm:num_requests_running", "Requests in the batch.", stats.running),
             ("vllm:num_requests_waiting", "Requests that wait for a place.", stats.waiting),
             ("vllm:kv_cache_usage_perc", "Share of KV pages in use, 1 is all.", used),
-            (
-                "kvist_engine_cache_attached",
-                "1 while the DRAM and flash tiers are reachable.",
-                stats.cache_state == "attached",
-            ),
         ):
             family = GaugeMetricFamily(name, text, labels=self._names)
             family.add_metric(self._values, float(value))
             yield family
+        yield GaugeMetricFamily(
+            "kvist_engine_cache_attached",
+            "1 while the DRAM and flash tiers are reachable.",
+            value=float(stats.cache_state == "attached"),
+        )
 
     def _vllm_totals(self, stats: CoreStats) -> Iterator[Metric]:
         hits = CachedTokens(**{tier: stats.hits_tokens.get(tier, 0) for tier in TIERS})
@@ -75,16 +75,18 @@ class _CoreCollector(Collector):
             ("vllm:num_preemptions", "Requests that lost their pages.", stats.preemptions),
         ):
             yield self._total(name, text, value)
-        yield self._totals(
+        sources = CounterMetricFamily(
             "vllm:prompt_tokens_by_source",
             "Prompt tokens by where their KV came from.",
-            "source",
-            {
-                "local_compute": stats.computed_tokens,
-                "local_cache_hit": hits.hbm,
-                "external_kv_transfer": hits.dram + hits.flash,
-            },
+            labels=(*self._names, "source"),
         )
+        for source, tokens in (
+            ("local_compute", stats.computed_tokens),
+            ("local_cache_hit", hits.hbm),
+            ("external_kv_transfer", hits.dram + hits.flash),
+        ):
+            sources.add_metric((*self._values, source), tokens)
+        yield sources
 
     def _kvist_totals(self, stats: CoreStats) -> Iterator[Metric]:
         for name, text, value in (
@@ -94,24 +96,21 @@ class _CoreCollector(Collector):
             ("kvist_engine_load_seconds", "Time spent loading blocks.", stats.load_seconds),
             ("kvist_engine_steps", "Forward passes.", stats.steps),
         ):
-            yield self._total(name, text, value)
-        tiers = {tier: 0 for tier in TIERS} | stats.hits_tokens
+            yield CounterMetricFamily(name, text, value=value)
+        tiers = dict.fromkeys(TIERS, 0) | stats.hits_tokens
         for name, text, label, values in (
             ("kvist_engine_cached_tokens", "Prompt tokens served by a tier.", "tier", tiers),
             ("kvist_engine_missed_tokens", "Tokens not served.", "reason", stats.misses_tokens),
             ("kvist_engine_store_drops", "Blocks not stored.", "reason", stats.store_drops),
         ):
-            yield self._totals(name, text, label, values)
+            split = CounterMetricFamily(name, text, labels=(label,))
+            for key, value in values.items():
+                split.add_metric((key,), value)
+            yield split
 
     def _total(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(name, text, labels=self._names)
         family.add_metric(self._values, value)
-        return family
-
-    def _totals(self, name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
-        family = CounterMetricFamily(name, text, labels=(*self._names, label))
-        for key, value in values.items():
-            family.add_metric((*self._values, key), value)
         return family
 
 
@@ -124,9 +123,7 @@ class EngineMetrics:
         now: seconds, monotonic.
     """
 
-    def __init__(
-        self, registry: CollectorRegistry, model: str, now: Callable[[], float]
-    ) -> None:
+    def __init__(self, registry: CollectorRegistry, model: str, now: Callable[[], float]) -> None:
         self.now = now
         self.registry = registry
         self._labels = {"engine": "0", "model_name": model}
@@ -274,7 +271,8 @@ class Pace:
             f"running {stats.running}, waiting {stats.waiting}, "
             f"KV {_percent(stats.pages_used, stats.pages_total)}, "
             f"hit {_percent(hits, queries)}{detail}, "
-            f"prompt {computed / seconds:.0f} tok/s computed, output {generated / seconds:.1f} tok/s"
+            f"prompt {computed / seconds:.0f} tok/s computed, "
+            f"output {generated / seconds:.1f} tok/s"
         )
 
 

@@ -1,0 +1,111 @@
+"""`kvist`: one parser, one function per subcommand, heavy imports only where they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from kvist.engine.config import add_serve_flags, config_from_flags
+from kvist.proto.errors import ConfigInvalid
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        name: as typed.
+        text: one line of help.
+        add_flags: adds its arguments to a parser.
+        run: does it, returns the exit code; may raise ConfigInvalid.
+    """
+
+    name: str
+    text: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _serve(flags: argparse.Namespace) -> int:
+    config = config_from_flags(flags)
+    from kvist.engine.process import CoreProcess
+    from kvist.engine.serve import serve
+
+    return serve(config, CoreProcess())
+
+
+def _add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of a server (%(default)s)")
+    parser.add_argument("--api-key", help="the server's key")
+    parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="per answer")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+
+
+def _chat(flags: argparse.Namespace) -> int:
+    from kvist.engine.chat import chat
+
+    settings = {"max_tokens": flags.max_tokens, "temperature": flags.temperature}
+    return chat(flags.url, flags.api_key, flags.system, settings)
+
+
+def _add_demo_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", default="demo", help="as for serve (%(default)s)"
+    )
+    parser.add_argument("--keep", action="store_true", help="leave everything running at the end")
+    parser.add_argument("--svg", metavar="FILE", help="draw the output as a picture too")
+
+
+def _demo(flags: argparse.Namespace) -> int:
+    from kvist.engine.demo import run_demo
+
+    return run_demo(flags.model, flags.keep, flags.svg)
+
+
+COMMANDS = (
+    Command("serve", "serve a model over OpenAI's HTTP interface", add_serve_flags, _serve),
+    Command("chat", "chat in the terminal with a running server", _add_chat_flags, _chat),
+    Command("demo", "one sidecar, two engines, and what the cache saves", _add_demo_flags, _demo),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every subcommand."""
+    parser = argparse.ArgumentParser(
+        prog="kvist", description="An inference engine that keeps its KV cache in tiers."
+    )
+    parser.add_argument("--version", action="version", version=f"kvist {version('kvist')}")
+    subcommands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = subcommands.add_parser(command.name, help=command.text, description=command.text)
+        command.add_flags(sub)
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Returns:
+        its exit code; 2 for a bad setting, 130 after Ctrl-C.
+    """
+    flags = build_parser().parse_args(arguments)
+    try:
+        code: int = flags.run(flags)
+    except ConfigInvalid as error:
+        print(f"kvist {flags.command}: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
