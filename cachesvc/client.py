@@ -18,21 +18,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvist.cachesvc.control import PROTOCOL_VERSION, SLOTS_MAX, Control, GrpcControl
+from kvist.cachesvc.control import PROTOCOL_VERSION, Control, GrpcControl
 from kvist.cachesvc.life import Life
 from kvist.cachesvc.log import Log
+from kvist.cachesvc.storing import StoreItem, Storer, StoreResult
 from kvist.proto import cache_pb2
 from kvist.proto.errors import (
     BlockCorrupt,
     BlockMissing,
     BlockTorn,
     ConfigInvalid,
-    Detached,
     KvistError,
 )
 from kvist.proto.keys import BlockKey, Namespace
-from kvist.proto.record import BlockHeader, Bytes, Wanted, checksum
-from kvist.proto.shm import CORRUPT, FLASH_FAILED, FLASH_REBUILDING, PREFETCH, TOUCH
+from kvist.proto.record import Bytes, Wanted
+from kvist.proto.shm import CORRUPT, FLASH_READY, PREFETCH, TOUCH
 
 BACKOFF_MIN_S = 0.02
 BACKOFF_MAX_S = 0.5
@@ -58,44 +58,6 @@ class Found:
     epoch: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StoreItem:
-    """A block to store.
-
-    Attributes:
-        key: block key.
-        parent: key of the block before, NO_KEY for a first block.
-        namespace: digest, 32 bytes.
-        depth: blocks before this one.
-        tokens: the block's own token ids as little-endian uint32 bytes.
-        payload: shape (payload_bytes,), uint8; must not change until store returns.
-    """
-
-    key: BlockKey
-    parent: BlockKey
-    namespace: bytes
-    depth: int
-    tokens: bytes
-    payload: Bytes
-
-
-@dataclass(frozen=True, slots=True)
-class StoreResult:
-    """What became of the blocks of one store; the numbers add up to the items.
-
-    Attributes:
-        stored: now visible.
-        present: were there already, or are being stored by somebody else.
-        dropped: reason -> blocks; "detached" the sidecar went, "full" nothing may be evicted,
-            "share" the worker holds too many slots, "no_parent" the block before is not cached,
-            "torn" the sidecar did not find in the slot what was reserved.
-    """
-
-    stored: int
-    present: int
-    dropped: Mapping[str, int]
-
-
 class CacheClient:
     """The cache of one worker. See the top of the file for its threads.
 
@@ -109,7 +71,6 @@ class CacheClient:
 
     Attributes:
         reattaches: how often a session followed an earlier one.
-        rpc_calls: control calls made so far, Attach included.
         bell_failures: wake-ups that the sidecar did not take; it looks by itself soon after.
     """
 
@@ -124,7 +85,6 @@ class CacheClient:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.reattaches = 0
-        self.rpc_calls = 0
         self.bell_failures = 0
         self._control = control
         self._request = cache_pb2.AttachRequest(
@@ -138,10 +98,10 @@ class CacheClient:
         )
         self._log = log
         self._now = now
-        self._wall = wall
         self._life: Life | None = None
         self._attached = threading.Event()
         self._stopping = threading.Event()
+        self._storer = Storer(control, log, wall)
         self._thread = threading.Thread(target=self._run, name="kvist-attach", daemon=True)
         # Guards what a request counted while no ring was there to take it.
         self._count_lock = threading.Lock()
@@ -157,6 +117,11 @@ class CacheClient:
     def state(self) -> str:
         """ "attached" or "detached"."""
         return "attached" if self._attached.is_set() else "detached"
+
+    @property
+    def rpc_calls(self) -> int:
+        """Control calls made so far, Attach included."""
+        return self._control.calls
 
     def wait_attached(self, timeout_s: float) -> bool:
         """Wait until attached; False when that took longer."""
@@ -188,7 +153,6 @@ class CacheClient:
 
         Raises: Detached, ConfigInvalid, FormatRefused, OSError when it did not come about.
         """
-        self.rpc_calls += 1
         reply = self._control.attach(self._request)
         try:
             life = Life(reply)
@@ -239,7 +203,7 @@ class CacheClient:
                 if location is None:
                     break  # evicted since the search
                 tiers.append("dram" if location.dram is not None else "flash")
-            reason = "" if len(tiers) == len(keys) else _absence(life)
+            reason = "" if len(tiers) == len(keys) else life.index.miss_reason(keys[len(tiers)])
             return Found(tuple(tiers), reason, life.boot_epoch)
 
     def touch(self, keys: Sequence[BlockKey], blocks: int) -> None:
@@ -311,10 +275,10 @@ class CacheClient:
         while not life.ended:
             location = life.index.find(wanted.key)
             if location is None:
-                return "torn" if attempts else _absence(life)
+                return "torn" if attempts else life.index.miss_reason(wanted.key)
             if location.dram is None:
-                if life.index.flash_state == FLASH_FAILED:
-                    return "flash_off"
+                if life.index.flash_state != FLASH_READY:
+                    return life.index.miss_reason(wanted.key)
                 if self._now() >= deadline:
                     return "flash_late"
                 time.sleep(POLL_S)
@@ -341,108 +305,8 @@ class CacheClient:
         Args:
             items: parents before their children.
         """
-        tally: Counter[str] = Counter()
-        absent: set[BlockKey] = set()
         with self._entered() as life:
-            new = items
-            if life is not None:
-                new = [item for item in items if life.index.find(item.key) is None]
-                tally["present"] += len(items) - len(new)
-            step = min(SLOTS_MAX, life.reservation_limit) if life else SLOTS_MAX
-            for start in range(0, len(new), step):
-                batch = [item for item in new[start : start + step] if item.parent not in absent]
-                orphans = len(new[start : start + step]) - len(batch)
-                if orphans:
-                    tally["no_parent"] += orphans
-                self._store_batch(life, batch, tally, absent)
-        stored, present = tally.pop("stored", 0), tally.pop("present", 0)
-        return StoreResult(stored, present, dict(tally))
-
-    def _store_batch(
-        self,
-        life: Life | None,
-        batch: Sequence[StoreItem],
-        tally: Counter[str],
-        absent: set[BlockKey],
-    ) -> None:
-        """Store a batch and add what became of each block to tally, what was dropped to absent."""
-        before = tally.total()
-        try:
-            if life is None or life.ended:
-                raise Detached("no session")
-            if batch:
-                self._reserve_fill_commit(life, batch, tally, absent)
-        except KvistError as error:
-            # What the sidecar holds reserved for this session is unknown now: end it, so that
-            # all its slots come back, and begin a new one.
-            self._control.hang_up()
-            self._log.debug("store dropped", reason=str(error))
-        lost = len(batch) - (tally.total() - before)
-        if lost:
-            tally["detached"] += lost
-            absent.update(item.key for item in batch)
-
-    def _reserve_fill_commit(
-        self,
-        life: Life,
-        batch: Sequence[StoreItem],
-        tally: Counter[str],
-        absent: set[BlockKey],
-    ) -> None:
-        """Raises: Detached, SessionUnknown; blocks not in tally by then are lost."""
-        names = [cache_pb2.BlockName(key=item.key, parent=item.parent) for item in batch]
-        self.rpc_calls += 1
-        reply = self._control.reserve(
-            cache_pb2.ReserveRequest(session=life.session, blocks=names)
-        )
-        if len(reply.reservations) != len(batch):
-            raise Detached("the sidecar answered for another number of blocks")
-        filled: list[tuple[int, StoreItem]] = []
-        for item, reservation in zip(batch, reply.reservations, strict=True):
-            if reservation.outcome == cache_pb2.Reservation.RESERVED:
-                self._fill(life, reservation.slot, item)
-                filled.append((reservation.slot, item))
-            elif reservation.outcome == cache_pb2.Reservation.PRESENT:
-                tally["present"] += 1
-            else:
-                tally[reservation.reason or "full"] += 1
-                absent.add(item.key)
-        if not filled:
-            return
-        self.rpc_calls += 1
-        slots = [slot for slot, _ in filled]
-        done = self._control.commit(cache_pb2.CommitRequest(session=life.session, slots=slots))
-        if len(done.committed) != len(filled):
-            raise Detached("the sidecar answered for another number of slots")
-        for (_, item), committed in zip(filled, done.committed, strict=True):
-            tally["stored" if committed else "torn"] += 1
-            if committed:
-                life.add({"stored_bytes": item.payload.nbytes})
-            else:
-                absent.add(item.key)
-
-    def _fill(self, life: Life, slot: int, item: StoreItem) -> None:
-        if life.ended:
-            raise Detached("the session ended before the block was copied")
-        header = BlockHeader(
-            key=item.key,
-            parent=item.parent,
-            namespace=item.namespace,
-            depth=item.depth,
-            tokens=item.tokens,
-            payload_bytes=item.payload.nbytes,
-            checksum=checksum(item.payload),
-            created_s=int(self._wall()),
-        )
-        life.arena.fill(slot, header, item.payload)
-
-
-def _absence(life: Life) -> str:
-    """Why a block that the index does not show is not there."""
-    state = life.index.flash_state
-    if state == FLASH_FAILED:
-        return "flash_off"
-    return "flash_rebuilding" if state == FLASH_REBUILDING else "not_stored"
+            return self._storer.store(life, items)
 
 
 def open_cache(address: str, namespace: Namespace, name: str, log: Log) -> CacheClient:

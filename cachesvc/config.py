@@ -210,7 +210,8 @@ class SidecarConfig:
                 f"slot_bytes: {format_bytes(self.slot_bytes)} is more than dram_bytes, "
                 f"{format_bytes(self.dram_bytes)}; raise dram_bytes"
             )
-        if self.listen and self.listen == self.http_listen:
+        taken = self.listen and not self.listen.endswith(":0")  # any free port, each its own
+        if taken and self.listen == self.http_listen:
             raise ConfigInvalid(f"http_listen: {self.listen} is also listen; give it another port")
 
 

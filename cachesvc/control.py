@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import grpc
+from google.protobuf.message import Message
 
 from kvist.proto import cache_pb2
 from kvist.proto.cache_pb2_grpc import CacheStub
@@ -47,7 +48,12 @@ class Control(Protocol):
     Threads: attach and wait_ended are called by one thread, reserve, commit and abort by one
     other; hang_up and close by any. All may block, none for longer than CALL_TIMEOUT_S but
     attach and wait_ended, which hang_up ends.
+
+    Attributes:
+        calls: how many were made so far.
     """
+
+    calls: int
 
     def attach(self, request: cache_pb2.AttachRequest) -> cache_pb2.AttachReply:
         """Open a session; it lives until wait_ended returns.
@@ -107,19 +113,31 @@ class GrpcControl:
     """
 
     def __init__(self, address: str) -> None:
+        self.calls = 0
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = CacheStub(self._channel)
         self._stream: grpc.CallIterator[cache_pb2.AttachReply] | None = None
 
     def attach(self, request: cache_pb2.AttachRequest) -> cache_pb2.AttachReply:
         """See Control.attach."""
+        self.calls += 1
         try:
             self._stream = self._stub.Attach(request)
-            return next(self._stream)
+            reply: cache_pb2.AttachReply = next(self._stream)
         except grpc.RpcError as error:
             _raise(error)
         except (StopIteration, ValueError):  # ended before its reply; channel closed
             raise Detached("the session ended before it had begun") from None
+        return reply
+
+    def _call(self, method: grpc.UnaryUnaryMultiCallable, request: Message) -> Any:
+        self.calls += 1
+        try:
+            return method(request, timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as error:
+            _raise(error)
+        except ValueError:
+            raise Detached("the channel is closed") from None
 
     def wait_ended(self) -> str:
         """See Control.wait_ended."""
@@ -138,24 +156,18 @@ class GrpcControl:
 
     def reserve(self, request: cache_pb2.ReserveRequest) -> cache_pb2.ReserveReply:
         """See Control.reserve."""
-        try:
-            return self._stub.Reserve(request, timeout=CALL_TIMEOUT_S)
-        except grpc.RpcError as error:
-            _raise(error)
+        reply: cache_pb2.ReserveReply = self._call(self._stub.Reserve, request)
+        return reply
 
     def commit(self, request: cache_pb2.CommitRequest) -> cache_pb2.CommitReply:
         """See Control.commit."""
-        try:
-            return self._stub.Commit(request, timeout=CALL_TIMEOUT_S)
-        except grpc.RpcError as error:
-            _raise(error)
+        reply: cache_pb2.CommitReply = self._call(self._stub.Commit, request)
+        return reply
 
     def abort(self, request: cache_pb2.AbortRequest) -> cache_pb2.AbortReply:
         """See Control.abort."""
-        try:
-            return self._stub.Abort(request, timeout=CALL_TIMEOUT_S)
-        except grpc.RpcError as error:
-            _raise(error)
+        reply: cache_pb2.AbortReply = self._call(self._stub.Abort, request)
+        return reply
 
     def close(self) -> None:
         """See Control.close."""

@@ -265,13 +265,24 @@ def savings(turns: Sequence[Turn]) -> list[str]:
     return lines
 
 
-def run_demo(model: str, keep: bool) -> int:
-    """Play the demo; return the exit code: 0 if all answers were equal and every tier had hits."""
-    console = Console()
+def run_demo(model: str, keep: bool, svg: str | None) -> int:
+    """Play the demo.
+
+    Args:
+        model: as `kvist serve` takes it.
+        keep: leave everything running until Ctrl-C.
+        svg: file for a picture of the output, or None.
+
+    Returns:
+        exit code: 0 if all answers were equal and every tier had hits.
+    """
+    console = Console(record=svg is not None)
     with tempfile.TemporaryDirectory(prefix="kvist-demo-") as folder:
         demo = Demo(console, Path(folder), model)
         try:
             good = demo.run()
+            if svg is not None:
+                console.save_svg(svg, title="make demo")
             if keep:
                 _linger(console, demo)
             else:

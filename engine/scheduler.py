@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from kvist.engine.pages import Pages
@@ -113,19 +113,19 @@ class Scheduler:
         for decode in (True, False):
             for sequence in [s for s in self.running if (s.remaining == 1) == decode]:
                 count = self._chunk(sequence, budget)
-                if count and self._make_room(sequence, work):
+                if count and self._make_room(sequence):
                     work.append(Work(sequence, sequence.computed, count))
                     budget -= count
         loads: list[Sequence] = []
-        while budget > 0 and (sequence := self._admit()) is not None:
-            if sequence.found:
-                self.loading.append(sequence)
-                sequence.state = State.LOADING
-                loads.append(sequence)
+        while budget > 0 and (admitted := self._admit()) is not None:
+            if admitted.found:
+                self.loading.append(admitted)
+                admitted.state = State.LOADING
+                loads.append(admitted)
                 continue
-            self._run(sequence)
-            count = self._chunk(sequence, budget)
-            work.append(Work(sequence, sequence.computed, count))
+            self._run(admitted)
+            count = self._chunk(admitted, budget)
+            work.append(Work(admitted, admitted.computed, count))
             budget -= count
         return Step(work, loads)
 
@@ -158,60 +158,79 @@ class Scheduler:
             count = end - sequence.computed if end > sequence.computed else count
         return count
 
-    def _make_room(self, sequence: Sequence, work: list[Work]) -> bool:
+    def _make_room(self, sequence: Sequence) -> bool:
         """See that a running sequence has a page for its next token, at the youngest's expense.
 
-        A sequence waits a step when nobody younger has pages to give: those that are missing are
-        with a load or a copy, which end by themselves.
+        A lone sequence waits a step when no page is left: those that are missing are with loads
+        and copies, which end by themselves. The oldest comes first, so whoever is preempted has
+        no work in this step yet.
         """
         if sequence.state is not State.RUNNING:
             return False  # preempted earlier in this step
         while len(sequence.pages) < sequence.pages_needed:
             if self._pages.available:
                 sequence.pages += self._pages.allocate(1)
-                continue
-            if len(self.running) == 1:
+            elif len(self.running) == 1:
                 return False
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            work[:] = [one for one in work if one.sequence is not youngest]
-            if youngest is sequence:
-                return False
+            else:
+                youngest = self.running[-1]
+                self._preempt(youngest)
+                if youngest is sequence:
+                    return False
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)
         self._give_back(sequence)
         sequence.state = State.WAITING
-        sequence.preempted = True
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
     def _admit(self) -> Sequence | None:
-        """Take the first waiting sequence if there is a seat and all its pages can be had."""
-        if not self.waiting or len(self.running) + len(self.loading) >= self._max_seqs:
+        """Take the first waiting sequence if there is a seat and all its pages can be had.
+
+        One whose next block is being computed or loaded by another lets those behind it pass: it
+        takes the finished block later. As many as there are seats are looked at in a step.
+        """
+        if len(self.running) + len(self.loading) >= self._max_seqs:
             return None
-        sequence = self.waiting[0]
-        pages = self._pages.lookup(sequence.keys()[: sequence.usable_blocks])
-        missing = sequence.pages_needed - len(pages)
-        spare = min(len(self.running) + len(self.loading), self._pages.total // RESERVE_SHARE)
-        if missing + spare > self._pages.available - self._pages.idle(pages):
-            return None
-        self.waiting.popleft()
+        for sequence in islice(self.waiting, self._max_seqs):
+            pages = self._pages.lookup(sequence.keys()[: sequence.usable_blocks])
+            if self._follows(sequence, len(pages)):
+                continue
+            missing = sequence.pages_needed - len(pages)
+            spare = min(len(self.running) + len(self.loading), self._pages.total // RESERVE_SHARE)
+            if missing + spare > self._pages.available - self._pages.idle(pages):
+                return None
+            self.waiting.remove(sequence)
+            self._seat(sequence, pages, missing)
+            return sequence
+        return None
+
+    def _follows(self, sequence: Sequence, blocks: int) -> bool:
+        """Another sequence is about to complete the first block that this one lacks."""
+        if blocks >= sequence.usable_blocks or not sequence.reuses:
+            return False
+        key = sequence.keys()[blocks]
+        for other in (*self.running, *self.loading):
+            keys = other.keys()
+            if other.registered <= blocks < len(keys) and keys[blocks] == key:
+                return True
+        return False
+
+    def _seat(self, sequence: Sequence, pages: list[int], missing: int) -> None:
         self._pages.hold(pages)
         sequence.registered = len(pages)
         sequence.computed = len(pages) * self._block_tokens
         sequence.pages = pages + self._pages.allocate(missing)
         sequence.found, sequence.found_end = (), ""
         self._finder.find(sequence, len(pages))
-        return sequence
 
     def _register(self, sequence: Sequence) -> range:
         """Put pages that have become complete into the index."""
-        first = sequence.registered
-        if not sequence.reuses:
-            return range(first, first)
-        full = sequence.computed // self._block_tokens
+        first, full = sequence.registered, sequence.computed // self._block_tokens
+        if not sequence.reuses or full == first:
+            return range(0)
         keys = sequence.keys()
         for block in range(first, full):
             sequence.pages[block] = self._pages.register(
@@ -237,12 +256,6 @@ class Scheduler:
         self._pages.release(sequence.pages)
         sequence.pages = []
         sequence.computed = sequence.registered = 0
-
-    def everyone(self) -> Iterable[Sequence]:
-        """All sequences that have not ended."""
-        yield from self.running
-        yield from self.loading
-        yield from self.waiting
 
 
 def _number(sequence: Sequence) -> int:

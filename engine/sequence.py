@@ -5,11 +5,15 @@ from __future__ import annotations
 import enum
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvist.engine.request import CachedTokens, NewRequest, TokenLogprobs
+from kvist.engine.request import CachedTokens, NewRequest
 from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace
+
+if TYPE_CHECKING:  # the schedule needs no torch, and so its tests need none
+    from kvist.engine.sampler import DrawState
 
 SALTS_REMEMBERED = 1024
 """Digests kept, one per tenant salt; making one again costs 20 us."""
@@ -68,6 +72,7 @@ class Sequence:
         limits: see there.
         digest: namespace digest of its keys; None reuses and keeps nothing (a bypass).
         arrived_s: when it came, on the core's clock.
+        draws: its own random stream; the runner's.
         tokens: prompt and output so far.
         pages: page of position p is pages[p // block_tokens].
         computed: positions whose KV is in the pages, from the start.
@@ -78,10 +83,9 @@ class Sequence:
         counted: its lookup was counted.
         store_stopped: a block of it was dropped; those after it would have no parent in the cache.
         cached: prompt tokens that were not computed, by tier.
-        sent: output tokens that were handed out.
+        finish_reason: "stop" or "length" once its last token is there.
         scheduled_s: when its first step began.
         first_token_s: when it had its first token.
-        preempted: it lost its pages at least once.
     """
 
     request: NewRequest
@@ -89,6 +93,7 @@ class Sequence:
     limits: Limits
     digest: bytes | None
     arrived_s: float
+    draws: DrawState | None = None
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
@@ -99,12 +104,9 @@ class Sequence:
     counted: bool = False
     store_stopped: bool = False
     cached: CachedTokens = field(default_factory=CachedTokens)
-    sent: int = 0
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     scheduled_s: float | None = None
     first_token_s: float | None = None
-    preempted: bool = False
     _chain: KeyChain | None = None
     _hashed: int = 0
     _stops: frozenset[int] = frozenset()

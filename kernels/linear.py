@@ -39,7 +39,7 @@ def best_cpu_dtype() -> torch.dtype:
 
 def _packs(dtype: torch.dtype) -> bool:
     """Whether oneDNN packs weights of this dtype and multiplies them in hardware."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch._C._has_mkldnn:
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(

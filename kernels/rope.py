@@ -16,6 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
+# Rows turned at a time: their float32 copies then stay in the processor's cache. 2048 rows of 12
+# heads of 64: 1.9 ms with 128, 2.3 ms with 32 or 256, 7.2 ms all at once.
+CACHE_ROWS = 128
+
 
 @dataclass(frozen=True, slots=True)
 class RopeParams:
@@ -93,7 +97,7 @@ def rope_reference(x: torch.Tensor, positions: torch.Tensor, params: RopeParams)
     if params.divisors:
         frequencies = frequencies / torch.tensor(params.divisors, dtype=torch.float64)
     angle = (positions.double()[:, None] * frequencies)[:, None, :]
-    first, second = x.double().split(half, dim=-1)
+    first, second = x.double()[..., :half], x.double()[..., half:]
     turned = first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()
     return torch.cat(turned, dim=-1)
 
@@ -139,5 +143,10 @@ def rope(x: torch.Tensor, step: RopeStep) -> torch.Tensor:
         A new tensor, same shape and dtype; computed in float32 and rounded once.
     """
     half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    return (x * step.cos).add_(swapped * step.sin).to(x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for first in range(0, x.shape[0], CACHE_ROWS):
+        rows = slice(first, first + CACHE_ROWS)
+        wide = x[rows].to(torch.float32, copy=True)
+        swapped = torch.cat((wide[..., half:], wide[..., :half]), dim=-1).mul_(step.sin[rows])
+        out[rows] = wide.mul_(step.cos[rows]).add_(swapped)
+    return out

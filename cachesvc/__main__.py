@@ -1,0 +1,184 @@
+"""kvistd, the sidecar: reads its settings, builds the objects and wires them together."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import os
+import secrets
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from importlib.metadata import version
+from pathlib import Path
+
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from kvist.cachesvc.beat import Beat, call_on
+from kvist.cachesvc.config import SidecarConfig, add_flags, as_toml, check_space, load_config
+from kvist.cachesvc.dashboard import Dashboard
+from kvist.cachesvc.folders import OwnedFolder, sweep
+from kvist.cachesvc.log import Log
+from kvist.cachesvc.metrics import Metrics
+from kvist.cachesvc.service import CacheService, Server
+from kvist.cachesvc.store import Store, StoreConfig, StoreStats
+from kvist.proto.errors import ConfigInvalid, FormatRefused, KvistError
+from kvist.tiers.segment import clear_directory
+
+EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
+# Figures that are not there in 2 s are no use to a page that asks each second.
+STATS_TIMEOUT_S = 2.0
+ARENA_PREFIX = "kvistd-"
+
+
+def main(
+    arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ
+) -> int:
+    """Run kvistd; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="kvistd",
+        description="Kvist's sidecar: owns the DRAM and flash cache of a node.",
+        epilog="Every setting can also stand in the file or, as KVIST_NAME, in the environment.",
+    )
+    parser.add_argument("--version", action="version", version=f"kvistd {version('kvist')}")
+    parser.add_argument("--print-config", action="store_true", help="print the settings, as TOML")
+    parser.add_argument("--clear-flash", action="store_true", help="empty the flash folder")
+    add_flags(parser)
+    flags = parser.parse_args(arguments)
+    try:
+        loaded = load_config(flags, environment)
+        if flags.print_config:
+            sys.stdout.write(as_toml(loaded))
+            return EXIT_OK
+        if flags.clear_flash:
+            return clear_flash(loaded.config)
+        return run(loaded.config)
+    except (ConfigInvalid, FormatRefused) as error:
+        print(f"kvistd: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except (KvistError, OSError) as error:
+        print(f"kvistd: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def clear_flash(config: SidecarConfig) -> int:
+    """Remove Kvist's files from the flash folder, unless a process uses them."""
+    if config.flash_path is None:
+        raise ConfigInvalid("flash_path: not set; say which folder to clear")
+    clear_directory(config.flash_path)
+    print(f"kvistd: {config.flash_path} is clear")
+    return EXIT_OK
+
+
+def run(config: SidecarConfig) -> int:
+    """Take a folder in memory, serve until a signal comes, leave nothing behind."""
+    os.umask(0o077)
+    log = Log(sys.stderr, config.log_level, config.log_format)
+    with ExitStack() as stack:
+        # Several sidecars may share shm_dir: each life has a folder of its own in it.
+        swept = sweep(config.shm_dir, ARENA_PREFIX)
+        if swept:
+            log.info("left-over arenas removed", shm_dir=config.shm_dir, folders=swept)
+        check_space(config)
+        name = f"{ARENA_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+        arena_folder = OwnedFolder(config.shm_dir / name)
+        stack.callback(arena_folder.remove)
+        _make_socket_folder(config.socket)
+        return uvloop.run(serve(config, arena_folder.path, log))
+
+
+async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
+    """The wiring diagram: store, beat, service, page; and their end in the other order."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    failures: list[Exception] = []
+
+    def fail(error: Exception) -> None:
+        failures.append(error)
+        log.error("store failed", trace="".join(traceback.format_exception(error)))
+        stop.set()
+
+    def read() -> StoreStats:
+        return call_on(loop, store.stats, STATS_TIMEOUT_S)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    registry = CollectorRegistry()
+    async with AsyncExitStack() as stack:
+        store = Store(
+            store_config(config, arena_folder), loop.call_soon_threadsafe, time.monotonic, log
+        )
+        store.open()
+        stack.callback(store.close)
+        beat = Beat(loop, store, fail)
+        beat.start(store.bell_path)
+        stack.callback(beat.stop)
+        server = Server(CacheService(store, beat, fail), config.socket, config.listen)
+        await server.start()
+        stack.push_async_callback(server.stop)
+        Metrics(registry, read, version("kvist"))
+        page_url = ""
+        if config.http_listen:
+            page = Dashboard(config.http_listen, read, registry, version("kvist"))
+            page.start()
+            # The page's threads wait for the loop, so the loop must not wait for them.
+            stack.push_async_callback(asyncio.to_thread, page.close)
+            page_url = page.url
+        # What lives now lives as long as the process; the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        _say_ready(log, config, server.listen, page_url)
+        await stop.wait()
+        log.info("stopping")
+    log.info("stopped")
+    return EXIT_FAILED if failures else EXIT_OK
+
+
+def store_config(config: SidecarConfig, arena_folder: Path) -> StoreConfig:
+    """The part of the settings that the store knows."""
+    return StoreConfig(
+        run_dir=config.run_dir,
+        shm_dir=arena_folder,
+        dram_bytes=config.dram_bytes,
+        flash_path=config.flash_path,
+        flash_bytes=config.flash_bytes,
+        slot_bytes=config.slot_bytes,
+        io_threads=config.io_threads,
+        flash_queue_blocks=config.flash_queue_blocks,
+        reservation_share=config.reservation_share,
+    )
+
+
+def _say_ready(log: Log, config: SidecarConfig, listen: str, page_url: str) -> None:
+    log.info(
+        "ready",
+        socket=config.socket,
+        listen=listen or "off",
+        page=page_url or "off",
+        metrics=f"{page_url}metrics" if page_url else "off",
+        start_ms=round(1000 * (time.clock_gettime(time.CLOCK_BOOTTIME) - _started_s())),
+    )
+
+
+def _started_s() -> float:
+    """When the kernel started this process, seconds since boot; to 10 ms."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _make_socket_folder(socket: Path) -> None:
+    try:
+        socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigInvalid(
+            f"socket: cannot make {socket.parent}: {error.strerror}; give a path of this user"
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

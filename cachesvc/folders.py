@@ -1,0 +1,100 @@
+"""Folders that belong to one living process, and what dead ones left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from kvist.proto.errors import ConfigInvalid
+
+LOCK_NAME = "lock"
+
+
+class OwnedFolder:
+    """A folder that nobody else uses while this object, or the process, lives.
+
+    The owner holds a lock on a file in it, which the kernel drops however the process ends.
+
+    Args:
+        path: made if it is not there, for its user only.
+
+    Attributes:
+        path: the folder.
+
+    Raises:
+        ConfigInvalid: another process owns it, or it cannot be made or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            handle = _lock(path)
+        except OSError as error:
+            raise ConfigInvalid(
+                f"{path}: {error.strerror}; give a folder that this user may write"
+            ) from None
+        if handle is None:
+            raise ConfigInvalid(
+                f"{path}: another process of Kvist uses this folder; stop it or give another one"
+            )
+        self._handle = handle
+
+    def close(self) -> None:
+        """Give the folder up and leave its content."""
+        os.close(self._handle)
+
+    def remove(self) -> None:
+        """Give the folder up and delete it with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._handle)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the folder's lock, or None when somebody else holds it."""
+    while True:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            handle = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            continue  # swept between the two lines
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _same_file(handle, path / LOCK_NAME):
+                return handle
+        except BlockingIOError:
+            if _same_file(handle, path / LOCK_NAME):
+                os.close(handle)
+                return None
+        os.close(handle)  # the folder was swept before we had the lock: make it again
+
+
+def _same_file(handle: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), path.stat())
+    return False
+
+
+def sweep(parent: Path, prefix: str) -> int:
+    """Delete what dead processes of this user left.
+
+    Args:
+        parent: where to look; need not exist.
+        prefix: of the names of OwnedFolders in it; nothing else is touched.
+
+    Returns: how many folders went.
+    """
+    swept = 0
+    for path in sorted(parent.glob(f"{prefix}*")):
+        lock = path / LOCK_NAME
+        # Without a lock file it is not, or not yet, an owned folder; and others' stay theirs.
+        with contextlib.suppress(OSError):
+            if lock.is_file() and not lock.is_symlink() and lock.stat().st_uid == os.getuid():
+                handle = _lock(path)
+                if handle is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    os.close(handle)
+                    swept += 1
+    return swept

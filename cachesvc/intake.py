@@ -1,0 +1,214 @@
+"""Intake: how blocks come in, in two phases. Reserve a slot, fill it, commit it.
+
+Before commit a block does not exist for anybody: it is not in the index, and its slot cannot be
+read. A block may be reserved only on top of one that is stored, or reserved by the same session,
+and committed only on top of one that is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kvist.cachesvc.blocks import NO_ROW
+from kvist.cachesvc.index import Location
+from kvist.cachesvc.moves import Moves
+from kvist.cachesvc.placement import Placement
+from kvist.cachesvc.sessions import Reservation, Session, Sessions
+from kvist.proto.errors import BlockCorrupt, KvistError, TierFull
+from kvist.proto.keys import NO_KEY, BlockKey
+from kvist.proto.record import BlockHeader, Bytes, checksum, unpack_header
+from kvist.proto.slot import fill_slot, payload_of
+
+Outcome = Literal["reserved", "present", "refused"]
+Refusal = Literal["", "full", "share", "no_parent"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """The answer for one block of a reserve.
+
+    Attributes:
+        outcome: reserved: fill the slot, then commit. present: stored, or being stored.
+        slot: of the arena; None unless reserved.
+        reason: why refused; "" otherwise.
+    """
+
+    outcome: Outcome
+    slot: int | None = None
+    reason: Refusal = ""
+
+
+class Intake:
+    """Takes blocks in. One thread.
+
+    Args:
+        share: slots that one session may hold reserved at once.
+    """
+
+    def __init__(self, placement: Placement, moves: Moves, sessions: Sessions, share: int) -> None:
+        self._placement = placement
+        self._moves = moves
+        self._sessions = sessions
+        self._share = share
+
+    def reserve(
+        self, session: Session, blocks: Sequence[tuple[BlockKey, BlockKey]]
+    ) -> list[Reserved]:
+        """Slots for blocks that are about to be stored.
+
+        Args:
+            blocks: (key, parent's key or NO_KEY), parents before their children.
+
+        Returns: one answer per block, same order.
+        """
+        return [self._reserve_one(session, key, parent) for key, parent in blocks]
+
+    def _reserve_one(self, session: Session, key: BlockKey, parent: BlockKey) -> Reserved:
+        if self._is_here(key) or self._sessions.holder(key) is not None:
+            return Reserved("present")
+        if not self._stands(session, parent):
+            return Reserved("refused", reason="no_parent")
+        if len(session.reserved) >= self._share:
+            return Reserved("refused", reason="share")
+        self._sessions.await_child(parent)  # first, so that its parent is not what is evicted
+        try:
+            slot = self._placement.allocate_dram()
+        except TierFull:
+            self._sessions.forget_child(parent)
+            self._offer_parent(parent)
+            return Reserved("refused", reason="full")
+        self._sessions.reserve(session, Reservation(key, parent, slot))
+        return Reserved("reserved", slot)
+
+    def _is_here(self, key: BlockKey) -> bool:
+        """Whether storing the block again would bring nothing.
+
+        One that is only on flash, while flash is away, is worth having in DRAM.
+        """
+        index = self._placement.index
+        row = index.locate(key)
+        if row is None:
+            return False
+        return index.dram(row) is not None or self._moves.state == "ready"
+
+    def _stands(self, session: Session, parent: BlockKey) -> bool:
+        if parent == NO_KEY or self._sessions.holder(parent) == session.id:
+            return True
+        return self._placement.index.locate(parent) is not None
+
+    def _offer_parent(self, parent: BlockKey) -> None:
+        row = None if parent == NO_KEY else self._placement.index.locate(parent)
+        if row is not None:
+            self._placement.offer(row)
+
+    def commit(self, session: Session, slots: Sequence[int]) -> list[bool]:
+        """Make filled slots visible, parents before their children.
+
+        Returns: one answer per slot; False when the session did not hold it, its record is not
+            what was reserved, or its parent is not stored. The slot is given back then.
+        """
+        tick = self._placement.next_tick()
+        rows: list[int] = []
+        answers = [self._commit_one(session, slot, tick, rows) for slot in slots]
+        for row in rows:
+            self._moves.sink_new(row)
+        for row in rows:
+            self._placement.offer(row)
+        return answers
+
+    def _commit_one(self, session: Session, slot: int, tick: int, rows: list[int]) -> bool:
+        reservation = self._sessions.release(session, slot)
+        if reservation is None:
+            return False
+        try:
+            header = self._placement.dram.header(slot)
+            if (header.key, header.parent) != (reservation.key, reservation.parent):
+                raise BlockCorrupt("the slot holds another block than was reserved")
+            rows.append(self._enter(header, slot, tick))
+            return True
+        except KvistError:
+            self._placement.counts.commits_refused += 1
+            self._placement.dram.free(slot)
+            self._offer_parent(reservation.parent)
+            return False
+
+    def _enter(self, header: BlockHeader, slot: int, tick: int) -> int:
+        """Store what a slot holds; its row. Raises: KvistError; the slot is the caller's."""
+        placement, blocks = self._placement, self._placement.blocks
+        if header.shape.record_bytes > placement.dram.slot_bytes:
+            raise BlockCorrupt("the record is longer than its slot")
+        parent = self._parent(header)
+        row = placement.index.locate(header.key)
+        placement.dram.publish(slot)
+        if row is None:
+            location = Location(slot, None)
+            row = placement.insert(header.key, parent, header.namespace, location, tick)
+        elif placement.index.dram(row) is None:
+            blocks.gain_dram(row, slot)
+            placement.policy.touched([row], tick)
+        else:  # it rose meanwhile
+            placement.dram.free(slot)
+        placement.counts.dram_written += 1
+        return row
+
+    def _parent(self, header: BlockHeader) -> int:
+        """Row of the block before. Raises: BlockCorrupt when it is not there or does not fit."""
+        if header.parent == NO_KEY:
+            if header.depth:
+                raise BlockCorrupt("a block without a parent is not the first")
+            return NO_ROW
+        blocks, row = self._placement.blocks, self._placement.index.locate(header.parent)
+        if row is None:
+            raise BlockCorrupt("the block before is not stored")
+        if blocks.depth[row] + 1 != header.depth or blocks.namespace(row) != header.namespace:
+            raise BlockCorrupt("the block does not follow the one before")
+        return row
+
+    def abort(self, session: Session, slots: Sequence[int]) -> None:
+        """Take back slots that their worker will not write; those it does not hold are fine."""
+        for slot in slots:
+            reservation = self._sessions.release(session, slot)
+            if reservation is not None:
+                self._placement.dram.free(slot)
+                self._offer_parent(reservation.parent)
+
+    def put_record(self, record: memoryview) -> Literal["stored", "present", "refused"]:
+        """Store a whole record of a client that shares no memory.
+
+        Raises:
+            BlockCorrupt: it is not whole. FormatRefused: of another version.
+        """
+        header = unpack_header(record)
+        payload = payload_of(record, header)
+        if header.shape.record_bytes > self._placement.dram.slot_bytes:
+            raise BlockCorrupt("the record is longer than a slot")
+        if checksum(payload) != header.checksum:
+            raise BlockCorrupt("payload checksum differs")
+        if self._is_here(header.key) or self._sessions.holder(header.key) is not None:
+            return "present"
+        try:
+            row = self._put(header, payload)
+        except KvistError:
+            self._offer_parent(header.parent)
+            return "refused"
+        self._moves.sink_new(row)
+        self._placement.offer(row)
+        return "stored"
+
+    def _put(self, header: BlockHeader, payload: Bytes) -> int:
+        """Raises: TierFull, BlockCorrupt when it does not fit what is stored."""
+        placement = self._placement
+        self._parent(header)
+        self._sessions.await_child(header.parent)
+        try:
+            slot = placement.allocate_dram()
+        finally:
+            self._sessions.forget_child(header.parent)
+        try:
+            fill_slot(placement.dram.slot_view(slot), header, payload)
+            return self._enter(header, slot, placement.next_tick())
+        except KvistError:
+            placement.dram.free(slot)
+            raise

@@ -1,0 +1,132 @@
+"""Prometheus metrics of the sidecar: the store's figures, read at each scrape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvist.cachesvc.store import StoreStats
+
+TIER_STATES = ("ready", "rebuilding", "failed", "off")
+# Name of an event of placement.Counts -> the label under which it is shown.
+_NOT_SUNK = {"sinks_dropped": "no_room", "sinks_failed": "device"}
+_NOT_RISEN = {"rises_refused": "no_room", "rises_failed": "device"}
+_CORRUPT = {"dram_corrupt": "dram", "flash_corrupt": "flash"}
+_REFUSED = {"commits_refused": "commit", "index_refused": "index", "orphans_dropped": "orphan"}
+
+
+class Metrics(Collector):
+    """Everything that /metrics shows. Nothing is counted here, so nothing can be counted twice.
+
+    Args:
+        registry: where to be found.
+        read: the store's figures; called at each scrape, from the scraper's thread.
+        version: of the program.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry, read: Callable[[], StoreStats], version: str
+    ) -> None:
+        self._read = read
+        self._version = version
+        registry.register(self)
+
+    def describe(self) -> list[Metric]:
+        """Nothing in advance, or registering would already read the store."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, from one reading."""
+        stats = self._read()
+        yield from self._tokens(stats)
+        yield from self._workers(stats)
+        yield from self._tiers(stats)
+        yield from self._events(stats)
+        yield _gauge("kvist_sessions", "Workers attached.", stats.sessions)
+        yield _gauge(
+            "kvist_reserved_slots", "Slots that workers are filling.", stats.reserved_slots
+        )
+        yield _gauge("kvist_blocks", "Blocks held, in whatever tier.", stats.blocks)
+        yield _gauge("kvist_uptime_seconds", "Seconds since the start.", stats.uptime_s)
+        info = GaugeMetricFamily("kvist_build_info", "Always 1.", labels=["version"])
+        info.add_metric([self._version], 1)
+        yield info
+
+    def _tokens(self, stats: StoreStats) -> Iterator[Metric]:
+        # The sum and not the worker's own word for it: a worker adds to its counters one after
+        # the other, and a scrape may come in between.
+        requested = sum(stats.hit_tokens.values()) + sum(stats.miss_tokens.values())
+        yield _counter("kvist_requested_tokens", "Prompt tokens that were asked for.", requested)
+        yield _counters("kvist_hit_tokens", "Tokens found.", "tier", stats.hit_tokens)
+        yield _counters("kvist_miss_tokens", "Tokens computed.", "reason", stats.miss_tokens)
+
+    def _workers(self, stats: StoreStats) -> Iterator[Metric]:
+        for name, text in (
+            ("lookups", "Requests that asked the cache."),
+            ("loaded_bytes", "Bytes that workers copied out."),
+            ("stored_bytes", "Bytes that workers copied in."),
+            ("ring_drops", "Reports of workers that found their ring full."),
+        ):
+            yield _counter(f"kvist_{name}", text, stats.counters.get(name, 0))
+
+    def _tiers(self, stats: StoreStats) -> Iterator[Metric]:
+        tiers = {use.tier: use for use in stats.tiers}
+        for field, text in (
+            ("slots", "Slots there are."),
+            ("used_slots", "Slots in use."),
+            ("slot_bytes", "Bytes of a slot."),
+        ):
+            values = {tier: getattr(use, field) for tier, use in tiers.items()}
+            yield _gauges(f"kvist_tier_{field}", text, "tier", values)
+        for field, text in (
+            ("evicted_blocks", "Copies dropped to make room."),
+            ("written_blocks", "Blocks written."),
+            ("read_blocks", "Blocks read by the sidecar; workers read DRAM by themselves."),
+        ):
+            values = {tier: getattr(use, field) for tier, use in tiers.items()}
+            yield _counters(f"kvist_{field}", text, "tier", values)
+        for name, field in (("written", "written_blocks"), ("read", "read_blocks")):
+            values = {t: getattr(use, field) * use.slot_bytes for t, use in tiers.items()}
+            yield _counters(f"kvist_{name}_bytes", f"Bytes {name}, whole slots.", "tier", values)
+        state = GaugeMetricFamily(
+            "kvist_tier_state", "1 for the state that the tier is in.", labels=["tier", "state"]
+        )
+        for tier, use in tiers.items():
+            for name in TIER_STATES:
+                state.add_metric([tier, name], float(use.state == name))
+        yield state
+
+    def _events(self, stats: StoreStats) -> Iterator[Metric]:
+        for name, text, label, labels in (
+            ("corrupt_blocks", "Copies found damaged and dropped.", "tier", _CORRUPT),
+            ("sink_dropped", "Blocks that did not get a copy on flash.", "reason", _NOT_SUNK),
+            ("rise_dropped", "Blocks that did not come up from flash.", "reason", _NOT_RISEN),
+            ("refused_blocks", "Blocks that were not taken in.", "reason", _REFUSED),
+        ):
+            values = {shown: stats.events.get(event, 0) for event, shown in labels.items()}
+            yield _counters(f"kvist_{name}", text, label, values)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, text, value=value)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _counters(name: str, text: str, label: str, values: dict[str, int]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for shown, value in values.items():
+        family.add_metric([shown], value)
+    return family
+
+
+def _gauges(name: str, text: str, label: str, values: dict[str, int]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=[label])
+    for shown, value in values.items():
+        family.add_metric([shown], value)
+    return family

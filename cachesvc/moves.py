@@ -1,0 +1,388 @@
+"""Moves: what sinks from DRAM to flash and what rises again, and what happens when flash fails.
+
+    sink    every block that is stored is queued at once (write-through), after the block before
+            it; so the copy is there when DRAM needs the room, and an eviction costs no write.
+            What found no room in the queue gets another chance when it or a later block of its
+            conversation is used.
+    rise    when somebody wishes it, first block first. A block rises only into free slots and
+            those of blocks that are less worth keeping than itself.
+
+When the device fails, all moves end, copies on flash are offered to nobody, and once a second a
+flash thread looks whether it is back. Everything else goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Literal
+
+from kvist.cachesvc.blocks import NO_ROW
+from kvist.cachesvc.flashio import FlashIo, Post, Record, Rise, Sink, give, refuse
+from kvist.cachesvc.log import Log
+from kvist.cachesvc.placement import Placement
+from kvist.cachesvc.restore import Restore
+from kvist.proto.errors import BlockCorrupt, BlockMissing, KvistError, TierFull, TierOffline
+from kvist.proto.keys import NO_KEY, BlockKey
+from kvist.proto.shm import FLASH_FAILED, FLASH_OFF, FLASH_READY, FLASH_REBUILDING
+
+FlashState = Literal["off", "ready", "rebuilding", "failed"]
+PROBE_S = 1.0
+
+# Each holds a DRAM slot that nobody can read yet; 8 a thread keep two threads busy.
+_RISES_MAX = 16
+
+_STATES: dict[FlashState, int] = {
+    "off": FLASH_OFF,
+    "ready": FLASH_READY,
+    "rebuilding": FLASH_REBUILDING,
+    "failed": FLASH_FAILED,
+}
+
+
+class Moves:
+    """Moves blocks between the tiers. One thread; see flashio.FlashIo for the others.
+
+    Attributes:
+        state: what workers are told about flash.
+
+    Args:
+        placement: the blocks. Without a flash tier nothing moves.
+        threads: of flash I/O.
+        queue_blocks: how many may wait to sink.
+        post: runs a callable on this thread.
+        log: where the flash tier's changes of state are told.
+    """
+
+    def __init__(
+        self, placement: Placement, threads: int, queue_blocks: int, post: Post, log: Log
+    ) -> None:
+        self.state: FlashState = "off"
+        self._placement = placement
+        self._post = post
+        self._log = log
+        self._flash = placement.flash
+        # A small arena must not be all taken by blocks that wait.
+        self._sinks_max = min(queue_blocks, max(1, placement.dram.slots // 2))
+        self._rises_max = min(_RISES_MAX, max(1, placement.dram.slots // 4))
+        self._sinking = 0
+        self._rising = 0
+        self._wishes: dict[BlockKey, list[Record]] = {}
+        self._probe_at_s = 0.0
+        self._probing = False
+        self._closed = False
+        self._io: FlashIo | None = None
+        self._restore: Restore | None = None
+        if self._flash is not None:
+            self._io = FlashIo(placement.dram, self._flash, threads, post, self)
+            self._restore = Restore(placement, self._flash, post, self._restored)
+
+    def start(self) -> None:
+        """Take over what the last life left on flash; scans in the background if it must."""
+        if self._restore is not None:
+            self._restore.load()
+            self._resume()
+
+    def lost_at_start(self) -> None:
+        """There should be a flash tier, but it could not be opened."""
+        self._enter("failed")
+
+    def close(self) -> None:
+        """Write what waits to sink, forget the wishes, end the threads."""
+        self._closed = True
+        closing = TierOffline("the service is closing")
+        self._refuse_wishes(closing)
+        for job in self._placement.jobs.values():
+            if isinstance(job, Rise):
+                refuse(job.waiters, closing)
+        if self._restore is not None:
+            self._restore.close()
+        if self._io is not None:
+            self._unlist()
+            self._io.close()
+
+    def poll(self, now_s: float) -> None:
+        """Every few milliseconds: let wishes go on, look after the device."""
+        if self._io is None or self._flash is None:
+            return
+        self._unlist()
+        if self.state == "ready" and self._flash.failure:
+            self._fail()
+        if self.state == "failed" and not self._probing and now_s >= self._probe_at_s:
+            self._probing = True
+            self._probe_at_s = now_s + PROBE_S
+            self._io.run(self._probe)
+        if self._wishes:
+            self._pump()
+
+    # Sinking.
+
+    def sink(self, row: int) -> bool:
+        """Queue a block to sink, and what before it is not on flash, from the top.
+
+        Returns: whether the block is queued or there already.
+        """
+        blocks = self._placement.blocks
+        missing = []
+        if self.state == "ready" and self._sinking < self._sinks_max:
+            above = row
+            while above != NO_ROW and not blocks.reaches_flash(above):
+                missing.append(above)
+                above = blocks.parent[above]
+        for each in reversed(missing):
+            if self._sinking >= self._sinks_max or not self._begin_sink(each):
+                break
+        return blocks.reaches_flash(row)
+
+    def sink_new(self, row: int) -> None:
+        """The same for a block just stored: counts it if it stays behind."""
+        if self.state != "off" and not self.sink(row):
+            self._placement.counts.sinks_dropped += 1
+
+    def _begin_sink(self, row: int) -> bool:
+        placement, index = self._placement, self._placement.index
+        dram_slot = index.dram(row)
+        assert self._io is not None
+        assert dram_slot is not None
+        placement.blocks.begin_sink(row)  # first, so that its parent is not what is evicted
+        try:
+            flash_slot = placement.allocate_flash()
+        except (TierFull, TierOffline):
+            placement.blocks.cancel_sink(row)
+            placement.offer(placement.blocks.parent[row])
+            return False
+        job = Sink(row, index.key(row), dram_slot, flash_slot)
+        placement.jobs[row] = job
+        self._sinking += 1
+        self._unlist()
+        self._io.sink(job)
+        return True
+
+    def sunk(self, jobs: list[Sink], offline: bool) -> None:
+        """See flashio.Owner."""
+        if self._closed:
+            return
+        placement = self._placement
+        self._sinking -= len(jobs)
+        for job in jobs:
+            if offline or job.problem is not None:
+                placement.counts.sinks_failed += 1
+            if offline or job.problem is not None or job.cancelled:
+                self._undo_sink(job)
+            else:
+                del placement.jobs[job.row]
+                placement.blocks.finish_sink(job.row, job.flash_slot)
+                placement.counts.flash_written += 1
+                placement.offer(job.row)
+        if offline:
+            self._fail()
+
+    def _undo_sink(self, job: Sink) -> None:
+        assert self._flash is not None
+        placement, blocks = self._placement, self._placement.blocks
+        self._flash.free(job.flash_slot)
+        if not job.cancelled:
+            parent = blocks.parent[job.row]
+            if job.problem is not None:
+                placement.counts.dram_corrupt += 1
+                self._log.warning("block corrupt", tier="dram", reason=str(job.problem))
+                placement.drop_tree(job.row)
+            else:
+                for each in reversed(blocks.subtree(job.row)):
+                    placement.cancel_job(each)
+                    placement.offer(each)
+            placement.offer(parent)
+        row = placement.index.locate(job.key)
+        if row is None or not blocks.reaches_flash(row):
+            placement.unlisted.append(job.key)  # the batch may have named it
+
+    def _unlist(self) -> None:
+        assert self._io is not None
+        for key in self._placement.unlisted:
+            self._io.delete(key)
+        self._placement.unlisted.clear()
+
+    # Rising.
+
+    def rise_chain(self, row: int) -> int:
+        """Wish a block and all before it into DRAM, first block first; how many are not there."""
+        index = self._placement.index
+        if self.state != "ready":
+            return 0
+        chain = reversed(self._placement.blocks.chain(row))
+        return self._wish(index.key(each) for each in chain if index.dram(each) is None)
+
+    def _wish(self, keys: Iterable[BlockKey]) -> int:
+        wished = 0
+        for key in keys:
+            # More than fit into DRAM cannot rise together.
+            if len(self._wishes) < self._placement.dram.slots:
+                self._wishes.setdefault(key, [])
+                wished += 1
+        self._pump()
+        return wished
+
+    def read(self, key: BlockKey) -> Record:
+        """A copy of a block's record, from DRAM or as soon as it has risen there.
+
+        The future gets BlockMissing when no tier holds the block, TierFull when there is no room
+        to rise into, TierOffline or BlockCorrupt as flash says.
+        """
+        waiter: Record = Record()
+        self._wishes.setdefault(key, []).append(waiter)
+        self._pump()
+        return waiter
+
+    def _pump(self) -> None:
+        while self._wishes and self._rising < self._rises_max:
+            key = next(iter(self._wishes))
+            waiters = self._wishes.pop(key)
+            try:
+                self._begin_rise(key, waiters)
+            except KvistError as error:
+                refuse(waiters, error)
+
+    def _begin_rise(self, key: BlockKey, waiters: list[Record]) -> None:
+        """Raises: BlockMissing, TierFull, TierOffline."""
+        placement, index = self._placement, self._placement.index
+        row = index.locate(key)
+        if row is None:
+            raise BlockMissing("the block is not stored")
+        dram_slot, job = index.dram(row), placement.jobs.get(row)
+        if dram_slot is not None:
+            self._give(dram_slot, waiters)
+        elif isinstance(job, Rise):
+            job.waiters += waiters
+        else:
+            self._queue_rise(row, key, waiters)
+
+    def _queue_rise(self, row: int, key: BlockKey, waiters: list[Record]) -> None:
+        placement = self._placement
+        flash_slot = placement.index.flash(row)
+        assert flash_slot is not None
+        if self.state != "ready" or self._io is None:
+            raise TierOffline("flash is not ready")
+        try:
+            dram_slot = placement.allocate_dram(below=placement.policy.rank(row))
+        except TierFull:
+            placement.counts.rises_refused += 1
+            raise
+        job = placement.jobs[row] = Rise(row, key, flash_slot, dram_slot, waiters)
+        self._rising += 1
+        self._io.rise(job)
+
+    def risen(self, job: Rise) -> None:
+        """See flashio.Owner."""
+        if self._closed:
+            return
+        self._rising -= 1
+        try:
+            if job.cancelled:
+                raise BlockMissing("the block was dropped meanwhile")
+            del self._placement.jobs[job.row]
+            self._check(job)
+            self._land(job)
+        except KvistError as error:
+            self._placement.dram.free(job.dram_slot)
+            if not job.cancelled:
+                self._undo_rise(job, error)
+            refuse(job.waiters, error)
+        self._pump()
+
+    def _check(self, job: Rise) -> None:
+        """Raises: why the block could not be read, or BlockCorrupt: it is another one."""
+        blocks, index, header = self._placement.blocks, self._placement.index, job.header
+        if header is None:
+            assert job.problem is not None
+            raise job.problem
+        parent = blocks.parent[job.row]
+        is_it = (
+            header.key == job.key
+            and header.parent == (NO_KEY if parent == NO_ROW else index.key(parent))
+            and header.namespace == blocks.namespace(job.row)
+            and header.depth == blocks.depth[job.row]
+        )
+        if not is_it:
+            raise BlockCorrupt("the slot holds another block")
+
+    def _land(self, job: Rise) -> None:
+        placement = self._placement
+        slot = placement.index.dram(job.row)
+        if slot is not None:  # a worker has stored it anew, while flash was away
+            placement.dram.free(job.dram_slot)
+        else:
+            slot = job.dram_slot
+            placement.dram.publish(slot)
+            placement.gain_dram(job.row, slot)
+            placement.counts.dram_written += 1
+        placement.counts.flash_read += 1
+        placement.offer(job.row)
+        self._give(slot, job.waiters)
+
+    def _undo_rise(self, job: Rise, error: KvistError) -> None:
+        placement = self._placement
+        placement.counts.rises_failed += 1
+        if isinstance(error, TierOffline):
+            placement.offer(job.row)
+            self._fail()
+            return
+        placement.counts.flash_corrupt += 1
+        lost = placement.drop_flash_tree(job.row)
+        self._log.warning("block corrupt", tier="flash", reason=str(error), dropped_blocks=lost)
+
+    def _give(self, slot: int, waiters: list[Record]) -> None:
+        if waiters:
+            self._placement.counts.dram_read += 1
+            give(waiters, self._placement.dram, slot)
+
+    def _refuse_wishes(self, error: KvistError) -> None:
+        wishes, self._wishes = self._wishes, {}
+        for waiters in wishes.values():
+            refuse(waiters, error)
+
+    # The device.
+
+    def clear(self, namespace: bytes | None) -> int:
+        """Drop every block, or every block of one namespace; how many that were."""
+        if self._restore is not None:
+            self._restore.clear(namespace)
+        return self._placement.clear(namespace)
+
+    def _enter(self, state: FlashState) -> None:
+        self.state = state
+        self._placement.index.set_flash_state(_STATES[state])
+
+    def _fail(self) -> None:
+        assert self._flash is not None
+        if self.state != "failed":
+            self._enter("failed")
+            self._log.error("flash tier failed", reason=self._flash.failure)
+        self._refuse_wishes(TierOffline(self._flash.failure))
+
+    def _probe(self) -> None:
+        assert self._flash is not None
+        self._post(partial(self._probed, self._flash.probe()))
+
+    def _probed(self, works: bool) -> None:
+        self._probing = False
+        if works and not self._closed:
+            self._resume()
+
+    def _resume(self) -> None:
+        assert self._flash is not None
+        assert self._restore is not None
+        if self._flash.needs_rebuild:
+            self._enter("rebuilding")
+            self._log.warning("flash index is being rebuilt")
+            self._restore.scan()
+        else:
+            self._enter("ready")
+            self._log.info("flash tier ready", blocks=self._flash.slots - self._flash.free_slots)
+
+    def _restored(self, problem: KvistError | None) -> None:
+        if self._closed:
+            return
+        if problem is None:
+            self._resume()
+        else:
+            self._fail()

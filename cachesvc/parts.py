@@ -1,0 +1,159 @@
+"""What a store is made of as soon as the size of a slot is known, and how it is put together."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvist.cachesvc.eviction import LeafLru
+from kvist.cachesvc.flashio import Post
+from kvist.cachesvc.index import IndexWriter
+from kvist.cachesvc.intake import Intake
+from kvist.cachesvc.log import Log
+from kvist.cachesvc.moves import Moves
+from kvist.cachesvc.placement import Placement
+from kvist.cachesvc.sessions import Sessions
+from kvist.proto.errors import TierOffline
+from kvist.tiers.dram import DramTier
+from kvist.tiers.flash import FlashTier
+from kvist.tiers.segment import DiskIo
+
+INDEX_NAME = "index"
+ARENA_NAME = "arena"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """What a store is told.
+
+    Attributes:
+        run_dir: folder of the bell and of the lock that keeps a second sidecar out.
+        shm_dir: folder of the index, the arena and the rings, best on a tmpfs. Files of these
+            names that an earlier life left in it are removed.
+        dram_bytes: of the arena.
+        flash_path: folder of the flash tier; None is none.
+        flash_bytes: of its slots.
+        slot_bytes: of a slot in both tiers; None takes it from the flash folder, or else from
+            the first worker that attaches.
+        io_threads: that read and write flash.
+        flash_queue_blocks: blocks that may wait to sink.
+        reservation_share: of the DRAM slots, that one session may hold reserved.
+        prefault: touch the arena's memory in the background, so that no copy waits for it.
+    """
+
+    run_dir: Path
+    shm_dir: Path
+    dram_bytes: int
+    flash_path: Path | None = None
+    flash_bytes: int = 0
+    slot_bytes: int | None = None
+    io_threads: int = 2
+    flash_queue_blocks: int = 256
+    reservation_share: float = 0.25
+    prefault: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of one life; reservation_limit is in slots of one session."""
+
+    index: IndexWriter
+    dram: DramTier
+    flash: FlashTier | None
+    placement: Placement
+    moves: Moves
+    intake: Intake
+    reservation_limit: int
+
+
+class Maker:
+    """Makes the parts; undo gets what ends them, in the right order.
+
+    Args:
+        config: of the store. post: runs a callable on the store's thread.
+        disk: system calls of the flash tier; None is the real ones.
+    """
+
+    def __init__(
+        self, config: StoreConfig, post: Post, log: Log, undo: ExitStack, disk: DiskIo | None
+    ) -> None:
+        self._config = config
+        self._post = post
+        self._log = log
+        self._undo = undo
+        self._disk = disk
+
+    def make(self, slot_bytes: int | None, boot_epoch: bytes, sessions: Sessions) -> Parts | None:
+        """Arena, flash tier, index and everything on top.
+
+        Args:
+            slot_bytes: None takes it from the flash folder.
+
+        Returns: None when the size of slots is still open.
+
+        Raises:
+            ConfigInvalid: dram_bytes makes no arena, or shm_dir cannot hold it; or see
+                FlashTier.open. FormatRefused: see FlashTier.open.
+        """
+        config, undo = self._config, self._undo
+        flash = None
+        if slot_bytes is None:
+            flash = self._open_flash(None)
+            if flash is None:
+                return None
+            slot_bytes = flash.slot_bytes
+        slots = config.dram_bytes // slot_bytes
+        dram = DramTier(config.shm_dir / ARENA_NAME, slots, slot_bytes)
+        undo.callback(dram.close)
+        # After the arena: a size that makes none must not format the folder.
+        flash = flash or self._open_flash(slot_bytes)
+        flash_slots = flash.slots if flash else 0
+        path = config.shm_dir / INDEX_NAME
+        index = IndexWriter(path, slots, flash_slots, slot_bytes, boot_epoch)
+        undo.callback(path.unlink, missing_ok=True)
+        undo.callback(index.close)
+        placement = Placement(index, dram, flash, LeafLru, sessions.is_awaited)
+        moves = Moves(
+            placement, config.io_threads, config.flash_queue_blocks, self._post, self._log
+        )
+        undo.callback(moves.close)
+        share = max(1, int(slots * config.reservation_share))
+        intake = Intake(placement, moves, sessions, share)
+        if flash is not None:
+            moves.start()
+        elif config.flash_path is not None:
+            moves.lost_at_start()
+        if config.prefault:
+            self._prefault(dram)
+        self._log.info(
+            "store ready", slot_bytes=slot_bytes, dram_slots=slots, flash=moves.state,
+            flash_slots=flash_slots, blocks=len(placement.blocks),
+        )  # fmt: skip
+        return Parts(index, dram, flash, placement, moves, intake, share)
+
+    def _open_flash(self, slot_bytes: int | None) -> FlashTier | None:
+        """None: there is to be none, or the folder is new and the size of its slots still open,
+        or its device fails, which is logged: the store works without it.
+        """
+        path, capacity_bytes = self._config.flash_path, self._config.flash_bytes
+        if path is None:
+            return None
+        try:
+            flash = FlashTier.open(path, capacity_bytes, slot_bytes, self._disk)
+        except TierOffline as error:
+            self._log.error("flash tier failed, restart to use it", reason=str(error))
+            return None
+        if flash is not None:
+            self._undo.callback(flash.close)
+        return flash
+
+    def _prefault(self, dram: DramTier) -> None:
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=dram.prefault, args=(stop,), name="kvist-prefault", daemon=True
+        )
+        thread.start()
+        self._undo.callback(thread.join)
+        self._undo.callback(stop.set)

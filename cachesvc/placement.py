@@ -1,0 +1,292 @@
+"""Placement: which blocks stay, which go, and what else goes with them.
+
+Every slot of both tiers is given out and taken back here. How a block moves between tiers is in
+cachesvc/moves.py, how it comes in from a worker in cachesvc/intake.py.
+
+    a block loses its DRAM copy    to make room, if nothing in DRAM stands on it: the block goes
+                                   altogether if it has no copy on flash
+    ... its flash copy             to make room, if nothing on flash stands on it, and nothing at
+                                   all unless it has a copy in DRAM
+    ... its last copy, by force    (damage, clear): everything that stands on it goes too
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from kvist.cachesvc.blocks import NO_ROW, Blocks
+from kvist.cachesvc.eviction import Leaves, Policy
+from kvist.cachesvc.flashio import Rise, Sink
+from kvist.cachesvc.index import IndexWriter, Location
+from kvist.proto.errors import KvistError, TierFull
+from kvist.proto.keys import BlockKey
+from kvist.proto.record import checksum
+from kvist.proto.slot import payload_of
+from kvist.tiers.dram import DramTier
+from kvist.tiers.flash import FlashTier
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened to blocks in this life; each only grows.
+
+    Attributes:
+        dram_written: committed or risen into DRAM.
+        dram_read: read from DRAM by the sidecar itself; workers' reads are in their counters.
+        dram_evicted: copies dropped to make room; flash_evicted likewise.
+        flash_written, flash_read: sunk and risen.
+        sinks_dropped: not queued to sink: no room in the queue or on flash, or flash not ready.
+        sinks_failed, rises_failed: begun, but not ended well.
+        rises_refused: no room in DRAM but that of blocks more worth keeping.
+        dram_corrupt, flash_corrupt: copies found damaged and dropped.
+        orphans_dropped: found on flash at the start without the block before them.
+        index_refused: no room in the index.
+        commits_refused: the record was not what had been reserved, or its parent was gone.
+    """
+
+    dram_written: int = 0
+    dram_read: int = 0
+    dram_evicted: int = 0
+    flash_written: int = 0
+    flash_read: int = 0
+    flash_evicted: int = 0
+    sinks_dropped: int = 0
+    sinks_failed: int = 0
+    rises_failed: int = 0
+    rises_refused: int = 0
+    dram_corrupt: int = 0
+    flash_corrupt: int = 0
+    orphans_dropped: int = 0
+    index_refused: int = 0
+    commits_refused: int = 0
+
+
+class Placement:
+    """The tiers' slots and the blocks in them. One thread.
+
+    Attributes:
+        index, blocks, dram, flash: what it manages; flash is None without a flash tier.
+        policy: ranks blocks.
+        jobs: moves under way by row; such a block is not evicted.
+        unlisted: keys that left flash, to be taken out of the flash index.
+        counts: what happened.
+
+    Args:
+        is_awaited: whether somebody has reserved a child of the block.
+    """
+
+    def __init__(
+        self,
+        index: IndexWriter,
+        dram: DramTier,
+        flash: FlashTier | None,
+        make_policy: Callable[[int], Policy],
+        is_awaited: Callable[[BlockKey], bool],
+    ) -> None:
+        self.index = index
+        self.blocks = Blocks(index)
+        self.dram = dram
+        self.flash = flash
+        self.policy = make_policy(index.rows)
+        self.jobs: dict[int, Sink | Rise] = {}
+        self.unlisted: list[BlockKey] = []
+        self.counts = Counts()
+        self._is_awaited = is_awaited
+        self._tick = 0
+        self._dram_leaves = Leaves(self.policy, index.rows, self.may_leave_dram)
+        self._flash_leaves = Leaves(self.policy, index.rows, self.may_leave_flash)
+
+    def may_leave_dram(self, row: int) -> bool:
+        """Whether a block's copy in DRAM may be dropped to make room."""
+        blocks, index = self.blocks, self.index
+        if blocks.dram_children[row] or row in self.jobs or index.dram(row) is None:
+            return False
+        return index.flash(row) is not None or self._is_last(row)
+
+    def may_leave_flash(self, row: int) -> bool:
+        """Whether a block's copy on flash may be dropped to make room."""
+        blocks, index = self.blocks, self.index
+        if blocks.flash_children[row] or row in self.jobs or index.flash(row) is None:
+            return False
+        return index.dram(row) is not None or self._is_last(row)
+
+    def _is_last(self, row: int) -> bool:
+        childless = self.blocks.first_child[row] == NO_ROW
+        return childless and not self._is_awaited(self.index.key(row))
+
+    def offer(self, row: int) -> None:
+        """A block's children, jobs or awaited children have changed: it may go now, perhaps."""
+        if row != NO_ROW:
+            self._dram_leaves.offer(row)
+            self._flash_leaves.offer(row)
+
+    def next_tick(self) -> int:
+        """A new moment in the order of uses."""
+        self._tick += 1
+        return self._tick
+
+    def touch(self, row: int) -> None:
+        """A block was used, and so all before it. About 0.1 us a block of the chain."""
+        self.policy.touched(self.blocks.chain(row), self.next_tick())
+
+    # Slots.
+
+    def allocate_dram(self, below: int | None = None) -> int:
+        """A free DRAM slot, made by eviction if need be.
+
+        Args:
+            below: evict no block of this rank or above.
+
+        Raises: TierFull when nothing may go.
+        """
+        while True:
+            # A free slot may lack memory, when others fill /dev/shm; one just evicted has it.
+            with suppress(TierFull):
+                return self.dram.allocate()
+            row = self._dram_leaves.take(below)
+            if row is None:
+                raise TierFull("nothing in DRAM may go")
+            self.counts.dram_evicted += 1
+            self.drop_dram(row)
+
+    def allocate_flash(self) -> int:
+        """A free flash slot, made by eviction if need be.
+
+        Raises: TierFull when nothing may go. TierOffline.
+        """
+        assert self.flash is not None
+        while not self.flash.free_slots:
+            row = self._flash_leaves.take()
+            if row is None:
+                raise TierFull("nothing on flash may go")
+            self.counts.flash_evicted += 1
+            self.drop_flash(row)
+        return self.flash.allocate()
+
+    # Copies.
+
+    def insert(
+        self, key: BlockKey, parent: int, namespace: bytes, location: Location, tick: int
+    ) -> int:
+        """Store a new block. The caller offers it, and what it stands on, when its batch is over.
+
+        Raises: TierFull when the index has no room; the slots stay the caller's.
+        """
+        try:
+            row = self.blocks.add(key, parent, namespace, location)
+        except TierFull:
+            self.counts.index_refused += 1
+            raise
+        self.policy.inserted(row, self.blocks.depth[row], tick)
+        return row
+
+    def gain_dram(self, row: int, slot: int) -> None:
+        """A stored block has a copy in DRAM now."""
+        self.blocks.gain_dram(row, slot)
+        self.offer(row)
+
+    def drop_dram(self, row: int) -> None:
+        """Drop a DRAM copy. If it is the last one, nothing stands on the block."""
+        parent = self.blocks.parent[row]
+        slot = self.blocks.lose_dram(row)
+        self.dram.free(slot)
+        self._settle(row, parent)
+
+    def drop_flash(self, row: int) -> None:
+        """Drop a flash copy with no child on flash. If it is the last one, nothing stands on it."""
+        assert self.flash is not None
+        parent, key = self.blocks.parent[row], self.index.key(row)
+        self.flash.free(self.blocks.lose_flash(row))
+        self.unlisted.append(key)
+        self._settle(row, parent)
+
+    def _settle(self, row: int, parent: int) -> None:
+        if self.index.is_free(row):
+            self.policy.removed(row)
+        else:
+            self.offer(row)
+        self.offer(parent)
+
+    def cancel_job(self, row: int) -> None:
+        """A move of a block is not wanted any more; its result will be thrown away."""
+        job = self.jobs.pop(row, None)
+        if job is not None:
+            job.cancelled = True
+            if isinstance(job, Sink):
+                self.blocks.cancel_sink(row)
+
+    # By force.
+
+    def drop_tree(self, row: int) -> int:
+        """Drop a block and all that stand on it, from both tiers; how many that were."""
+        rows = self.blocks.subtree(row)
+        self.drop_all(rows[::-1])
+        return len(rows)
+
+    def check_dram(self, row: int) -> bool:
+        """Look whether a block's copy in DRAM is sound, and drop it if not.
+
+        A worker's report alone drops nothing, so that no broken worker can empty the cache.
+        About 60 us for 1 MiB.
+        """
+        slot = self.index.dram(row)
+        if slot is None:
+            return True
+        try:
+            header = self.dram.header(slot)
+            payload = payload_of(self.dram.slot_view(slot), header)
+            if header.key == self.index.key(row) and checksum(payload) == header.checksum:
+                return True
+        except KvistError:
+            pass
+        self.counts.dram_corrupt += 1
+        if self.index.flash(row) is not None:
+            self.drop_dram(row)
+        else:
+            self.drop_tree(row)
+        return False
+
+    def drop_all(self, rows: Sequence[int]) -> None:
+        """Drop blocks altogether: children before their parents, and all children."""
+        for row in rows:
+            self.cancel_job(row)
+            if self.index.flash(row) is not None:
+                has_dram = self.index.dram(row) is not None
+                self.drop_flash(row)
+                if not has_dram:
+                    continue
+            self.drop_dram(row)
+
+    def drop_flash_tree(self, row: int) -> int:
+        """Drop the flash copies of a block and of all that stand on it.
+
+        Blocks that lose their last copy go, and whatever stands on these; the others stay.
+
+        Returns: how many went.
+        """
+        rows = self.blocks.subtree(row)
+        doomed: set[int] = set()
+        for each in rows:
+            if self.index.dram(each) is None or self.blocks.parent[each] in doomed:
+                doomed.add(each)
+        for each in reversed(rows):
+            if each in doomed:
+                self.drop_all([each])
+            elif self.blocks.reaches_flash(each):
+                self._leave_flash(each)
+        return len(doomed)
+
+    def _leave_flash(self, row: int) -> None:
+        self.cancel_job(row)
+        if self.index.flash(row) is not None:
+            self.drop_flash(row)
+        else:
+            self.offer(row)
+
+    def clear(self, namespace: bytes | None) -> int:
+        """Drop every block, or every block of one namespace; how many that were."""
+        rows = self.blocks.in_namespace(namespace)
+        self.drop_all(rows)
+        return len(rows)

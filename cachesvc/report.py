@@ -1,0 +1,92 @@
+"""What the store says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from kvist.cachesvc.moves import Moves
+from kvist.cachesvc.placement import Placement
+from kvist.cachesvc.sessions import Sessions
+from kvist.proto.shm import MISS_REASONS, TIERS
+
+
+@dataclass(frozen=True, slots=True)
+class TierUse:
+    """One tier now, and what it did in this life; the fields of TierStats in cache.proto."""
+
+    tier: str
+    state: str
+    slots: int
+    used_slots: int
+    slot_bytes: int
+    evicted_blocks: int
+    written_blocks: int
+    read_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """What the store holds and has done; the fields of StatsReply in cache.proto, and
+
+    Attributes:
+        counters: totals of all workers, by name of proto.shm.COUNTERS.
+        events: placement.Counts.
+    """
+
+    boot_epoch: bytes
+    uptime_s: float
+    tiers: tuple[TierUse, ...]
+    sessions: int
+    reserved_slots: int
+    requested_tokens: int
+    hit_tokens: dict[str, int]
+    miss_tokens: dict[str, int]
+    blocks: int
+    counters: dict[str, int]
+    events: dict[str, int]
+
+
+def tier_uses(placement: Placement, moves: Moves) -> tuple[TierUse, ...]:
+    """DRAM, and flash where there is a tier."""
+    counts, dram, flash = placement.counts, placement.dram, placement.flash
+    uses = [
+        TierUse(
+            "dram", "ready", dram.slots, dram.slots - dram.free_slots, dram.slot_bytes,
+            counts.dram_evicted, counts.dram_written, counts.dram_read,
+        )
+    ]  # fmt: skip
+    if flash is not None:
+        used = 0 if moves.state == "rebuilding" else flash.slots - flash.free_slots
+        uses.append(
+            TierUse(
+                "flash", moves.state, flash.slots, used, flash.slot_bytes,
+                counts.flash_evicted, counts.flash_written, counts.flash_read,
+            )
+        )  # fmt: skip
+    elif moves.state == "failed":  # it could not even be opened
+        uses.append(TierUse("flash", "failed", 0, 0, dram.slot_bytes, 0, 0, 0))
+    return tuple(uses)
+
+
+def store_stats(
+    boot_epoch: bytes,
+    uptime_s: float,
+    sessions: Sessions,
+    placement: Placement | None,
+    moves: Moves | None,
+) -> StoreStats:
+    """Gather everything; placement and moves are None as long as there is no arena."""
+    counters = sessions.counters()
+    return StoreStats(
+        boot_epoch=boot_epoch,
+        uptime_s=uptime_s,
+        tiers=tier_uses(placement, moves) if placement and moves else (),
+        sessions=len(sessions),
+        reserved_slots=sessions.reserved_slots,
+        requested_tokens=counters.get("requested_tokens", 0),
+        hit_tokens={tier: counters.get(f"hit_tokens.{tier}", 0) for tier in TIERS},
+        miss_tokens={why: counters.get(f"miss_tokens.{why}", 0) for why in MISS_REASONS},
+        blocks=len(placement.blocks) if placement else 0,
+        counters=counters,
+        events=asdict(placement.counts) if placement else {},
+    )

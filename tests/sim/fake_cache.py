@@ -1,0 +1,116 @@
+"""A cache in a dict, with the faults that a test asks for.
+
+What may go wrong: it is detached, a block is corrupt, a block is on flash and never rises, a load
+waits until it is let go. Why that is recoverable: a miss is always a right answer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+from kvist.cachesvc.client import Found
+from kvist.cachesvc.storing import StoreItem, StoreResult
+from kvist.proto.keys import NO_KEY, BlockKey
+from kvist.proto.record import Bytes, Wanted
+from kvist.proto.shm import MISS_REASONS, TIERS
+
+
+class FakeCache:
+    """See connector.Cache.
+
+    Attributes:
+        blocks: what is stored.
+        flash: keys that are on flash; a prefetch makes them rise unless `stuck`.
+        corrupt: keys whose payload does not match.
+        stuck: nothing rises from flash.
+        gate: loads wait for it.
+        store_gate: stores wait for it.
+        counted: (requested tokens, hits, misses) of each lookup.
+    """
+
+    def __init__(self) -> None:
+        self.state = "attached"
+        self.reattaches = 0
+        self.blocks: dict[BlockKey, tuple[StoreItem, bytes]] = {}
+        self.flash: set[BlockKey] = set()
+        self.corrupt: set[BlockKey] = set()
+        self.stuck = False
+        self.gate = threading.Event()
+        self.gate.set()
+        self.store_gate = threading.Event()
+        self.store_gate.set()
+        self.counted: list[tuple[int, dict[str, int], dict[str, int]]] = []
+        self.touched: list[BlockKey] = []
+        self.prefetched: list[BlockKey] = []
+        self.batches: list[int] = []
+        self.closed = False
+
+    def lookup(self, keys: Sequence[BlockKey]) -> Found:
+        """See CacheClient.lookup."""
+        if self.state != "attached":
+            return Found((), "detached", b"")
+        tiers: list[str] = []
+        for key in keys:
+            if key not in self.blocks:
+                return Found(tuple(tiers), "not_stored", b"1")
+            tiers.append("flash" if key in self.flash else "dram")
+        return Found(tuple(tiers), "", b"1")
+
+    def touch(self, keys: Sequence[BlockKey], blocks: int) -> None:
+        """See CacheClient.touch."""
+        self.touched += keys[:blocks]
+
+    def prefetch(self, keys: Sequence[BlockKey], blocks: int) -> None:
+        """See CacheClient.prefetch."""
+        self.prefetched += keys[:blocks]
+        if not self.stuck:
+            self.flash -= set(keys[:blocks])
+
+    def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
+        """See CacheClient.load."""
+        assert deadline > 0
+        self.gate.wait()
+        if self.state != "attached":
+            return "detached"
+        if wanted.key in self.flash:
+            return "flash_late"
+        if wanted.key not in self.blocks:
+            return "not_stored"
+        out[:] = 255  # undefined after a miss
+        item, payload = self.blocks[wanted.key]
+        if wanted.key in self.corrupt:
+            return "corrupt"
+        asked = (wanted.namespace, wanted.tokens, wanted.payload_bytes)
+        if asked != (item.namespace, item.tokens, len(payload)):
+            return "corrupt"
+        out[:] = memoryview(payload)
+        return None
+
+    def store(self, items: Sequence[StoreItem]) -> StoreResult:
+        """See CacheClient.store."""
+        self.store_gate.wait()
+        self.batches.append(len(items))
+        stored = present = orphans = 0
+        for item in items:
+            if item.key in self.blocks:
+                present += 1
+            elif item.parent != NO_KEY and item.parent not in self.blocks:
+                orphans += 1
+            else:
+                self.blocks[item.key] = (item, item.payload.tobytes())
+                stored += 1
+        return StoreResult(stored, present, {"no_parent": orphans} if orphans else {})
+
+    def count(
+        self, requested_tokens: int, hits: Mapping[str, int], misses: Mapping[str, int]
+    ) -> None:
+        """See CacheClient.count."""
+        assert requested_tokens == sum(hits.values()) + sum(misses.values())
+        assert set(hits) <= set(TIERS)
+        assert set(misses) <= set(MISS_REASONS)
+        self.counted.append((requested_tokens, dict(hits), dict(misses)))
+
+    def close(self) -> None:
+        """See CacheClient.close."""
+        self.closed = True

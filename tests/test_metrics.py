@@ -1,0 +1,115 @@
+"""What /metrics says: every figure of the store once, and sums that agree in every scrape."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvist.cachesvc.dashboard import stats_document
+from kvist.cachesvc.metrics import TIER_STATES, Metrics
+from kvist.cachesvc.placement import Counts
+from kvist.cachesvc.report import TierUse
+from kvist.cachesvc.store import StoreStats
+from kvist.proto.errors import Detached
+from kvist.proto.shm import COUNTERS, MISS_REASONS, TIERS
+
+
+def stats(**changes: object) -> StoreStats:
+    full = StoreStats(
+        boot_epoch=bytes(16),
+        uptime_s=12.5,
+        tiers=(
+            TierUse("dram", "ready", 100, 40, 4096, 5, 45, 1),
+            TierUse("flash", "failed", 1000, 400, 4096, 6, 46, 2),
+        ),
+        sessions=2,
+        reserved_slots=3,
+        requested_tokens=1000,
+        hit_tokens={"hbm": 100, "dram": 500, "flash": 50},
+        miss_tokens=dict.fromkeys(MISS_REASONS, 0) | {"tail": 50, "not_stored": 300},
+        blocks=420,
+        counters={name: number for number, name in enumerate(COUNTERS)},
+        events=dataclasses.asdict(Counts(sinks_dropped=7, flash_corrupt=8)),
+    )
+    return dataclasses.replace(full, **changes)  # type: ignore[arg-type]
+
+
+def scrape(now: StoreStats) -> dict[tuple[str, ...], float]:
+    registry = CollectorRegistry()
+    Metrics(registry, lambda: now, "1.2.3")
+    text = generate_latest(registry).decode()
+    samples: dict[tuple[str, ...], float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            name = (sample.name, *sample.labels.values())
+            assert name not in samples
+            samples[name] = sample.value
+    return samples
+
+
+def test_every_figure_of_the_store_is_shown() -> None:
+    seen = scrape(stats())
+    assert seen["kvist_sessions",] == 2
+    assert seen["kvist_reserved_slots",] == 3
+    assert seen["kvist_blocks",] == 420
+    assert seen["kvist_tier_slots", "flash"] == 1000
+    assert seen["kvist_tier_used_slots", "dram"] == 40
+    assert seen["kvist_evicted_blocks_total", "flash"] == 6
+    assert seen["kvist_written_bytes_total", "dram"] == 45 * 4096
+    assert seen["kvist_read_bytes_total", "flash"] == 2 * 4096
+    assert seen["kvist_corrupt_blocks_total", "flash"] == 8
+    assert seen["kvist_sink_dropped_total", "no_room"] == 7
+    assert seen["kvist_build_info", "1.2.3"] == 1
+
+
+def test_a_tier_is_in_exactly_one_state() -> None:
+    seen = scrape(stats())
+    for tier, state in (("dram", "ready"), ("flash", "failed")):
+        for name in TIER_STATES:
+            assert seen["kvist_tier_state", name, tier] == (name == state)
+
+
+def test_sums_agree_even_amid_a_workers_update() -> None:
+    ahead = stats(requested_tokens=1064)  # the worker has yet to say how these ended
+    for now in (stats(), ahead):
+        seen = scrape(now)
+        hits = sum(seen["kvist_hit_tokens_total", tier] for tier in TIERS)
+        misses = sum(seen["kvist_miss_tokens_total", reason] for reason in MISS_REASONS)
+        assert seen["kvist_requested_tokens_total",] == hits + misses == 1000
+
+
+def test_a_store_without_tiers_yet_can_be_scraped() -> None:
+    seen = scrape(stats(tiers=(), counters={}, events={}))
+    assert seen["kvist_lookups_total",] == 0
+    assert not any(name[0] == "kvist_tier_slots" for name in seen)
+
+
+def test_every_event_of_the_store_has_a_metric() -> None:
+    numbers = {name: 100_000 + at for at, name in enumerate(dataclasses.asdict(Counts()))}
+    shown = set(scrape(stats(tiers=(), events=numbers)).values())
+    by_tier = {f"{tier}_{what}" for tier in ("dram", "flash") for what in TIER_EVENTS}
+    assert {name for name, number in numbers.items() if number not in shown} == by_tier
+
+
+TIER_EVENTS = ("written", "read", "evicted")
+
+
+def test_nothing_is_read_before_a_scrape_and_a_store_that_is_gone_is_an_error() -> None:
+    def gone() -> StoreStats:
+        raise Detached("the store has stopped")
+
+    registry = CollectorRegistry()
+    Metrics(registry, gone, "1")
+    with pytest.raises(Detached):
+        generate_latest(registry)
+
+
+def test_stats_document_has_the_fields_of_the_store_in_plain_json_types() -> None:
+    document = stats_document(stats(), "1.2.3")
+    assert document["boot_epoch"] == "00" * 16
+    assert document["version"] == "1.2.3"
+    assert document["tiers"][0]["used_slots"] == 40
+    assert document["miss_tokens"]["tail"] == 50

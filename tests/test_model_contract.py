@@ -1,0 +1,202 @@
+"""A token's logits and KV depend on the tokens before it and on nothing else, bit for bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sim.models import tiny_llama
+
+from kvist.engine.models.base import Chunk
+from kvist.engine.models.llama import LlamaModel
+from kvist.engine.weights import LoadedModel, load_model
+from kvist.tiers.hbm import PagePool
+
+DTYPES = ("float32", "bfloat16")
+LONGEST = 100
+POOL_PAGES = 64
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what it is asked."""
+
+    loaded: LoadedModel
+    model: LlamaModel
+
+    def pool(self, block_tokens: int, pages: int = POOL_PAGES) -> PagePool:
+        return PagePool(self.loaded.block_format(block_tokens), pages)
+
+    def prompt(self, tokens: int, seed: int) -> list[int]:
+        draw = random.Random(seed)
+        return [draw.randrange(self.loaded.config.vocab) for _ in range(tokens)]
+
+    def whole(self, prompt: Sequence[int], block_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the last token, and the pages, of one prefill."""
+        pages = list(range(-(-len(prompt) // block_tokens)))
+        pool = self.pool(block_tokens).tensor
+        return self.model.forward([Chunk(prompt, 0, pages, True)], pool), pool[: len(pages)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    loaded = load_model(tiny_llama(tmp_path_factory.mktemp("tiny")), request.param)
+    return Subject(loaded, LlamaModel(loaded))
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def real(request: pytest.FixtureRequest) -> Subject:
+    loaded = load_model("demo", request.param)
+    return Subject(loaded, LlamaModel(loaded))
+
+
+def forward_in_parts(
+    subject: Subject, prompt: Sequence[int], cuts: Sequence[int], seed: int, block_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like Subject.whole, but cut at cuts, in other pages, with strangers in half of the steps."""
+    draw = random.Random(seed)
+    pool = subject.pool(block_tokens).tensor
+    pool.copy_(torch.randn(pool.shape, generator=torch.Generator().manual_seed(seed)))
+    own, theirs = split_pages(draw, -(-len(prompt) // block_tokens))
+    logits = torch.empty(0)
+    bounds = sorted({0, len(prompt), *cuts})
+    for first, last in pairwise(bounds):
+        chunks = [Chunk(prompt[first:last], first, own, True)]
+        if draw.random() < 0.5:
+            # A stranger that decodes where we are, and one that prefills.
+            place = first % block_tokens
+            chunks.append(Chunk([draw.randrange(200)], place, theirs[:1], True))
+            length = draw.randrange(1, 2 * block_tokens)
+            chunks.insert(0, Chunk(subject.prompt(length, seed), 0, theirs[1:3], False))
+        logits = subject.model.forward(chunks, pool)[:1]
+    return logits, pool[own]
+
+
+def split_pages(draw: random.Random, count: int) -> tuple[list[int], list[int]]:
+    """Pages of a request, in no order, and pages of others."""
+    pages = draw.sample(range(POOL_PAGES), POOL_PAGES)
+    return pages[:count], pages[count:]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    tokens=st.integers(1, LONGEST),
+    cuts=st.sets(st.integers(1, LONGEST - 1), max_size=8),
+    block_tokens=st.sampled_from([4, 16, 64]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_prompt_cut_anywhere_beside_anyone_gives_the_same_logits_and_pages(
+    tiny: Subject, tokens: int, cuts: set[int], block_tokens: int, seed: int
+) -> None:
+    prompt = tiny.prompt(tokens, seed)
+    inside = [cut for cut in cuts if cut < tokens]
+    logits, pages = tiny.whole(prompt, block_tokens)
+    other_logits, other_pages = forward_in_parts(tiny, prompt, inside, seed, block_tokens)
+    assert torch.equal(other_logits, logits)
+    written = list_written(pages, tokens, block_tokens)
+    assert torch.equal(list_written(other_pages, tokens, block_tokens), written)
+
+
+def list_written(pages: torch.Tensor, tokens: int, block_tokens: int) -> torch.Tensor:
+    """K and V of the positions that a prompt wrote: (layers, 2, kv_heads, tokens, head_dim)."""
+    assert pages.shape[4] == block_tokens
+    return pages.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)[:, :, :, :tokens]
+
+
+def test_decoding_one_by_one_gives_what_a_prefill_gives(tiny: Subject) -> None:
+    prompt = tiny.prompt(75, seed=1)
+    cuts = range(37, 75)
+    logits, pages = tiny.whole(prompt, 16)
+    other_logits, other_pages = forward_in_parts(tiny, prompt, cuts, seed=2, block_tokens=16)
+    assert torch.equal(other_logits, logits)
+    assert torch.equal(list_written(other_pages, 75, 16), list_written(pages, 75, 16))
+
+
+def test_requests_that_decode_together_get_what_each_gets_alone(tiny: Subject) -> None:
+    pool = tiny.pool(16).tensor
+    prompts = [tiny.prompt(length, seed=length) for length in (3, 16, 17, 40, 41, 47, 90, 5)]
+    tables = [list(range(6 * i, 6 * i + 6)) for i in range(len(prompts))]
+    for prompt, table in zip(prompts, tables, strict=True):
+        tiny.model.forward([Chunk(prompt[:-1], 0, table, False)], pool)
+    chunks = [
+        Chunk(prompt[-1:], len(prompt) - 1, table, True)
+        for prompt, table in zip(prompts, tables, strict=True)
+    ]
+    together = tiny.model.forward(chunks, pool)
+    for row, prompt in enumerate(prompts):
+        assert torch.equal(together[row : row + 1], tiny.whole(prompt, 16)[0])
+
+
+def test_pages_moved_as_bytes_to_another_pool_go_on_as_if_computed_there(tiny: Subject) -> None:
+    prompt = tiny.prompt(50, seed=3)
+    here, there = tiny.pool(16), tiny.pool(16)
+    tiny.model.forward([Chunk(prompt[:48], 0, [5, 1, 9], False)], here.tensor)
+    for source, target in ((5, 2), (1, 3), (9, 4)):
+        there.page_bytes(target)[:] = here.page_bytes(source)
+    logits = tiny.model.forward([Chunk(prompt[48:], 48, [2, 3, 4, 7], True)], there.tensor)
+    assert torch.equal(logits, tiny.whole(prompt, 16)[0])
+
+
+def test_what_an_earlier_owner_left_in_a_page_is_never_read(tiny: Subject) -> None:
+    prompt = tiny.prompt(40, seed=4)
+    pool = tiny.pool(16).tensor.fill_(float("nan"))
+    tiny.model.forward([Chunk(prompt[:20], 0, [0, 1], False)], pool)
+    tiny.model.forward([Chunk(prompt[20:32], 20, [0, 1], False)], pool)
+    logits = tiny.model.forward([Chunk(prompt[32:], 32, [0, 1, 2], True)], pool)
+    assert torch.equal(logits, tiny.whole(prompt, 16)[0])
+
+
+def test_a_step_that_wants_no_logits_gives_none(tiny: Subject) -> None:
+    logits = tiny.model.forward([Chunk([1, 2, 3], 0, [0], False)], tiny.pool(16).tensor)
+    assert logits.shape == (0, tiny.loaded.config.vocab)
+    assert logits.dtype == torch.float32
+
+
+def test_logits_come_in_the_order_of_the_chunks(tiny: Subject) -> None:
+    prompts = [tiny.prompt(length, seed=9) for length in (30, 1, 12, 1)]
+    pool = tiny.pool(16).tensor
+    wanted = (True, False, True, True)
+    chunks = [
+        Chunk(prompt, 0, [2 * i, 2 * i + 1], want)
+        for i, (prompt, want) in enumerate(zip(prompts, wanted, strict=True))
+    ]
+    logits = tiny.model.forward(chunks, pool)
+    assert len(logits) == 3
+    for row, i in enumerate((0, 2, 3)):
+        assert torch.equal(logits[row : row + 1], tiny.whole(prompts[i], 16)[0])
+
+
+def test_an_untied_output_projection_is_used(tmp_path: Path) -> None:
+    tied = load_model(tiny_llama(tmp_path / "tied"), "float32")
+    untied = load_model(tiny_llama(tmp_path / "untied", tied=False), "float32")
+    first, second = Subject(tied, LlamaModel(tied)), Subject(untied, LlamaModel(untied))
+    prompt = first.prompt(10, seed=5)
+    assert not torch.allclose(first.whole(prompt, 16)[0], second.whole(prompt, 16)[0])
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("threads", "cuts"), [(1, (7, 128, 138, 139)), (2, (31,))])
+def test_the_real_model_keeps_the_contract_too(
+    real: Subject, threads: int, cuts: tuple[int, ...]
+) -> None:
+    torch.set_num_threads(threads)
+    prompt = real.prompt(140, seed=6)
+    logits, pages = real.whole(prompt, 64)
+    other_logits, other_pages = forward_in_parts(real, prompt, cuts, seed=1, block_tokens=64)
+    assert torch.equal(other_logits, logits)
+    assert torch.equal(list_written(other_pages, 140, 64), list_written(pages, 140, 64))
