@@ -54,7 +54,7 @@ def measure(client: CacheClient, digest: bytes, tokens: Tokens, repeats: int) ->
         started = time.perf_counter()
         keys = block_keys(digest, tokens, block_tokens)
         hashed = time.perf_counter()
-        found = len(client.lookup(keys).tiers)
+        found = client.lookup(keys).blocks
         searched = time.perf_counter()
         hash_us.append((hashed - started) * 1e6)
         search_us.append((searched - hashed) * 1e6)
@@ -90,7 +90,6 @@ def main() -> None:
         try:
             sidecar.wait_ready()
             client = open_cache(str(sidecar.socket), namespace, "benchmark", Log("warning"))
-            client.start()
             if not client.wait_attached(10.0):
                 raise SystemExit(f"not attached:\n{sidecar.tail()}")
             digest = namespace.digest()

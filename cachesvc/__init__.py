@@ -1,1 +1,1 @@
-"""What is where, and who may touch it: the sidecar, and the client through which engines reach it."""
+"""What is where, and who may touch it: the sidecar, and the client that engines reach it by."""

@@ -121,7 +121,7 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
         server = Server(CacheService(store, beat, fail), config.socket, config.listen)
         await server.start()
         stack.push_async_callback(server.stop)
-        Metrics(registry, read, version("kvist"))
+        Metrics(registry, read, server.calls, version("kvist"))
         page_url = ""
         if config.http_listen:
             page = Dashboard(config.http_listen, read, registry, version("kvist"))

@@ -48,12 +48,12 @@ class Found:
     """What a lookup saw.
 
     Attributes:
-        tiers: fastest tier of each block of the longest cached prefix, "dram" or "flash".
+        blocks: length of the longest cached prefix.
         reason: why the prefix ends there, one of MISS_REASONS; "" when all blocks are cached.
         epoch: boot epoch of the sidecar asked; b"" when detached.
     """
 
-    tiers: tuple[str, ...]
+    blocks: int
     reason: str
     epoch: bytes
 
@@ -189,22 +189,34 @@ class CacheClient:
     # What needs no call.
 
     def lookup(self, keys: Sequence[BlockKey]) -> Found:
-        """Find the longest cached prefix, in about 2 us a block; makes no call.
+        """Find the longest cached prefix by binary search: about 11 probes for 1,563 blocks.
+
+        Makes no call.
 
         Args:
             keys: of one prompt, first block first.
         """
         with self._entered() as life:
             if life is None:
-                return Found((), "detached", b"")
-            tiers: list[str] = []
-            for key in keys[: life.index.longest_prefix(keys)]:
-                location = life.index.find(key)
-                if location is None:
-                    break  # evicted since the search
-                tiers.append("dram" if location.dram is not None else "flash")
-            reason = "" if len(tiers) == len(keys) else life.index.miss_reason(keys[len(tiers)])
-            return Found(tuple(tiers), reason, life.boot_epoch)
+                return Found(0, "detached", b"")
+            blocks = life.index.longest_prefix(keys)
+            reason = "" if blocks == len(keys) else life.index.miss_reason(keys[blocks])
+            return Found(blocks, reason, life.boot_epoch)
+
+    def tiers(self, keys: Sequence[BlockKey]) -> tuple[str, ...]:
+        """Where each block of the longest cached prefix is now, "dram" or "flash".
+
+        One probe a block, about 1.5 us, so for blocks that are about to be loaded; makes no call.
+        """
+        with self._entered() as life:
+            found: list[str] = []
+            if life is not None:
+                for key in keys[: life.index.longest_prefix(keys)]:
+                    location = life.index.find(key)
+                    if location is None:
+                        break  # evicted since the search
+                    found.append("dram" if location.dram is not None else "flash")
+            return tuple(found)
 
     def touch(self, keys: Sequence[BlockKey], blocks: int) -> None:
         """Say that the first blocks were used; kept from eviction longer. Makes no call."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -24,13 +24,19 @@ class Metrics(Collector):
     Args:
         registry: where to be found.
         read: the store's figures; called at each scrape, from the scraper's thread.
+        calls: gRPC calls so far, by method.
         version: of the program.
     """
 
     def __init__(
-        self, registry: CollectorRegistry, read: Callable[[], StoreStats], version: str
+        self,
+        registry: CollectorRegistry,
+        read: Callable[[], StoreStats],
+        calls: Mapping[str, int],
+        version: str,
     ) -> None:
         self._read = read
+        self._calls = calls
         self._version = version
         registry.register(self)
 
@@ -45,6 +51,12 @@ class Metrics(Collector):
         yield from self._workers(stats)
         yield from self._tiers(stats)
         yield from self._events(stats)
+        yield _counter(
+            "kvist_flash_rebuilds",
+            "Times that the flash index was missing or wrong and was made anew.",
+            stats.events.get("flash_rebuilds", 0),
+        )
+        yield _counters("kvist_grpc_calls", "Calls begun.", "method", dict(self._calls))
         yield _gauge("kvist_sessions", "Workers attached.", stats.sessions)
         yield _gauge(
             "kvist_reserved_slots", "Slots that workers are filling.", stats.reserved_slots

@@ -373,6 +373,7 @@ class Moves:
         assert self._restore is not None
         if self._flash.needs_rebuild:
             self._enter("rebuilding")
+            self._placement.counts.flash_rebuilds += 1
             self._log.warning("flash index is being rebuilt")
             self._restore.scan()
         else:

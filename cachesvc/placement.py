@@ -43,6 +43,7 @@ class Counts:
         dram_corrupt, flash_corrupt: copies found damaged and dropped.
         orphans_dropped: found on flash at the start without the block before them.
         index_refused: no room in the index.
+        flash_rebuilds: times that the flash index was missing or wrong and was made anew.
         commits_refused: the record was not what had been reserved, or its parent was gone.
     """
 
@@ -61,6 +62,7 @@ class Counts:
     orphans_dropped: int = 0
     index_refused: int = 0
     commits_refused: int = 0
+    flash_rebuilds: int = 0
 
 
 class Placement:

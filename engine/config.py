@@ -95,7 +95,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise ConfigInvalid("MODEL is empty; give a folder of safetensors, a .gguf file, or demo")
+            raise ConfigInvalid(
+                "MODEL is empty; give a folder of safetensors, a .gguf file, or demo"
+            )
         self._check_range("--port", self.port, 0, 65535)
         self._check_range("--block-size", self.block_tokens, 1, BLOCK_TOKENS_MAX)
         if self.block_tokens & (self.block_tokens - 1):

@@ -52,6 +52,10 @@ class Cache(Protocol):
         """Longest cached prefix; makes no call."""
         ...
 
+    def tiers(self, keys: Blocks[BlockKey]) -> tuple[str, ...]:
+        """Tier of each block of the longest cached prefix; makes no call."""
+        ...
+
     def touch(self, keys: Blocks[BlockKey], blocks: int) -> None:
         """The first blocks were used."""
         ...
@@ -179,8 +183,11 @@ class Connector:
         if self._cache is None or not sequence.reuses:
             return
         keys = sequence.keys()[: sequence.usable_blocks]
-        have = len(self._pages.lookup(keys))
-        self._prefetch(keys[have:], self._cache.lookup(keys[have:]).tiers)
+        keys = keys[len(self._pages.lookup(keys)) :]
+        blocks = self._cache.lookup(keys).blocks
+        # Blocks leave DRAM deepest first, so the last one tells whether any is on flash only.
+        if "flash" in self._cache.tiers(keys[blocks - 1 : blocks]):
+            self._cache.prefetch(keys, blocks)
 
     def find(self, sequence: Sequence, blocks: int) -> None:
         """See scheduler.Finder. A lookup that needs no load is counted here."""
@@ -280,13 +287,15 @@ class Connector:
         whether the cache still has the prefix that the pool has, and can take what follows."""
         keys = sequence.keys()[: sequence.usable_blocks]
         known = 1 if blocks else 0
-        found = cache.lookup(keys[blocks - known :])
-        sequence.found = found.tiers[known:]
-        sequence.found_end = found.reason
-        if known and not found.tiers and found.reason == "not_stored":
+        asked = keys[blocks - known :]
+        found = cache.lookup(asked)
+        sequence.found = cache.tiers(asked[: found.blocks])[known:]
+        # Should a found block be gone before its tier was read, it counts as not stored.
+        sequence.found_end = found.reason or "not_stored"
+        if known and not found.blocks and found.reason == "not_stored":
             # Dropped, evicted, or the sidecar began anew; without this no child of the prefix
             # could be stored for as long as the pool has it.
-            self.store(sequence, range(len(cache.lookup(keys[:blocks]).tiers), blocks))
+            self.store(sequence, range(cache.lookup(keys[:blocks]).blocks, blocks))
 
     def _prefetch(self, keys: Blocks[BlockKey], tiers: Blocks[str]) -> None:
         if self._cache is not None and "flash" in tiers:

@@ -21,6 +21,7 @@ from kvist.engine.request import (
     CoreStats,
     Delta,
     FromCore,
+    Loading,
     NewRequest,
     Outputs,
     ToCore,
@@ -36,6 +37,8 @@ COPYING_WAIT_S = 0.002
 IDLE_WAIT_S = 1.0
 # One failed step may be the fault of its requests; this many in a row are the core's.
 FAILED_STEPS_MAX = 3
+# Messages about one load: a bar in a terminal is hardly wider, a model may have thousands of tensors.
+LOADING_MESSAGES = 50
 
 
 class CoreFailed(KvistError):
@@ -261,6 +264,16 @@ def _prompt_part(work: Work) -> int:
     return min(work.start + work.count, prompt) - min(work.start, prompt)
 
 
+def loading_sender(link: Link) -> Callable[[int, int], None]:
+    """A load_model progress that sends Loading, LOADING_MESSAGES times a load at most."""
+
+    def tell(done: int, total: int) -> None:
+        if done * LOADING_MESSAGES // total > (done - 1) * LOADING_MESSAGES // total:
+            link.send(Loading(done, total))
+
+    return tell
+
+
 def run_core(config: EngineConfig, endpoint: str) -> None:
     """The core of `kvist serve`: load, say Ready, serve until SystemExit.
 
@@ -277,7 +290,7 @@ def run_core(config: EngineConfig, endpoint: str) -> None:
     log = Log(sys.stderr, log_level(config.log_level))
     link = ApiLink(endpoint)
     try:
-        parts = open_parts(config, log, time.monotonic)
+        parts = open_parts(config, log, time.monotonic, loading_sender(link))
         try:
             # The model and its modules live as long as the process: a collection need not walk
             # them, which takes 20 to 40 ms each time.

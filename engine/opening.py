@@ -43,6 +43,7 @@ class Parts:
         pages: the pool's books.
         connector: to the cache; to be closed.
         limits: of every sequence.
+        format: of a page.
         digests: namespaces by tenant.
     """
 
@@ -50,24 +51,41 @@ class Parts:
     pages: Pages
     connector: Connector
     limits: Limits
+    format: BlockFormat
     digests: Digests
 
     def ready(self) -> Ready:
         """What the API process needs to know."""
-        limits = self.limits
-        digest = self.digests.of("").hex()
-        return Ready(limits.max_model_len, limits.block_tokens, self.pages.total, digest)
+        return Ready(
+            max_model_len=self.limits.max_model_len,
+            block_tokens=self.limits.block_tokens,
+            pages=self.pages.total,
+            page_bytes=self.format.payload_bytes,
+            dtype=self.format.dtype,
+            namespace=self.digests.of("").hex(),
+        )
 
 
-def open_parts(config: EngineConfig, log: Log, now: Callable[[], float]) -> Parts:
+def open_parts(
+    config: EngineConfig,
+    log: Log,
+    now: Callable[[], float],
+    progress: Callable[[int, int], None] | None = None,
+) -> Parts:
     """Load the model, size and make the pool, open the cache.
+
+    Args:
+        config: checked settings.
+        log: where the opening is told.
+        now: clock of waiting times, seconds.
+        progress: see kvist.engine.weights.load_model.
 
     Raises:
         ConfigInvalid: a setting does not fit the model or the machine.
         ModelFilesError: the model cannot be loaded.
     """
     started = now()
-    loaded = load_model(config.model, config.dtype, _progress(log))
+    loaded = load_model(config.model, config.dtype, progress)
     model = LlamaModel(loaded)
     namespace = namespace_of(loaded, config.block_tokens)
     log.info("model loaded", dtype=loaded.dtype, seconds=now() - started)
@@ -78,7 +96,7 @@ def open_parts(config: EngineConfig, log: Log, now: Callable[[], float]) -> Part
     cache = open_tiers(config, namespace, log)
     connector = Connector(cache, pool.page_bytes, pages, log, now)
     runner = Runner(model, pool.tensor, Sampler(config.seed))
-    return Parts(runner, pages, connector, limits, Digests(namespace))
+    return Parts(runner, pages, connector, limits, namespace.format, Digests(namespace))
 
 
 def namespace_of(loaded: LoadedModel, block_tokens: int) -> Namespace:
@@ -187,13 +205,3 @@ def free_memory_bytes() -> int:
 def log_level(text: str) -> Level:
     """A checked setting as the log takes it."""
     return next(level for level in LEVELS if level == text)
-
-
-def _progress(log: Log) -> Callable[[int, int], None]:
-    """Tell every quarter of the tensors."""
-
-    def tell(done: int, total: int) -> None:
-        if done * 4 // total > (done - 1) * 4 // total:
-            log.debug("loading the model", tensors=done, of=total)
-
-    return tell

@@ -111,7 +111,6 @@ def run_as_core(
     arguments: Sequence[str],
     stdin: bytes,
     core: Callable[[EngineConfig, str], None],
-    expected: tuple[type[Exception], ...] = (KvistError, OSError),
 ) -> int:
     """The core process's main: tie its life to the parent's, run, report what ended it.
 
@@ -119,7 +118,6 @@ def run_as_core(
         arguments: endpoint and the parent's process id.
         stdin: the EngineConfig as JSON.
         core: runs until it is told to stop by SystemExit.
-        expected: errors whose message is enough; others are bugs and leave a trace.
 
     Returns:
         exit code: 0 after SIGTERM, 1 after an error (which the parent was told as Fatal).
@@ -131,7 +129,8 @@ def run_as_core(
         core(msgspec.json.decode(stdin, type=EngineConfig), endpoint)
     except Exception as error:
         link = ApiLink(endpoint)
-        known = isinstance(error, expected)
+        # Of these the message is enough; others are bugs and leave a trace.
+        known = isinstance(error, KvistError | OSError)
         text = str(error) or "no message"
         link.send(Fatal(text if known else f"{type(error).__name__}: {text}"))
         link.close()
@@ -149,10 +148,8 @@ def _leave(_signum: int, _frame: FrameType | None) -> NoReturn:
 def main() -> int:
     """Run the real core; torch is imported here, after the environment is set, never before."""
     from kvist.engine.core import run_core
-    from kvist.engine.models.source import ModelFilesError
 
-    expected = (KvistError, OSError, ModelFilesError)
-    return run_as_core(sys.argv[1:], sys.stdin.buffer.read(), run_core, expected)
+    return run_as_core(sys.argv[1:], sys.stdin.buffer.read(), run_core)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,9 @@ class Delta(msgspec.Struct, frozen=True):
 
     Attributes:
         id: the request.
-        tokens: new token ids, usually one; may be empty in the last delta.
+        tokens: new token ids, usually one; may be empty in the last delta. A token that ends the
+            output is one of them, the last, when finish_reason is "stop"; the API counts it and
+            gives it no text.
         logprobs: one per token if asked for, else empty.
         finish_reason: "stop", "length", "abort" or "error" in the last delta, else None.
         error: what went wrong, in words, when finish_reason is "error".
@@ -156,6 +158,18 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     stats: CoreStats
 
 
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """How far the model is loaded; comes zero or more times before Ready.
+
+    Attributes:
+        done: tensors read so far, at most total.
+        total: tensors of the model, >= 1.
+    """
+
+    done: int
+    total: int
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The core has loaded its model and takes requests.
 
@@ -163,12 +177,16 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
         max_model_len: tokens of prompt and output together.
         block_tokens: tokens per block and page.
         pages: pages in the pool.
+        page_bytes: bytes of one page.
+        dtype: what is computed in and stored, "bfloat16" or "float32"; never "auto".
         namespace: hex digest under which blocks are shared.
     """
 
     max_model_len: int
     block_tokens: int
     pages: int
+    page_bytes: int
+    dtype: str
     namespace: str
 
 
@@ -179,4 +197,4 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
 
 
 ToCore = NewRequest | Abort
-FromCore = Outputs | Ready | Fatal
+FromCore = Outputs | Loading | Ready | Fatal

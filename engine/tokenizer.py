@@ -15,11 +15,8 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
-from kvist.engine.models.gguf_file import GgufFile
-from kvist.engine.models.gguf_weights import eos_ids
-from kvist.engine.models.hf_folder import read_json
-from kvist.engine.models.source import ModelFilesError
-from kvist.engine.weights import model_path
+from kvist.engine.models.files import ModelFilesError, model_path, read_json
+from kvist.engine.models.gguf_file import GgufFile, eos_ids
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 # Token types of GGUF that are matched in text before it is split into words.

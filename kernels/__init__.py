@@ -1,1 +1,1 @@
-"""The arithmetic: one file, one operation, each with its meaning, its bound and a torch reference."""
+"""The arithmetic: one file, one operation, each with its bound and a torch reference."""

@@ -12,6 +12,8 @@ F.linear (MKL) does not keep it, and bfloat16 F.linear costs 1.6 times as much a
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
@@ -30,11 +32,24 @@ def best_cpu_dtype() -> torch.dtype:
     """The dtype to compute in on this processor.
 
     Returns:
-        torch.bfloat16 where the processor multiplies it in hardware (half the bytes of every
-        weight, 1.8 times the speed), else torch.float32.
+        torch.bfloat16 where the processor multiplies it faster than float32, else torch.float32.
+        Having the instructions is not enough: with 576 inputs and 512 rows on one thread, a Zen 4
+        does 203 GFLOP/s in bfloat16 and 105 in float32, an Intel Xeon without AMX 75 and 120.
+        A rule and not a measurement at the start, because engines of one host must agree: they
+        share no blocks of different dtypes.
     """
-    capability = torch.backends.cpu.get_cpu_capability()
-    return torch.bfloat16 if "AVX512" in capability and _packs(torch.bfloat16) else torch.float32
+    if not _packs(torch.bfloat16):
+        return torch.float32
+    fast = torch.cpu._is_amx_tile_supported() or "AuthenticAMD" in _processor()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _processor() -> str:
+    """What Linux says of the first processor; "" elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        return ""
 
 
 def _packs(dtype: torch.dtype) -> bool:

@@ -2,7 +2,7 @@
 
 KvistError
 ├── BlockMissing      the block is not there; recompute it
-├── BlockCorrupt      its bytes, tokens or namespace are not what was asked; recompute, drop the copy
+├── BlockCorrupt      bytes, tokens or namespace are not what was asked; recompute, drop the copy
 ├── BlockTorn         the slot changed while it was read; look up again or recompute
 ├── TierFull          no slot is free and nothing may be evicted; skip the store
 ├── TierOffline       the tier's device failed and the tier turned itself off; treat as a miss

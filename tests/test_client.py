@@ -40,7 +40,7 @@ client = open_cache(address, namespace(), "worker", QUIET)
 assert client.wait_attached(10)
 prompt = Prompt(7, 6)
 if what == "load":
-    print(client.lookup(prompt.keys).tiers, load_all(client, prompt), flush=True)
+    print(client.tiers(prompt.keys), load_all(client, prompt), flush=True)
 else:
     print(client.store(prompt.items), flush=True)
 client.close()
@@ -81,7 +81,7 @@ def test_nothing_but_a_store_makes_a_call_and_a_batch_makes_two(sidecar: Sidecar
     assert client.rpc_calls == 1  # Attach
     client.store(prompt.items)
     assert client.rpc_calls == 3
-    assert client.lookup(prompt.keys).tiers == ("dram",) * 8
+    assert client.tiers(prompt.keys) == ("dram",) * 8
     assert load_all(client, prompt) == [None] * 8
     client.touch(prompt.keys, 8)
     client.prefetch(prompt.keys, 8)
@@ -96,9 +96,10 @@ def test_lookup_gives_the_longest_prefix_and_why_it_ends(sidecar: Sidecar) -> No
     prompt = Prompt(2, 10)
     client.store(prompt.items[:4])
     found = client.lookup(prompt.keys)
-    assert (found.tiers, found.reason) == (("dram",) * 4, "not_stored")
+    assert (found.blocks, found.reason) == (4, "not_stored")
+    assert client.tiers(prompt.keys) == ("dram",) * 4
     assert client.lookup(prompt.keys[:4]).reason == ""
-    assert client.lookup([]).tiers == ()
+    assert client.tiers([]) == ()
     assert len(found.epoch) == 16
 
 
@@ -149,7 +150,7 @@ def test_killed_sidecar_is_noticed_and_the_client_is_back_within_2_s(sidecar: Si
     assert wait_until(lambda: client.state == "attached", "the client to be back") < 2.0
     assert client.reattaches == 1
     found = client.lookup(prompt.keys)
-    assert found.tiers == ()
+    assert found.blocks == 0
     assert found.reason == "not_stored"
     assert found.epoch != epoch
     assert client.store(prompt.items).stored == 4
@@ -207,7 +208,7 @@ def test_slots_of_a_worker_killed_between_reserve_and_commit_come_back(
         assert other.stdout is not None
         assert other.stdout.readline().strip() == "filled 6"
         assert stats(sidecar).reserved_slots == 6
-        assert client.lookup(Prompt(7, 6).keys).tiers == ()
+        assert client.tiers(Prompt(7, 6).keys) == ()
         other.send_signal(signal.SIGKILL)
         other.wait(10.0)
     took = wait_until(lambda: stats(sidecar).reserved_slots == 0, "the slots to come back")
@@ -226,7 +227,7 @@ def test_damaged_block_is_a_corrupt_miss_and_the_sidecar_drops_it(sidecar: Sidec
     at = memory.tobytes().index(payload)
     memory[at + 17] ^= 4
     assert load_all(client, prompt) == [None, None, "corrupt"]
-    wait_until(lambda: len(client.lookup(prompt.keys).tiers) == 2, "the block to be dropped")
+    wait_until(lambda: len(client.tiers(prompt.keys)) == 2, "the block to be dropped")
     assert client.store(prompt.items).stored == 1
     assert load_all(client, prompt) == [None] * 3
 
@@ -235,14 +236,14 @@ def test_block_without_its_parent_is_dropped_and_so_are_its_children(sidecar: Si
     client = sidecar.client()
     prompt = Prompt(6, 4)
     assert client.store(prompt.items[1:]).dropped == {"no_parent": 3}
-    assert client.lookup(prompt.keys).tiers == ()
+    assert client.tiers(prompt.keys) == ()
 
 
 def test_tenants_with_different_salts_never_see_each_others_blocks(sidecar: Sidecar) -> None:
     client = sidecar.client()
     one, two = Prompt(8, 3, namespace("one")), Prompt(8, 3, namespace("two"))
     client.store(one.items)
-    assert client.lookup(two.keys).tiers == ()
+    assert client.tiers(two.keys) == ()
     mixed = [key for pair in zip(one.keys, two.keys, strict=True) for key in pair]
     assert len(set(mixed)) == 6
 
@@ -256,7 +257,7 @@ def test_more_than_fits_is_stored_or_dropped_with_a_reason_and_what_is_there_is_
         result = client.store(prompt.items)
         assert result.stored + result.present + sum(result.dropped.values()) == 40
         assert set(result.dropped) <= {"full", "share", "no_parent"}
-    seen = [len(client.lookup(prompt.keys).tiers) for prompt in prompts]
+    seen = [len(client.tiers(prompt.keys)) for prompt in prompts]
     assert seen[-1] == 40
     assert sum(seen) <= stats(sidecar).tiers[0].slots
     assert load_all(client, prompts[-1]) == [None] * 40
@@ -275,11 +276,11 @@ def test_blocks_rise_from_flash_after_a_restart_and_load_waits_for_them(tmp_path
         wait_until(lambda: client.state == "detached", "the client to notice")
         sidecar.start()
         assert client.wait_attached(5.0)
-        assert client.lookup(prompt.keys).tiers == ("flash",) * 6
+        assert client.tiers(prompt.keys) == ("flash",) * 6
         calls = client.rpc_calls
         client.prefetch(prompt.keys, 6)
         assert load_all(client, prompt) == [None] * 6
-        assert client.lookup(prompt.keys).tiers == ("dram",) * 6
+        assert client.tiers(prompt.keys) == ("dram",) * 6
         assert client.rpc_calls == calls
     finally:
         sidecar.close()

@@ -43,7 +43,7 @@ def test_blocks_go_in_and_come_out_and_lookups_and_loads_make_no_call(client: Ca
     prompt = Prompt(1, 6)
     assert client.store(prompt.items).stored == 6
     calls = client.rpc_calls
-    assert client.lookup(prompt.keys).tiers == ("dram",) * 6
+    assert client.tiers(prompt.keys) == ("dram",) * 6
     assert load_all(client, prompt) == [None] * 6
     assert client.store(prompt.items).present == 6
     assert client.rpc_calls == calls
@@ -57,7 +57,7 @@ def test_flash_survives_from_one_life_to_the_next(tmp_path: Path) -> None:
     first.close()
     second = open_embedded(config(tmp_path, flash=True), namespace(), "test", QUIET)
     assert second.wait_attached(10.0)
-    assert second.lookup(prompt.keys).tiers == ("flash",) * 5
+    assert second.tiers(prompt.keys) == ("flash",) * 5
     second.prefetch(prompt.keys, 5)
     assert load_all(second, prompt) == [None] * 5
     second.close()
@@ -122,7 +122,7 @@ def test_two_embedded_caches_do_not_see_each_other(tmp_path: Path, client: Cache
     assert other.wait_attached(10.0)
     prompt = Prompt(3, 2)
     client.store(prompt.items)
-    assert other.lookup(prompt.keys).tiers == ()
+    assert other.tiers(prompt.keys) == ()
     other.close()
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from kvist.engine.local import LocalEngine, LocalSidecar
 from sim.cluster import Cluster, attached, cluster, complete, metrics, settled, slots, wait_until
 from sim.models import tiny_llama
+
+from kvist.engine.local import LocalEngine, LocalSidecar
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def test_clean_stop_writes_what_was_stored_and_removes_its_files(sidecar: Sideca
     sidecar.start()
     client = sidecar.clients[0]
     wait_until(lambda: client.reattaches == 1 and client.state == "attached", "the client")
-    assert client.lookup(prompt.keys).tiers == ("flash",) * 20
+    assert client.tiers(prompt.keys) == ("flash",) * 20
     client.prefetch(prompt.keys, 20)
     assert load_all(client, prompt) == [None] * 20
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kvist.engine.demo_text import SYSTEM_PROMPT
 from sim.cluster import Cluster, cluster, complete, metrics, settled, wait_until
+
+from kvist.engine.demo_text import SYSTEM_PROMPT
 
 pytestmark = pytest.mark.model
 

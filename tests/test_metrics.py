@@ -39,7 +39,7 @@ def stats(**changes: object) -> StoreStats:
 
 def scrape(now: StoreStats) -> dict[tuple[str, ...], float]:
     registry = CollectorRegistry()
-    Metrics(registry, lambda: now, "1.2.3")
+    Metrics(registry, lambda: now, {"Attach": 2}, "1.2.3")
     text = generate_latest(registry).decode()
     samples: dict[tuple[str, ...], float] = {}
     for family in text_string_to_metric_families(text):
@@ -102,7 +102,7 @@ def test_nothing_is_read_before_a_scrape_and_a_store_that_is_gone_is_an_error() 
         raise Detached("the store has stopped")
 
     registry = CollectorRegistry()
-    Metrics(registry, gone, "1")
+    Metrics(registry, gone, {}, "1")
     with pytest.raises(Detached):
         generate_latest(registry)
 

@@ -12,9 +12,10 @@ from sim.models import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kvist.engine.models.base import Chunk
+from kvist.engine.models.files import model_path
 from kvist.engine.models.llama import LlamaModel
 from kvist.engine.tokenizer import load_tokenizer
-from kvist.engine.weights import LoadedModel, load_model, model_path
+from kvist.engine.weights import LoadedModel, load_model
 from kvist.tiers.hbm import PagePool
 
 BLOCK_TOKENS = 64

@@ -244,8 +244,8 @@ def test_clear_of_a_namespace_leaves_the_others(sidecar: Sidecar, stub: CacheStu
     assert worker.store([*mine.items, *other.items]).stored == 4
     request = cache_pb2.ClearRequest(namespace=namespace("mine").digest())
     assert stub.Clear(request).dropped_blocks == 2
-    assert worker.lookup([BlockKey(key) for key in mine.keys]).tiers == ()
-    assert worker.lookup(other.keys).tiers == ("dram", "dram")
+    assert worker.tiers([BlockKey(key) for key in mine.keys]) == ()
+    assert worker.tiers(other.keys) == ("dram", "dram")
 
 
 def test_stats_have_a_row_per_tier_and_sums_that_agree(sidecar: Sidecar, stub: CacheStub) -> None:

@@ -100,7 +100,7 @@ def test_every_package_is_shipped() -> None:
 @pytest.mark.parametrize("path", EVERYTHING, ids=ident)
 def test_file_says_what_lives_there_and_fits_in_one_sitting(path: Path) -> None:
     text = path.read_text()
-    assert text.startswith('"""') or text.startswith("#!"), "the first line says what lives here"
+    assert text.startswith(('"""', "#!")), "the first line says what lives here"
     assert ast.get_docstring(ast.parse(text)), "the first line says what lives here"
     assert text.count("\n") <= FILE_LINES_MAX
 

@@ -14,9 +14,8 @@ from sim.models import tiny_llama, tiny_tokenizer
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
-from kvist.engine.models.source import ModelFilesError
+from kvist.engine.models.files import ModelFilesError, model_path
 from kvist.engine.tokenizer import ChatTemplateError, Tokenizer, load_tokenizer
-from kvist.engine.weights import model_path
 
 TEXTS = [
     "Hello world! It's the cache, and that's all.",

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from sim.models import HEADS, HIDDEN, KV_HEADS, MAX_MODEL_LEN, tiny_config, tiny_llama
 
+from kvist.engine.models.files import ModelFilesError
 from kvist.engine.models.gguf_weights import LAYER_NAMES, TOP_NAMES
-from kvist.engine.models.source import ModelFilesError
 from kvist.engine.weights import load_model
 
 

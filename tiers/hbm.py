@@ -33,7 +33,13 @@ class PagePool:
         shape = (format.layers, 2, format.kv_heads, format.block_tokens, format.head_dim)
         dtype: torch.dtype = getattr(torch, format.dtype)
         # Zeroed and not empty: a weight of exactly 0 times a NaN left in the memory is NaN.
-        self.tensor = torch.zeros((pages, *shape), dtype=dtype, device=device)
+        # numpy takes zeros from the kernel untouched, so a pool costs memory as it is used (and
+        # no start-up time); torch.zeros would write all of it now.
+        if device == "cpu":
+            zeros = torch.from_numpy(np.zeros(pages * format.payload_bytes, dtype=np.uint8))
+            self.tensor = zeros.view(dtype).view(pages, *shape)
+        else:
+            self.tensor = torch.zeros((pages, *shape), dtype=dtype, device=device)
         self._bytes = self.tensor.view(pages, -1).view(torch.uint8)
 
     def page_bytes(self, page: int) -> npt.NDArray[np.uint8]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from kvist.engine.models.source import ModelFilesError
+from kvist.engine.models.files import ModelFilesError
 
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -132,3 +133,9 @@ class GgufFile:
         elif encoding == gguf.GGMLQuantizationType.F16:
             data = data.view(np.float16)
         return GgufTensor(encoding, data)
+
+
+def eos_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Tokens that end an output: of a text, and of a turn where that is another one."""
+    names = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    return tuple(sorted({int(metadata[name]) for name in names if name in metadata}))

@@ -12,13 +12,9 @@ import numpy.typing as npt
 import torch
 
 from kvist.engine.models.base import ModelConfig
-from kvist.engine.models.gguf_file import GgufFile, GgufTensor
-from kvist.engine.models.source import (
-    ModelFilesError,
-    check_heads,
-    take_count,
-    take_number,
-)
+from kvist.engine.models.files import ModelFilesError, take_count, take_number
+from kvist.engine.models.gguf_file import GgufFile, GgufTensor, eos_ids
+from kvist.engine.models.source import check_heads
 from kvist.kernels.rope import RopeParams
 
 ARCHITECTURE = "llama"
@@ -129,12 +125,6 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, object], where: P
         name=ARCHITECTURE,
     )
     return check_heads(config, where)
-
-
-def eos_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Tokens that end an output: of a text, and of a turn where that is another one."""
-    names = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return tuple(sorted({int(metadata[name]) for name in names if name in metadata}))
 
 
 def _rope(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kvist.engine.models.base import ModelConfig
-from kvist.engine.models.source import (
-    ModelFilesError,
-    check_heads,
-    take_count,
-    take_number,
-)
+from kvist.engine.models.files import ModelFilesError, read_json, take_count, take_number
+from kvist.engine.models.source import check_heads
 from kvist.kernels.rope import RopeParams, llama3_divisors
 
 ARCHITECTURES = ("llama", "mistral")
@@ -61,23 +56,6 @@ class FolderSource:
         except (SafetensorError, OSError) as error:
             raise ModelFilesError(f"{file}: tensor {name} cannot be read: {error}") from error
         return tensor
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ModelFilesError: it is missing or is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelFilesError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ModelFilesError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelFilesError(f"{path}: must be a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _check_supported(fields: Mapping[str, Any], where: Path) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from kvist.engine.models.base import ModelConfig
+from kvist.engine.models.files import ModelFilesError
 from kvist.kernels.rope import RopeParams
-from kvist.proto.errors import ConfigInvalid
-
-
-class ModelFilesError(ConfigInvalid):
-    """The files of --model are not one that this engine runs; the message says what and where."""
 
 
 class TensorSource(Protocol):
@@ -37,34 +33,6 @@ class TensorSource(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """One of them, on the CPU, in whatever dtype it is stored; raises ModelFilesError."""
         ...
-
-
-def take_number(
-    fields: Mapping[str, Any], name: str, where: Path, default: float | None = None
-) -> float:
-    """A positive number from a file's configuration.
-
-    Raises:
-        ModelFilesError: it is missing (and has no default), or is not a positive number.
-    """
-    value = fields.get(name)
-    if value is None:
-        value = default
-    if value is None:
-        raise ModelFilesError(f"{where}: {name} is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ModelFilesError(f"{where}: {name} must be a positive number, got {value!r}")
-    return value
-
-
-def take_count(
-    fields: Mapping[str, Any], name: str, where: Path, default: int | None = None
-) -> int:
-    """Like take_number, for whole numbers."""
-    value = take_number(fields, name, where, default)
-    if value != int(value):
-        raise ModelFilesError(f"{where}: {name} must be a whole number, got {value!r}")
-    return int(value)
 
 
 def check_heads(config: ModelConfig, where: Path) -> ModelConfig:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from kvist.engine.local import Answer, LocalEngine, LocalProcess, LocalSidecar, ask
 from prometheus_client.parser import text_string_to_metric_families
+
+from kvist.engine.local import Answer, LocalEngine, LocalProcess, LocalSidecar, ask
 
 
 def metrics(process: LocalProcess) -> dict[str, float]:

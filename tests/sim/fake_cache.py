@@ -49,13 +49,18 @@ class FakeCache:
     def lookup(self, keys: Sequence[BlockKey]) -> Found:
         """See CacheClient.lookup."""
         if self.state != "attached":
-            return Found((), "detached", b"")
-        tiers: list[str] = []
-        for key in keys:
+            return Found(0, "detached", b"")
+        blocks = len(self.tiers(keys))
+        return Found(blocks, "" if blocks == len(keys) else "not_stored", b"1")
+
+    def tiers(self, keys: Sequence[BlockKey]) -> tuple[str, ...]:
+        """See CacheClient.tiers."""
+        found: list[str] = []
+        for key in keys if self.state == "attached" else ():
             if key not in self.blocks:
-                return Found(tuple(tiers), "not_stored", b"1")
-            tiers.append("flash" if key in self.flash else "dram")
-        return Found(tuple(tiers), "", b"1")
+                break
+            found.append("flash" if key in self.flash else "dram")
+        return tuple(found)
 
     def touch(self, keys: Sequence[BlockKey], blocks: int) -> None:
         """See CacheClient.touch."""
