@@ -10,23 +10,26 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-from kvist.cachesvc.client import CacheClient, StoreItem, open_cache
+from kvist.cachesvc.client import CacheClient, open_cache
 from kvist.cachesvc.log import Log
+from kvist.cachesvc.storing import StoreItem
 from kvist.engine.local import LocalSidecar
 from kvist.proto.keys import NO_KEY, Namespace, Tokens, block_keys
 from kvist.proto.layout import BlockFormat
 
 
-def fill(client: CacheClient, digest: bytes, tokens: Tokens, block_tokens: int) -> int:
+def fill(client: CacheClient, digest: bytes, tokens: Tokens, shape: BlockFormat) -> int:
     """Store every block of the prompt; return how many."""
+    block_tokens = shape.block_tokens
     keys = block_keys(digest, tokens, block_tokens)
-    payload = np.zeros(client.namespace.format.payload_bytes, dtype=np.uint8)
+    payload = np.zeros(shape.payload_bytes, dtype=np.uint8)
     items = [
         StoreItem(
             key=key,
@@ -45,9 +48,10 @@ def fill(client: CacheClient, digest: bytes, tokens: Tokens, block_tokens: int) 
     return len(keys)
 
 
-def measure(client: CacheClient, digest: bytes, tokens: Tokens, repeats: int) -> dict[str, object]:
+def measure(
+    client: CacheClient, digest: bytes, tokens: Tokens, block_tokens: int, repeats: int
+) -> dict[str, object]:
     """Hash and search repeatedly; every search must find the whole prefix."""
-    block_tokens = client.namespace.format.block_tokens
     hash_us, search_us, found = [], [], 0
     calls = client.rpc_calls
     for _ in range(repeats):
@@ -89,12 +93,14 @@ def main() -> None:
         sidecar.start()
         try:
             sidecar.wait_ready()
-            client = open_cache(str(sidecar.socket), namespace, "benchmark", Log("warning"))
+            client = open_cache(
+                str(sidecar.socket), namespace, "benchmark", Log(sys.stderr, "warning")
+            )
             if not client.wait_attached(10.0):
                 raise SystemExit(f"not attached:\n{sidecar.tail()}")
             digest = namespace.digest()
-            fill(client, digest, tokens, arguments.block_tokens)
-            result = measure(client, digest, tokens, arguments.repeats)
+            fill(client, digest, tokens, shape)
+            result = measure(client, digest, tokens, arguments.block_tokens, arguments.repeats)
             client.close()
         finally:
             sidecar.stop()

@@ -37,7 +37,7 @@ COPYING_WAIT_S = 0.002
 IDLE_WAIT_S = 1.0
 # One failed step may be the fault of its requests; this many in a row are the core's.
 FAILED_STEPS_MAX = 3
-# Messages about one load: a bar in a terminal is hardly wider, a model may have thousands of tensors.
+# Messages about one load: a bar in a terminal is hardly wider.
 LOADING_MESSAGES = 50
 
 

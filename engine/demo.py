@@ -24,6 +24,7 @@ from kvist.engine.local import Answer, LocalEngine, LocalSidecar, ask
 
 ANSWER_TOKENS = 32
 WAIT_SECONDS = 60.0
+PICTURE_COLUMNS = 84
 TIERS = ("hbm", "dram", "flash")
 
 
@@ -104,20 +105,30 @@ class Demo:
             self.console.print(f"engine {number} {engine.url}/v1  (OpenAI API)")
 
     def _chats(self) -> list[Turn]:
-        """Play the chats, two at a time; a chat's next turn goes to the other engine."""
+        """Play the chats, two at a time; a chat's next turn goes to the other engine.
+
+        The very first request is alone, so that engine 2 finds in DRAM what engine 1 computed.
+        """
         turns: list[Turn] = []
         with self._progress() as progress, ThreadPoolExecutor(len(self.engines)) as pool:
             bar = progress.add_task("chats with the cache", total=sum(map(len, CHATS)))
             locks = [threading.Lock() for _ in self.engines]
+            opened = threading.Event()
 
             def play(chat: int) -> list[Turn]:
+                if chat:
+                    opened.wait()
                 played: list[Turn] = []
                 messages = [{"role": "system", "content": SYSTEM_PROMPT}]
                 for number, question in enumerate(CHATS[chat]):
                     messages = [*messages, {"role": "user", "content": question}]
                     turn = Turn(chat + 1, number + 1, (chat + number) % len(locks), messages)
-                    with locks[turn.engine]:
-                        turn.hit = self._ask(turn, "on")
+                    try:
+                        with locks[turn.engine]:
+                            turn.hit = self._ask(turn, "on")
+                        self._wait("blocks to be stored", self._nothing_reserved)
+                    finally:
+                        opened.set()
                     messages = [*messages, {"role": "assistant", "content": turn.hit.text}]
                     played.append(turn)
                     progress.advance(bar)
@@ -199,6 +210,9 @@ class Demo:
             for engine in self.engines
         )
 
+    def _nothing_reserved(self) -> bool:
+        return bool(self.sidecar.stats()["reserved_slots"] == 0)
+
     def _all_on_flash(self) -> bool:
         used = {row["tier"]: row["used_slots"] for row in self.sidecar.stats()["tiers"]}
         return bool(used["flash"] >= used["dram"] > 0)
@@ -224,8 +238,8 @@ class Demo:
 def request_table(title: str, turns: Sequence[Turn]) -> Table:
     """One row per request: tokens by tier, TTFT with and without the cache, equality."""
     table = Table(title=title, title_justify="left", header_style="bold")
-    for name in ("chat", "turn", "engine", "prompt", *TIERS, "TTFT", "without", "same answer"):
-        table.add_column(name, justify="right")
+    for name in ("chat", "turn", "engine", "prompt", *TIERS, "TTFT", "no cache", "equal"):
+        table.add_column(name, justify="right", no_wrap=True)
     for turn in turns:
         hit, miss = turn.hit, turn.miss
         assert hit is not None, "a table is drawn when all is answered"
@@ -236,8 +250,8 @@ def request_table(title: str, turns: Sequence[Turn]) -> Table:
             str(turn.engine + 1),
             str(hit.prompt_tokens),
             *(str(hit.cached[tier] or "-") for tier in TIERS),
-            f"{hit.ttft_s * 1e3:,.0f} ms",
-            f"{miss.ttft_s * 1e3:,.0f} ms",
+            f"{hit.ttft_s * 1e3:,.0f}ms",
+            f"{miss.ttft_s * 1e3:,.0f}ms",
             "yes" if turn.equal else "[red]NO[/]",
         )
     return table
@@ -276,7 +290,7 @@ def run_demo(model: str, keep: bool, svg: str | None) -> int:
     Returns:
         exit code: 0 if all answers were equal and every tier had hits.
     """
-    console = Console(record=svg is not None)
+    console = Console(record=svg is not None, width=PICTURE_COLUMNS if svg else None)
     with tempfile.TemporaryDirectory(prefix="kvist-demo-") as folder:
         demo = Demo(console, Path(folder), model)
         try:

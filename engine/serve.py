@@ -11,7 +11,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -19,13 +19,20 @@ import uvicorn
 import uvloop
 from prometheus_client import CollectorRegistry, ProcessCollector
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from kvist.engine.api import create_app
 from kvist.engine.config import CACHE_EMBEDDED, CACHE_OFF, EngineConfig
 from kvist.engine.ipc import CoreLink
 from kvist.engine.process import CoreProcess
-from kvist.engine.request import Fatal, Ready
+from kvist.engine.request import Fatal, FromCore, Loading, Ready
 from kvist.engine.service import Clock, Service
 from kvist.engine.stats import EngineMetrics, Pace
 from kvist.engine.tokenizer import Tokenizer, load_tokenizer
@@ -127,27 +134,31 @@ class EngineServer:
         Raises:
             KvistError: one of them failed; the message says why.
         """
-        core = asyncio.create_task(self._first_words(link, died))
-        tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, self._config.model))
-        both = asyncio.gather(core, tokenizer)
-        try:
-            with self._progress():
+        with self._progress() as tell:
+            core = asyncio.create_task(self._first_words(link, died, tell))
+            tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, self._config.model))
+            both = asyncio.gather(core, tokenizer)
+            try:
                 await asyncio.wait((both, stop), return_when=asyncio.FIRST_COMPLETED)
-            if not both.done():
-                return None
-            ready, loaded = both.result()
-        except (OSError, ValueError) as error:
-            raise KvistError(f"cannot load the tokenizer: {error}") from None
-        finally:
-            await _cancel(both, core, tokenizer)
-        self._console.print(
-            f"Pages    {ready.pages} of {ready.block_tokens} tokens, context "
-            f"{ready.max_model_len} tokens, namespace {ready.namespace[:12]}",
-        )
+                if not both.done():
+                    return None
+                ready, loaded = both.result()
+            except (OSError, ValueError) as error:
+                raise KvistError(f"cannot load the tokenizer: {error}") from None
+            finally:
+                await _cancel(both, core, tokenizer)
+        self._announce_ready(ready)
         return ready, loaded
 
-    async def _first_words(self, link: CoreLink, died: asyncio.Task[str]) -> Ready:
-        words = asyncio.create_task(link.receive())
+    async def _first_words(
+        self, link: CoreLink, died: asyncio.Task[str], tell: Callable[[Loading], None]
+    ) -> Ready:
+        async def listen() -> FromCore:
+            while isinstance(message := await link.receive(), Loading):
+                tell(message)
+            return message
+
+        words = asyncio.create_task(listen())
         await asyncio.wait((words, died), return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait((words,), timeout=LAST_WORDS_SECONDS)
         if not words.done():
@@ -254,22 +265,42 @@ class EngineServer:
         if not config.enable_prefix_caching:
             cache = "off, in every tier"
         for name, text in (
-            ("Model", f"{config.model}, dtype {config.dtype}, {config.threads} threads"),
+            ("Model", f"{config.model}, {config.threads} threads"),
             ("Cache", cache),
         ):
             self._console.print(f"{name:<8} {text}")
 
+    def _announce_ready(self, ready: Ready) -> None:
+        """What follows from the model and the machine, which only the core knows."""
+        for name, text in (
+            ("Dtype", f"{ready.dtype}, namespace {ready.namespace[:12]}"),
+            (
+                "Pages",
+                f"{ready.pages} of {ready.block_tokens} tokens and "
+                f"{format_bytes(ready.page_bytes)}, {format_bytes(ready.pages * ready.page_bytes)}"
+                f" in all; context {ready.max_model_len} tokens",
+            ),
+        ):
+            self._console.print(f"{name:<8} {text}")
+
     @contextlib.contextmanager
-    def _progress(self) -> Iterator[None]:
-        """A moving bar on a terminal, a line elsewhere; how far a load is, only the core knows."""
+    def _progress(self) -> Iterator[Callable[[Loading], None]]:
+        """A bar on a terminal, a line elsewhere; yields what moves the bar."""
         if not self._console.is_terminal:
             self._console.print("Loading  ...")
-            yield
+            yield lambda _loading: None
             return
-        columns = (SpinnerColumn(), TextColumn("Loading"), BarColumn(), TimeElapsedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("Loading"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=self._console, transient=True) as progress:
-            progress.add_task("loading", total=None)
-            yield
+            # Without a total the bar pulses: that is the time until the core's first word.
+            bar = progress.add_task("loading", total=None)
+            yield lambda loading: progress.update(bar, completed=loading.done, total=loading.total)
 
 
 async def _cancel(*work: Awaitable[Any]) -> None:

@@ -17,6 +17,7 @@ from kvist.engine.request import (
     CoreStats,
     Delta,
     Fatal,
+    Loading,
     NewRequest,
     Outputs,
     Ready,
@@ -76,6 +77,8 @@ def test_messages_cross_unchanged_and_in_order(tmp_path: Path) -> None:
         wire.send(delta)
         assert await wire.api.receive() == Outputs([delta], CoreStats(steps=1))
         assert wire.seen[-1].deltas == [delta]
+        wire.core.send(Loading(3, 7))
+        assert await wire.api.receive() == Loading(3, 7)
         wire.core.send(Fatal("no memory"))
         assert await wire.api.receive() == Fatal("no memory")
 

@@ -33,6 +33,7 @@ from kvist.engine.request import (
     CachedTokens,
     CoreStats,
     Delta,
+    Loading,
     NewRequest,
     Outputs,
     Ready,
@@ -43,6 +44,7 @@ from kvist.proto.errors import KvistError
 
 STEP_SECONDS = 0.002
 PAGES = 256
+TOKEN_BYTES = 1024
 CONTEXT_TOKENS = 4096
 SIM_COMMAND = (sys.executable, "-P", str(Path(__file__).resolve()))
 
@@ -95,7 +97,9 @@ class SimCore:
     def run(self) -> None:
         """Until the process is told to end."""
         context = min(self._config.max_model_len or CONTEXT_TOKENS, CONTEXT_TOKENS)
-        self._link.send(Ready(context, self._config.block_tokens, PAGES, "51" * 32))
+        self._link.send(Loading(1, 2))
+        size = self._config.block_tokens
+        self._link.send(Ready(context, size, PAGES, size * TOKEN_BYTES, "float32", "51" * 32))
         while True:
             before = len(self._live)
             for message in self._link.receive(STEP_SECONDS if self._live else None):
