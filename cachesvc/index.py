@@ -23,6 +23,8 @@ from kvist.proto.shm import (
     BUCKET_BYTES,
     BUCKET_KEYS_BYTES,
     BUCKET_ROWS,
+    CONDEMNED_KEYS,
+    CONDEMNED_OFFSET,
     FLASH_OFF,
     FLASH_READY,
     FLASH_REBUILDING,
@@ -151,8 +153,22 @@ class _Table:
             high = low - 1
         return 0
 
+    def condemned(self, key: BlockKey) -> bool:
+        """Whether the block was lost to damage lately, and not stored anew since."""
+        return bool(self._condemned_at(key))
+
+    def _condemned_at(self, key: BlockKey) -> int:
+        """Offset of a condemned key in the file; 0 if it is none."""
+        stop = CONDEMNED_OFFSET + CONDEMNED_KEYS * KEY_BYTES
+        at = self._map.find(key, CONDEMNED_OFFSET, stop)
+        while at >= 0 and (at - CONDEMNED_OFFSET) % KEY_BYTES:
+            at = self._map.find(key, at + 1, stop)
+        return max(at, 0)
+
     def miss_reason(self, key: BlockKey) -> str:
         """Why a block is not offered, one of proto.shm.MISS_REASONS."""
+        if self.condemned(key):
+            return "corrupt"
         state = self.flash_state
         if state == FLASH_REBUILDING:
             return "flash_rebuilding"
@@ -248,6 +264,7 @@ class IndexWriter(_Table):
         )  # fmt: skip
         super().__init__(mapped)
         self.path = path
+        self._condemned = 0
         self.rows = buckets * BUCKET_ROWS
         self.used_rows = 0
 
@@ -273,10 +290,18 @@ class IndexWriter(_Table):
         assert dram is not None or flash is not None
         row = self._free_row(key)
         start = _key_at(row)
+        if self._condemned and (at := self._condemned_at(key)):
+            self._map[at : at + KEY_BYTES] = _FREE_KEY
         self._map[start : start + KEY_BYTES] = key
         self._words[self._position(row)] = pack_location(dram, flash)
         self.used_rows += 1
         return row
+
+    def condemn(self, key: BlockKey) -> None:
+        """Tell readers that a block is lost because it was damaged; the oldest is forgotten."""
+        at = CONDEMNED_OFFSET + self._condemned % CONDEMNED_KEYS * KEY_BYTES
+        self._map[at : at + KEY_BYTES] = key
+        self._condemned += 1
 
     def key(self, row: int) -> BlockKey:
         """Key of a used row."""

@@ -14,6 +14,7 @@ flash thread looks whether it is back. Everything else goes on.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Literal
 
@@ -65,7 +66,7 @@ class Moves:
         # A small arena must not be all taken by blocks that wait.
         self._sinks_max = min(queue_blocks, max(1, placement.dram.slots // 2))
         self._rises_max = min(_RISES_MAX, max(1, placement.dram.slots // 4))
-        self._sinking = 0
+        self._sinking: set[Sink] = set()
         self._rising = 0
         self._wishes: dict[BlockKey, list[Record]] = {}
         self._probe_at_s = 0.0
@@ -97,9 +98,17 @@ class Moves:
                 refuse(job.waiters, closing)
         if self._restore is not None:
             self._restore.close()
-        if self._io is not None:
+        if self._io is not None and self._flash is not None:
             self._unlist()
             self._io.close()
+            # A batch may have named what was dropped while it was written; nobody tells us now.
+            dropped = [job.key for job in self._sinking if job.cancelled]
+            with suppress(TierOffline):
+                self._flash.index_delete([key for key in dropped if not self._reaches_flash(key)])
+
+    def _reaches_flash(self, key: BlockKey) -> bool:
+        row = self._placement.index.locate(key)
+        return row is not None and self._placement.blocks.reaches_flash(row)
 
     def poll(self, now_s: float) -> None:
         """Every few milliseconds: let wishes go on, look after the device."""
@@ -124,13 +133,13 @@ class Moves:
         """
         blocks = self._placement.blocks
         missing = []
-        if self.state == "ready" and self._sinking < self._sinks_max:
+        if self.state == "ready" and len(self._sinking) < self._sinks_max:
             above = row
             while above != NO_ROW and not blocks.reaches_flash(above):
                 missing.append(above)
                 above = blocks.parent[above]
         for each in reversed(missing):
-            if self._sinking >= self._sinks_max or not self._begin_sink(each):
+            if len(self._sinking) >= self._sinks_max or not self._begin_sink(each):
                 break
         return blocks.reaches_flash(row)
 
@@ -153,7 +162,7 @@ class Moves:
             return False
         job = Sink(row, index.key(row), dram_slot, flash_slot)
         placement.jobs[row] = job
-        self._sinking += 1
+        self._sinking.add(job)
         self._unlist()
         self._io.sink(job)
         return True
@@ -163,7 +172,7 @@ class Moves:
         if self._closed:
             return
         placement = self._placement
-        self._sinking -= len(jobs)
+        self._sinking.difference_update(jobs)
         for job in jobs:
             if offline or job.problem is not None:
                 placement.counts.sinks_failed += 1
@@ -186,14 +195,14 @@ class Moves:
             if job.problem is not None:
                 placement.counts.dram_corrupt += 1
                 self._log.warning("block corrupt", tier="dram", reason=str(job.problem))
+                placement.index.condemn(job.key)
                 placement.drop_tree(job.row)
             else:
                 for each in reversed(blocks.subtree(job.row)):
                     placement.cancel_job(each)
                     placement.offer(each)
             placement.offer(parent)
-        row = placement.index.locate(job.key)
-        if row is None or not blocks.reaches_flash(row):
+        if not self._reaches_flash(job.key):
             placement.unlisted.append(job.key)  # the batch may have named it
 
     def _unlist(self) -> None:
@@ -223,12 +232,15 @@ class Moves:
         return wished
 
     def read(self, key: BlockKey) -> Record:
-        """A copy of a block's record, from DRAM or as soon as it has risen there.
+        """A copy of a block's record, from DRAM or as soon as it has risen there; counts as a use.
 
         The future gets BlockMissing when no tier holds the block, TierFull when there is no room
         to rise into, TierOffline or BlockCorrupt as flash says.
         """
         waiter: Record = Record()
+        row = self._placement.index.locate(key)
+        if row is not None:
+            self._placement.touch(row)
         self._wishes.setdefault(key, []).append(waiter)
         self._pump()
         return waiter
@@ -327,6 +339,7 @@ class Moves:
             self._fail()
             return
         placement.counts.flash_corrupt += 1
+        placement.index.condemn(job.key)
         lost = placement.drop_flash_tree(job.row)
         self._log.warning("block corrupt", tier="flash", reason=str(error), dropped_blocks=lost)
 

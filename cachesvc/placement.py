@@ -247,6 +247,7 @@ class Placement:
         if self.index.flash(row) is not None:
             self.drop_dram(row)
         else:
+            self.index.condemn(self.index.key(row))
             self.drop_tree(row)
         return False
 

@@ -26,9 +26,9 @@ from kvist.cachesvc.parts import ARENA_NAME, INDEX_NAME, Maker, Parts, StoreConf
 from kvist.cachesvc.report import StoreStats, store_stats
 from kvist.cachesvc.ring import Entry
 from kvist.cachesvc.sessions import RING_PREFIX, Sessions
-from kvist.proto.errors import BlockMissing, ConfigInvalid
+from kvist.proto.errors import BlockCorrupt, BlockMissing, ConfigInvalid
 from kvist.proto.keys import BlockKey
-from kvist.proto.record import RecordShape, unpack_header
+from kvist.proto.record import PAGE_BYTES, RecordShape, unpack_header
 from kvist.proto.shm import CORRUPT, PREFETCH, TOUCH
 from kvist.tiers.segment import DiskIo
 
@@ -254,6 +254,8 @@ class Store:
             ConfigInvalid: larger than the slots.
         """
         view = memoryview(record)
+        if len(view) < PAGE_BYTES:
+            raise BlockCorrupt(f"{len(view)} bytes are no record")
         shape = unpack_header(view).shape
         return self._parts_for(shape.record_bytes).intake.put_record(view)
 

@@ -264,12 +264,12 @@ def _prompt_part(work: Work) -> int:
     return min(work.start + work.count, prompt) - min(work.start, prompt)
 
 
-def loading_sender(link: Link) -> Callable[[int, int], None]:
+def loading_sender(send: Callable[[FromCore], None]) -> Callable[[int, int], None]:
     """A load_model progress that sends Loading, LOADING_MESSAGES times a load at most."""
 
     def tell(done: int, total: int) -> None:
         if done * LOADING_MESSAGES // total > (done - 1) * LOADING_MESSAGES // total:
-            link.send(Loading(done, total))
+            send(Loading(done, total))
 
     return tell
 
@@ -290,7 +290,7 @@ def run_core(config: EngineConfig, endpoint: str) -> None:
     log = Log(sys.stderr, log_level(config.log_level))
     link = ApiLink(endpoint)
     try:
-        parts = open_parts(config, log, time.monotonic, loading_sender(link))
+        parts = open_parts(config, log, time.monotonic, loading_sender(link.send))
         try:
             # The model and its modules live as long as the process: a collection need not walk
             # them, which takes 20 to 40 ms each time.

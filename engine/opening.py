@@ -88,7 +88,8 @@ def open_parts(
     loaded = load_model(config.model, config.dtype, progress)
     model = LlamaModel(loaded)
     namespace = namespace_of(loaded, config.block_tokens)
-    log.info("model loaded", dtype=loaded.dtype, seconds=now() - started)
+    # Not info: the line would break into the bar that the API process draws on the terminal.
+    log.debug("model loaded", dtype=loaded.dtype, seconds=now() - started)
     count = pool_pages(config, namespace.format, free_memory_bytes())
     limits = limits_of(config, loaded.config, count)
     pool = PagePool(namespace.format, count)

@@ -14,6 +14,7 @@ Index file: a header of 4096 bytes, then buckets of 192 bytes.
         40      8  slot_bytes     bytes of one DRAM slot
         48      8  dram_slots     slots of the arena
         56      8  heartbeat_ns   CLOCK_MONOTONIC of the sidecar's last sign of life
+      1024 16*128  condemned      keys of the last blocks that were lost to damage, zeros where none
 
     offset  bytes  bucket field
          0    128  8 keys of 16 bytes
@@ -54,6 +55,8 @@ INDEX_MAGIC = b"KVISTIDX"
 INDEX_HEADER = struct.Struct("<8sII16sQQQQ")
 FLASH_STATE_OFFSET = 12
 HEARTBEAT_OFFSET = 56
+CONDEMNED_OFFSET = 1024
+CONDEMNED_KEYS = 128
 FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED = range(4)
 
 BUCKET_ROWS = 8

@@ -123,6 +123,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimServer]:
     assert server.stop() == 0
 
 
+def test_a_server_says_what_it_computes_in_and_how_large_its_pool_is(server: SimServer) -> None:
+    assert "Dtype    float32, namespace 515151515151" in server.tail()
+    assert "Pages    256 of 16 tokens and 16KiB, 4MiB in all; context " in server.tail()
+
+
 def test_a_chat_through_a_pipe_answers_each_line_and_measures_it(server: SimServer) -> None:
     typed = "Tell me about blocks.\n/help\nAnd about pages, please.\n/reset\n/nonsense\nAgain.\n"
     done = kvist(

@@ -11,9 +11,9 @@ from sim.core_thread import CoreThread, make_parts
 from sim.fake_cache import FakeCache
 from sim.fake_model import BLOCK_TOKENS, FORMAT, FakeModel, config, continuation
 
-from kvist.engine.core import FAILED_STEPS_MAX
+from kvist.engine.core import FAILED_STEPS_MAX, LOADING_MESSAGES, loading_sender
 from kvist.engine.opening import Parts
-from kvist.engine.request import CACHE_BYPASS, Abort, CoreStats
+from kvist.engine.request import CACHE_BYPASS, Abort, CoreStats, FromCore, Loading
 from kvist.proto.keys import Namespace
 
 NAMESPACE = Namespace("fake", FORMAT, "none", "float32")
@@ -193,6 +193,16 @@ def test_a_bypass_leaves_no_trace_in_any_tier(start: Start) -> None:
     assert cache.blocks == {}
     assert (core.stats.queries_tokens, core.stats.computed_tokens) == (0, 60)
     assert core.parts.pages.registered == 0
+
+
+@pytest.mark.parametrize("total", [1, 7, 50, 272, 5000])
+def test_a_load_is_told_to_its_end_in_few_messages(total: int) -> None:
+    sent: list[FromCore] = []
+    tell = loading_sender(sent.append)
+    for done in range(1, total + 1):
+        tell(done, total)
+    assert sent[-1] == Loading(total, total)
+    assert len(sent) == min(total, LOADING_MESSAGES)
 
 
 def test_tenants_do_not_share(start: Start) -> None:

@@ -100,7 +100,8 @@ def test_a_client_that_goes_away_frees_its_pages(small: Cluster) -> None:
         httpx.Client() as client,
         client.stream("POST", f"{engine.url}/v1/completions", json={**body, "stream": True}) as it,
     ):
-        next(it.iter_lines())
+        lines = it.iter_lines()  # kept: when the generator goes, httpx hangs up
+        next(lines)
         running = metrics(engine)
         assert running["vllm:num_requests_running"] == 1
         assert running["vllm:kv_cache_usage_perc"] > 0
@@ -142,7 +143,7 @@ class Stored:
 
     def flip_in_lmdb(self) -> None:
         """Flip a byte in each 64 of every page of the index that is in use."""
-        for path in (self.sidecar.socket.parent / "flash").rglob("data.mdb"):
+        for path in (self.sidecar.socket.parent / "flash").rglob("index.mdb"):
             data = np.memmap(path, dtype=np.uint8, mode="r+")
             used = np.flatnonzero(data[8192:].astype(bool)) + 8192
             data[used[::64]] ^= 0x10

@@ -236,3 +236,18 @@ def test_reader_beside_a_busy_writer_sees_no_wrong_slot_and_no_lost_prefix(tmp_p
     reader.close()
     child.stdout.close()
     assert child.wait() == 0
+
+
+def test_a_block_lost_to_damage_is_a_miss_with_that_reason_until_it_is_stored_anew(
+    tmp_path: Path,
+) -> None:
+    writer = IndexWriter(tmp_path / "index", 8, 0, 4096, bytes(16))
+    reader = IndexReader(tmp_path / "index")
+    keys = [BlockKey(bytes([number]) * 16) for number in range(1, 201)]
+    for key in keys:
+        writer.condemn(key)
+    assert not reader.condemned(keys[0]), "the oldest are forgotten"
+    assert reader.miss_reason(keys[-1]) == "corrupt"
+    assert reader.miss_reason(BlockKey(b"\xff" * 16)) == "not_stored"
+    writer.insert(keys[-1], 3, None)
+    assert not reader.condemned(keys[-1])

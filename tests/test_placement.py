@@ -101,7 +101,19 @@ def test_prompt_larger_than_dram_rises_as_far_as_it_fits_and_keeps_its_beginning
     bench.store.prefetch(keys)
     bench.settle()
     assert bench.tiers(chain(0, 14)) == ["dram"] * 8 + ["flash"] * 6
-    assert bench.parts.placement.counts.rises_refused > 0
+
+
+def test_block_rises_into_no_room_of_what_is_more_worth_keeping(bench: Bench) -> None:
+    worker = worker_of(bench)
+    old = store_settled(bench, worker, 0, 4)
+    store_settled(bench, worker, 100, 8)
+    row = bench.parts.index.locate(old[-1])
+    assert row is not None
+    bench.parts.moves.rise_chain(row)  # without the touch that a prefetch is
+    bench.settle()
+    assert bench.tiers(chain(0, 4)) == ["flash"] * 4
+    assert bench.tiers(chain(100, 8)) == ["dram"] * 8
+    assert bench.parts.placement.counts.rises_refused == 4
 
 
 def test_use_keeps_a_prompt_and_the_unused_goes(bench: Bench) -> None:
@@ -153,7 +165,8 @@ def test_without_flash_the_oldest_leaf_goes_for_good(tmp_path: Path) -> None:
     worker.put(chain(0, 8))
     worker.put(chain(100, 3))
     assert bench.tiers(chain(0, 8)) == ["dram"] * 5
-    assert worker.put(chain(200, 12)) == ["stored"] * 8 + ["full"] + ["no_parent"] * 3
+    bench.worker().reserve(chain(200, 6))
+    assert worker.put(chain(300, 4)) == ["stored"] * 2 + ["full"] + ["no_parent"]
     check(bench)
     bench.close()
 

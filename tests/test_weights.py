@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from sim.models import HEADS, HIDDEN, KV_HEADS, MAX_MODEL_LEN, tiny_config, tiny_llama
 
 from kvist.engine.models.files import ModelFilesError
+from kvist.engine.models.gguf_file import GgufTensor
+from kvist.engine.models.gguf_values import dequantize
 from kvist.engine.models.gguf_weights import LAYER_NAMES, TOP_NAMES
 from kvist.engine.weights import load_model
 
@@ -251,6 +253,20 @@ def test_a_gguf_file_gives_the_model_of_the_folder_that_it_was_made_from(
     assert first.config == second.config
     assert first.rope == second.rope
     assert first.fingerprint == second.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("shape", [(64,), (5, 96), (2, 3, 32)])
+def test_every_encoding_gives_the_numbers_of_the_gguf_package(
+    kind: str, shape: tuple[int, ...]
+) -> None:
+    encoding = gguf.GGMLQuantizationType[kind]
+    numbers = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
+    data = gguf.quants.quantize(numbers, encoding)
+    data.flags.writeable = False
+    values = dequantize(GgufTensor(encoding, data))
+    assert (values.dtype, values.shape) == (np.float32, shape)
+    assert values.tobytes() == gguf.quants.dequantize(data, encoding).tobytes()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -14,6 +13,7 @@ import torch
 from kvist.engine.models.base import ModelConfig
 from kvist.engine.models.files import ModelFilesError, take_count, take_number
 from kvist.engine.models.gguf_file import GgufFile, GgufTensor, eos_ids
+from kvist.engine.models.gguf_values import dequantize
 from kvist.engine.models.source import check_heads
 from kvist.kernels.rope import RopeParams
 
@@ -60,14 +60,15 @@ class GgufSource:
         """One tensor, float32."""
         tensor = self._tensors[name]
         try:
-            values = gguf.quants.dequantize(tensor.data, tensor.kind)
+            values = dequantize(tensor)
         except NotImplementedError as error:
             raise ModelFilesError(f"{self.path}: tensor {name}: {error}") from error
         if name.endswith("q_proj.weight"):
             values = unpermute(values, self.config.heads)
         elif name.endswith("k_proj.weight"):
             values = unpermute(values, self.config.kv_heads)
-        return torch.from_numpy(np.array(values, dtype=np.float32))
+        # torch warns of memory that it could write to and must not, as float32 in the file is.
+        return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def unpermute(weight: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
@@ -144,7 +145,7 @@ def _rope(
     if scaling == "linear":
         values = [take_number(metadata, "llama.rope.scaling.factor", where)] * half
     if divisors is not None:
-        factors = gguf.quants.dequantize(divisors.data, divisors.kind)
+        factors = dequantize(divisors)
         if factors.shape != (half,):
             raise ModelFilesError(
                 f"{where}: tensor {ROPE_DIVISORS} has shape {factors.shape}, not {(half,)}"

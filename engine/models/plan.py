@@ -11,8 +11,9 @@ import torch
 from kvist.engine.models.base import Chunk, ModelConfig
 
 # Pages gathered together when single tokens of several requests share a product. It bounds the
-# scratch memory, and matters little: a step of 16 sequences of 512 tokens on one thread took 254
-# and 185 ms (two passes) with 8 pages, 178 and 160 with 128, 175 and 143 with 512.
+# scratch memory. 16 sequences of 512 tokens on one thread took, in two passes over the sizes, 254
+# and 185 ms with 8 pages, 178 and 160 with 128, 175 and 143 with 512: the passes differ as much as
+# the sizes do, so the choice is not a sharp one.
 GATHER_PAGES = 128
 
 
