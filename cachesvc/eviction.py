@@ -6,8 +6,9 @@ first, so that a prompt used as a whole goes from its end.
 
 Cost: offer and take are O(log n) in the leaves of the tier. A use is not put into the order at
 once; an entry that turns out to be used since is moved when it comes up, once for all its uses.
-So one take may have to move every leaf, 1.5 us each, but each of those moves stands for a use
-that cost nothing. Memory: 44 bytes a leaf, in ints, which the garbage collector does not visit.
+So one take may have to move every leaf (64 ms for 100,000 of them, all used since; 0.8 us when
+none was), but each of those moves stands for uses that cost nothing. Memory: 44 bytes a leaf, in
+ints, which the garbage collector does not visit.
 """
 
 from __future__ import annotations

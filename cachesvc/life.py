@@ -60,6 +60,12 @@ class Life:
                 close()
             raise
         self._closers = closers
+        # A load that meets unmapped pages pays a fault for each 4 KiB.
+        self._stop_prefault = threading.Event()
+        self._prefault = threading.Thread(
+            target=self.arena.prefault, args=(self._stop_prefault,), name="kvist-map", daemon=True
+        )
+        self._prefault.start()
 
     def enter(self) -> bool:
         """Keep the maps open until leave; False when the session has ended."""
@@ -79,6 +85,8 @@ class Life:
         with self._idle:
             self.ended = True
             self._idle.wait_for(lambda: not self._users)
+        self._stop_prefault.set()
+        self._prefault.join()
         for close in self._closers:
             close()
 

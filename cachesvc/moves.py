@@ -13,7 +13,6 @@ flash thread looks whether it is back. Everything else goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Literal
@@ -218,15 +217,11 @@ class Moves:
         index = self._placement.index
         if self.state != "ready":
             return 0
-        chain = reversed(self._placement.blocks.chain(row))
-        return self._wish(index.key(each) for each in chain if index.dram(each) is None)
-
-    def _wish(self, keys: Iterable[BlockKey]) -> int:
         wished = 0
-        for key in keys:
+        for each in reversed(self._placement.blocks.chain(row)):
             # More than fit into DRAM cannot rise together.
-            if len(self._wishes) < self._placement.dram.slots:
-                self._wishes.setdefault(key, [])
+            if index.dram(each) is None and len(self._wishes) < self._placement.dram.slots:
+                self._wishes.setdefault(index.key(each), [])
                 wished += 1
         self._pump()
         return wished

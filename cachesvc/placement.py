@@ -144,9 +144,10 @@ class Placement:
         Raises: TierFull when nothing may go.
         """
         while True:
-            # A free slot may lack memory, when others fill /dev/shm; one just evicted has it.
-            with suppress(TierFull):
-                return self.dram.allocate()
+            if self.dram.free_slots:
+                # It may lack memory, when others fill /dev/shm; one just evicted has it.
+                with suppress(TierFull):
+                    return self.dram.allocate()
             row = self._dram_leaves.take(below)
             if row is None:
                 raise TierFull("nothing in DRAM may go")

@@ -283,7 +283,7 @@ class Store:
     def tick(self) -> bool:
         """Read the rings, give back what the dead had reserved, look after flash, beat.
 
-        Called every few milliseconds and when the bell rings. About 10 us when nothing is new.
+        Called every few milliseconds and when the bell rings. A few us when nothing is new.
 
         Returns: whether anything was.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,9 @@ def open_parts(
     count = pool_pages(config, namespace.format, free_memory_bytes())
     limits = limits_of(config, loaded.config, count)
     pool = PagePool(namespace.format, count)
+    threading.Thread(
+        target=pool.prefault, args=(threading.Event(),), name="kvist-pool", daemon=True
+    ).start()
     pages = Pages(count)
     cache = open_tiers(config, namespace, log)
     connector = Connector(cache, pool.page_bytes, pages, log, now)

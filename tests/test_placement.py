@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sim.blocks import SLOT_BYTES, make_block
-from sim.disk import FaultyDisk
-from sim.flash import filled, flip
-from sim.stores import Bench, Worker, chain, check, keys_of, tree_block
+from sim.flash import flip
+from sim.stores import Bench, chain, check, keys_of, store_settled, tree_block, worker_of
 
 from kvist.proto.errors import BlockMissing
 from kvist.proto.keys import BlockKey
@@ -23,20 +21,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     yield made
     check(made)
     made.close()
-
-
-def worker_of(bench: Bench) -> Worker:
-    bench.open()
-    return bench.worker()
-
-
-def store_settled(bench: Bench, worker: Worker, first: int, length: int) -> list[BlockKey]:
-    """Store a chain, a few blocks at a time so that each has room to sink; its keys."""
-    blocks = chain(first, length)
-    for start in range(0, length, 4):
-        assert set(worker.put(blocks[start : start + 4])) == {"stored"}
-        bench.settle()
-    return keys_of(blocks)
 
 
 def damage_flash(bench: Bench, key: BlockKey) -> None:
@@ -240,135 +224,38 @@ def test_damage_on_flash_is_found_as_the_block_rises_and_takes_what_stands_on_it
     bench.settle()
 
 
+def test_damage_on_flash_takes_even_what_stands_on_it_in_dram(bench: Bench) -> None:
+    worker = worker_of(bench)
+    keys = store_settled(bench, worker, 0, 2)
+    store_settled(bench, worker, 100, 8)
+    assert worker.put(chain(0, 3)) == ["present", "present", "stored"]
+    bench.settle()
+    assert bench.tiers(chain(0, 3)) == ["flash", "flash", "dram"]
+    damage_flash(bench, keys[1])
+    bench.store.prefetch(keys)
+    bench.settle()
+    assert bench.tiers(chain(0, 3)) == ["dram"]
+    assert worker.index.find(chain(0, 3)[2].header.key) is None
+
+
 def test_other_block_in_a_flash_slot_is_never_served(bench: Bench) -> None:
     worker = worker_of(bench)
-    keys = store_settled(bench, worker, 0, 4)
+    parent = tree_block(0)
+    siblings = [tree_block(1, parent), tree_block(2, parent)]
+    worker.put([parent, *siblings])
+    bench.settle()
     store_settled(bench, worker, 100, 8)
-    index, rows = bench.parts.index, [bench.parts.index.locate(key) for key in keys[2:]]
+    index = bench.parts.index
+    rows = [index.locate(key) for key in keys_of(siblings)]
     first, second = (row for row in rows if row is not None)
     slots = index.flash(first), index.flash(second)
     index.set_location(first, None, slots[1])
     index.set_location(second, None, slots[0])
-    bench.store.prefetch(keys)
+    for key in keys_of(siblings):
+        bench.store.prefetch([parent.header.key, key])
     bench.settle()
-    assert bench.tiers(chain(0, 4)) == ["dram"] * 2
-
-
-def test_restart_finds_again_what_was_on_flash(bench: Bench) -> None:
-    worker = worker_of(bench)
-    store_settled(bench, worker, 0, 8)
-    worker.put(chain(100, 8)[:2])  # still on their way to flash
-    bench.close()
-    worker = worker_of(bench)
-    assert bench.tiers(chain(0, 8)) == ["flash"] * 8
-    assert bench.tiers(chain(100, 2)) == ["flash"] * 2
-    assert bench.parts.placement.counts.orphans_dropped == 0
-    bench.store.prefetch(keys_of(chain(0, 8)))
-    bench.settle()
-    assert all(worker.reads(block) for block in chain(0, 8))
-
-
-def test_orphans_on_flash_are_dropped_at_the_start_and_their_slots_are_free(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, dram_slots=8, flash_slots=24)
-    filled(tmp_path / "flash", blocks=8)
-    bench.open()
-    flash = bench.parts.flash
-    assert flash is not None
-    row = bench.parts.index.locate(make_block(3).header.key)
-    assert row is not None
-    bench.parts.placement.unlisted.append(make_block(3).header.key)  # as if it had been lost
-    bench.close()
-    bench.open()
-    assert bench.store.stats().blocks == 3
-    assert bench.parts.placement.counts.orphans_dropped == 4
-    assert bench.parts.flash is not None
-    assert bench.parts.flash.free_slots == 21
-    check(bench)
-    bench.close()
-    bench.open()
-    assert bench.parts.placement.counts.orphans_dropped == 0
-    bench.close()
-
-
-def test_lost_index_is_rebuilt_in_the_background_while_stores_go_on(bench: Bench) -> None:
-    worker = worker_of(bench)
-    store_settled(bench, worker, 0, 8)
-    bench.close()
-    assert bench.config.flash_path is not None
-    (bench.config.flash_path / "index.mdb").unlink()
-    worker = worker_of(bench)
-    assert bench.store.stats().tiers[1].state == "rebuilding"
-    assert worker.put([tree_block(0)]) == ["stored"]
-    assert bench.store.lookup(keys_of(chain(0, 8)))[1] == "flash_rebuilding"
-    check(bench)
-    bench.run_until(lambda: bench.parts.moves.state == "ready")
-    assert bench.tiers(chain(0, 8)) == ["dram"] + ["flash"] * 7
-    bench.store.prefetch(keys_of(chain(0, 8)))
-    bench.settle()
-    assert all(worker.reads(block) for block in chain(0, 8))
-
-
-def test_what_is_cleared_during_a_rebuild_stays_away(bench: Bench) -> None:
-    store_settled(bench, worker_of(bench), 0, 8)
-    bench.close()
-    assert bench.config.flash_path is not None
-    (bench.config.flash_path / "index.mdb").unlink()
-    worker_of(bench)
-    bench.store.clear(None)
-    bench.run_until(lambda: bench.parts.moves.state == "ready")
-    assert bench.store.stats().blocks == 0
-    bench.close()
-    worker_of(bench)
-    assert bench.store.stats().blocks == 0
-
-
-def test_failed_device_ends_the_moves_and_dram_goes_on_and_comes_back(bench: Bench) -> None:
-    disk = FaultyDisk()
-    bench.open(disk)
-    worker = bench.worker()
-    keys = store_settled(bench, worker, 0, 4)
-    store_settled(bench, worker, 100, 8)
-    disk.broken = {"pwrite": errno.EIO, "pread": errno.EIO, "sync": errno.EIO}
-    assert bench.store.prefetch(keys) == 4
-    bench.settle()
-    bench.run_until(lambda: bench.parts.moves.state == "failed")
-    assert bench.store.lookup(keys) == ([], "flash_off")
-    check(bench)
-    assert worker.put(chain(200, 4)) == ["stored"] * 4
-    assert worker.put(chain(0, 2)) == ["stored"] * 2, "worth having in DRAM again"
-    assert bench.tiers(chain(0, 2)) == ["dram"] * 2
-    assert bench.parts.placement.counts.sinks_dropped == 4
-    disk.broken = {}
-    bench.clock_s += 1.1
-    bench.run_until(lambda: bench.parts.moves.state == "ready")
-    assert bench.tiers(chain(0, 4)) == ["dram"] * 2 + ["flash"] * 2
-    bench.store.prefetch(keys)
-    bench.settle()
-    assert all(worker.reads(block) for block in chain(0, 4))
-
-
-def test_device_that_fails_amid_sinks_leaves_no_slot_behind(bench: Bench) -> None:
-    disk = FaultyDisk()
-    bench.open(disk)
-    worker = bench.worker()
-    disk.broken = {"pwrite": errno.ENOSPC}
-    worker.put(chain(0, 8))
-    bench.settle()
-    bench.run_until(lambda: bench.parts.moves.state == "failed")
-    assert bench.parts.flash is not None
-    assert bench.parts.flash.free_slots == 24
-    assert bench.tiers(chain(0, 8)) == ["dram"] * 8
-    assert worker.put(chain(100, 8)) == ["stored"] * 8, "eviction still works"
-
-
-def test_device_that_cannot_be_opened_leaves_a_store_without_flash(bench: Bench) -> None:
-    disk = FaultyDisk()
-    disk.broken = {"fallocate": errno.ENOSPC}
-    bench.open(disk)
-    worker = bench.worker()
-    assert worker.put(chain(0, 2)) == ["stored"] * 2
-    assert bench.store.stats().tiers[1].state == "failed"
-    assert bench.tiers(chain(0, 2)) == ["dram"] * 2
+    assert bench.tiers([parent]) == ["dram"]
+    assert [worker.index.find(key) for key in keys_of(siblings)] == [None, None]
 
 
 def test_clear_drops_one_namespace_or_all_even_what_is_moving(bench: Bench) -> None:

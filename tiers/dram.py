@@ -18,6 +18,7 @@ from threading import Event
 
 from kvist.proto import slot as protocol
 from kvist.proto.errors import BlockMissing, ConfigInvalid, TierFull
+from kvist.proto.memory import populate
 from kvist.proto.record import MAGIC, PAGE_BYTES, BlockHeader, Bytes, Wanted, unpack_header
 from kvist.proto.sizes import format_bytes
 from kvist.tiers.slots import FreeSlots
@@ -25,10 +26,6 @@ from kvist.tiers.slots import FreeSlots
 _MAGIC_BYTES = slice(8, 16)
 _NO_MAGIC = bytes(len(MAGIC))
 _EMPTY_GENERATION = (1).to_bytes(8, "little")
-
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; not in Python's mmap module
-# A first touch costs 0.8 ms of CPU per MiB and madvise holds the interpreter's lock meanwhile.
-_POPULATE_BYTES = 256 * 1024
 
 
 class DramTier:
@@ -166,12 +163,7 @@ class DramTier:
         for slot in range(self.slots):
             if stop.is_set() or not self._back(slot):
                 return False
-            begin = slot * self.slot_bytes
-            for offset in range(begin, begin + self.slot_bytes, _POPULATE_BYTES):
-                length = min(_POPULATE_BYTES, begin + self.slot_bytes - offset)
-                # An older kernel refuses; pages then come with their first use.
-                with contextlib.suppress(OSError):
-                    self._map.madvise(_POPULATE_WRITE, offset, length)
+            populate(self.slot_view(slot), stop)
         return True
 
     def close(self) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+from threading import Event
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from kvist.proto.errors import BlockCorrupt, BlockMissing
 from kvist.proto.layout import BlockFormat
+from kvist.proto.memory import populate
 from kvist.proto.record import BlockHeader, Bytes, Wanted, check_wanted, checksum
 from kvist.tiers.slots import FreeSlots
 
@@ -33,14 +38,26 @@ class PagePool:
         shape = (format.layers, 2, format.kv_heads, format.block_tokens, format.head_dim)
         dtype: torch.dtype = getattr(torch, format.dtype)
         # Zeroed and not empty: a weight of exactly 0 times a NaN left in the memory is NaN.
-        # numpy takes zeros from the kernel untouched, so a pool costs memory as it is used (and
-        # no start-up time); torch.zeros would write all of it now.
+        # On a CPU the kernel's own zeros, huge pages where there are any: torch.zeros would write
+        # all of the pool before the start could go on, prefault does it behind it.
+        self._map: mmap.mmap | None = None
         if device == "cpu":
-            zeros = torch.from_numpy(np.zeros(pages * format.payload_bytes, dtype=np.uint8))
-            self.tensor = zeros.view(dtype).view(pages, *shape)
+            self._map = mmap.mmap(-1, pages * format.payload_bytes)
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            self.tensor = torch.frombuffer(self._map, dtype=dtype).view(pages, *shape)
         else:
             self.tensor = torch.zeros((pages, *shape), dtype=dtype, device=device)
         self._bytes = self.tensor.view(pages, -1).view(torch.uint8)
+
+    def prefault(self, stop: Event) -> None:
+        """Take the pool's memory now, so that no copy or step waits for it; for a thread.
+
+        Args:
+            stop: set it to end early.
+        """
+        if self._map is not None:
+            populate(memoryview(self._map), stop)
 
     def page_bytes(self, page: int) -> npt.NDArray[np.uint8]:
         """A page as bytes.

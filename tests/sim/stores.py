@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,6 @@ from kvist.cachesvc.ring import RingWriter
 from kvist.cachesvc.store import Reserved, Store, StoreConfig
 from kvist.proto.keys import NO_KEY, BlockKey
 from kvist.proto.record import RecordShape
-from kvist.proto.slot import read_slot
 from kvist.tiers.segment import DiskIo
 from kvist.transfer.shm import ArenaMap
 from sim.blocks import NAMESPACE, SHAPE, SLOT_BYTES, Block, empty, make_block
@@ -182,6 +182,20 @@ class Bench:
             pass
 
 
+def worker_of(bench: Bench) -> Worker:
+    bench.open()
+    return bench.worker()
+
+
+def store_settled(bench: Bench, worker: Worker, first: int, length: int) -> list[BlockKey]:
+    """Store a chain, a few blocks at a time so that each has room to sink; its keys."""
+    blocks = chain(first, length)
+    for start in range(0, length, 4):
+        assert set(worker.put(blocks[start : start + 4])) == {"stored"}
+        bench.settle()
+    return keys_of(blocks)
+
+
 def check(bench: Bench) -> None:
     """Everything that must hold between two calls of a store."""
     parts = bench.parts
@@ -209,6 +223,9 @@ def check(bench: Bench) -> None:
             assert placement._dram_leaves._is_in[row], "a leaf that eviction does not know"
         if placement.may_leave_flash(row):
             assert placement._flash_leaves._is_in[row], "a leaf that eviction does not know"
+    held = [each for session in bench.store._sessions.each() for each in session.reserved.values()]
+    awaited = Counter(each.parent for each in held if each.parent != NO_KEY)
+    assert bench.store._sessions._awaited == awaited
     check_slots(bench, rows)
 
 
@@ -230,10 +247,3 @@ def check_slots(bench: Bench, rows: Sequence[int]) -> None:
             assert parts.flash.slots - parts.flash.free_slots == len(flash)
     if not parts.moves._rising:
         assert parts.dram.slots - parts.dram.free_slots == len(dram)
-
-
-def open_blocks(worker: Worker, blocks: Sequence[Block]) -> list[bool]:
-    return [worker.reads(block) for block in blocks]
-
-
-__all__ = ["Bench", "Worker", "chain", "check", "keys_of", "open_blocks", "read_slot", "tree_block"]
