@@ -51,7 +51,8 @@ class EngineConfig:
         host: address to listen on.
         port: TCP port; 0 takes any free one.
         served_model_name: name that clients use; None is the last part of the model's path.
-        dtype: "auto" (what the checkpoint has), "bfloat16" or "float32".
+        dtype: of the computation: "auto" (what this processor does faster), "bfloat16", "float32".
+        kv_cache_dtype: of K and V: "auto" (bfloat16; dtype's where that is set) or one of these.
         block_tokens: tokens per KV block and page, a power of two.
         max_model_len: tokens of prompt and output together; None is the model's own limit.
         max_num_batched_tokens: tokens of one step at most.
@@ -77,6 +78,7 @@ class EngineConfig:
     port: int = 8000
     served_model_name: str | None = None
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     block_tokens: int = 64
     max_model_len: int | None = None
     max_num_batched_tokens: int = 512
@@ -119,6 +121,7 @@ class EngineConfig:
         self._check_range("--seed", self.seed, 0, 2**63 - 1)
         self._check_range("--drain-seconds", self.drain_seconds, 0, 86400)
         self._check_choice("--dtype", self.dtype, DTYPES)
+        self._check_choice("--kv-cache-dtype", self.kv_cache_dtype, DTYPES)
         self._check_choice("--log-level", self.log_level, LOG_LEVELS)
         if self.api_key == "":
             raise ConfigInvalid("--api-key is empty; give a key or leave the flag out")
@@ -220,6 +223,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float]) -> None:
+    kv.add_argument("--kv-cache-dtype", default="auto", help=f"{', '.join(DTYPES)} (%(default)s)")
     kv.add_argument(
         "--block-size", dest="block_tokens", type=whole, default=64, help="tokens (%(default)s)"
     )

@@ -18,6 +18,7 @@ from typing import Protocol
 from kvist.cachesvc.client import Found
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.storing import StoreItem, StoreResult
+from kvist.engine.loading import LoadJob
 from kvist.engine.pages import Pages
 from kvist.engine.request import CACHE_BYPASS
 from kvist.engine.sequence import Sequence, State
@@ -109,14 +110,6 @@ class _Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class _LoadJob:
-    sequence: Sequence
-    first: int
-    pages: list[int]
-    started_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class _StoreJob:
     item: StoreItem
     page: int
@@ -154,7 +147,7 @@ class Connector:
         self._log = log
         self._now = now
         self._store_room = min(STORE_QUEUE_BLOCKS, pages.total // STORE_POOL_SHARE)
-        self._load_jobs: queue.SimpleQueue[_LoadJob | None] = queue.SimpleQueue()
+        self._load_jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
         self._store_jobs: queue.SimpleQueue[_StoreJob | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Loaded | _Stored] = queue.SimpleQueue()
         self._early: deque[Loaded | _Stored] = deque()
@@ -207,7 +200,9 @@ class Connector:
         self._pages.pin(pages)
         self.copying += 1
         self._prefetch(sequence.keys()[first : first + count], sequence.found)
-        self._load_jobs.put(_LoadJob(sequence, first, pages, self._now()))
+        job = LoadJob(sequence, first, pages, self._now())
+        for _ in range(min(LOADERS, count)):
+            self._load_jobs.put(job)
 
     def store(self, sequence: Sequence, blocks: Iterable[int]) -> None:
         """Queue complete blocks; what finds no room is dropped, and so are the blocks after it.
@@ -334,25 +329,24 @@ class Connector:
 
     def _run_loads(self, cache: Cache) -> None:
         while (job := self._load_jobs.get()) is not None:
-            blocks, reason = self._load_blocks(cache, job)
-            seconds = self._now() - job.started_s
-            self._results.put(Loaded(job.sequence, blocks, reason, seconds, job.pages))
+            patience_s = LOAD_BASE_S + LOAD_BLOCK_S * len(job.pages)
+            while (taken := job.take(self._now(), patience_s)) is not None:
+                block, deadline = taken
+                if job.give(block, self._load(cache, job, block, deadline)):
+                    seconds = self._now() - job.started_s
+                    result = Loaded(job.sequence, job.blocks, job.reason, seconds, job.pages)
+                    self._results.put(result)
 
-    def _load_blocks(self, cache: Cache, job: _LoadJob) -> tuple[int, str]:
-        """Copy block after block; how many came, and why no more did."""
-        sequence = job.sequence
-        deadline = self._now() + LOAD_BASE_S + LOAD_BLOCK_S * len(job.pages)
-        for i, page in enumerate(job.pages):
-            if sequence.state is not State.LOADING or self._closing.is_set():
-                return i, "detached"  # aborted: nobody counts it
-            try:
-                reason = self._load_block(cache, sequence, job.first + i, page, deadline)
-            except Exception as error:
-                self._log.error("load failed", request=sequence.id, error=repr(error))
-                reason = "detached"
-            if reason is not None:
-                return i, reason
-        return len(job.pages), ""
+    def _load(self, cache: Cache, job: LoadJob, block: int, deadline: float) -> str | None:
+        """Copy a block of a job; why it did not come, or None."""
+        if job.sequence.state is not State.LOADING or self._closing.is_set():
+            return "detached"  # aborted: nobody counts it
+        try:
+            page = job.pages[block]
+            return self._load_block(cache, job.sequence, job.first + block, page, deadline)
+        except Exception as error:
+            self._log.error("load failed", request=job.sequence.id, error=repr(error))
+            return "detached"
 
     def _load_block(
         self, cache: Cache, sequence: Sequence, block: int, page: int, deadline: float

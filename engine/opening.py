@@ -88,7 +88,7 @@ def open_parts(
     started = now()
     loaded = load_model(config.model, config.dtype, progress)
     model = LlamaModel(loaded)
-    namespace = namespace_of(loaded, config.block_tokens)
+    namespace = namespace_of(loaded, config.block_tokens, kv_dtype_of(config, loaded))
     # Not info: the line would break into the bar that the API process draws on the terminal.
     log.debug("model loaded", dtype=loaded.dtype, seconds=now() - started)
     count = pool_pages(config, namespace.format, free_memory_bytes())
@@ -104,7 +104,7 @@ def open_parts(
     return Parts(runner, pages, connector, limits, namespace.format, Digests(namespace))
 
 
-def namespace_of(loaded: LoadedModel, block_tokens: int) -> Namespace:
+def namespace_of(loaded: LoadedModel, block_tokens: int, kv_dtype: str) -> Namespace:
     """What the KV of this model, computed by this program on this machine, is.
 
     Processors of another instruction set and other releases of torch round differently, so they
@@ -113,10 +113,21 @@ def namespace_of(loaded: LoadedModel, block_tokens: int) -> Namespace:
     capability = torch.backends.cpu.get_cpu_capability()
     return Namespace(
         model=loaded.fingerprint,
-        format=loaded.block_format(block_tokens),
+        format=loaded.block_format(block_tokens, kv_dtype),
         rope=f"theta={loaded.config.rope_theta}",
         compute=f"{loaded.dtype}/torch-{torch.__version__}/{capability}",
     )
+
+
+def kv_dtype_of(config: EngineConfig, loaded: LoadedModel) -> str:
+    """Dtype of K and V in all tiers.
+
+    With nothing said bfloat16, whatever the processor computes fastest in: half the bytes to
+    hold and to move. Who asks for a dtype gets it for K and V too, unless he says otherwise.
+    """
+    if config.kv_cache_dtype != "auto":
+        return config.kv_cache_dtype
+    return "bfloat16" if config.dtype == "auto" else loaded.dtype
 
 
 def pool_pages(config: EngineConfig, format: BlockFormat, free_bytes: int) -> int:

@@ -29,7 +29,7 @@ class LoadedModel:
     Attributes:
         config: its shape.
         rope: its rotary embedding.
-        dtype: "bfloat16" or "float32": of the tensors, of the computation and of its KV.
+        dtype: "bfloat16" or "float32": of the tensors and of the computation.
         tensors: by Hugging Face name, contiguous, on the CPU.
         fingerprint: 32 hex digits over every tensor's name, shape, dtype and bytes, the config
             and the rope: KV of models with different fingerprints is never exchanged.
@@ -41,12 +41,10 @@ class LoadedModel:
     tensors: Mapping[str, torch.Tensor]
     fingerprint: str
 
-    def block_format(self, block_tokens: int) -> BlockFormat:
+    def block_format(self, block_tokens: int, kv_dtype: str) -> BlockFormat:
         """Format of a block, and of a pool's page, for this model."""
         config = self.config
-        return BlockFormat(
-            config.layers, config.kv_heads, config.head_dim, self.dtype, block_tokens
-        )
+        return BlockFormat(config.layers, config.kv_heads, config.head_dim, kv_dtype, block_tokens)
 
 
 def load_model(

@@ -165,7 +165,7 @@ def test_a_seeded_draw_is_repeated_with_and_without_the_cache(start: Start) -> N
 
 def test_settings_that_do_not_fit_the_model_are_refused(model: str, tmp_path: Path) -> None:
     loaded = load_model(model, "float32")
-    format = loaded.block_format(BLOCK_TOKENS)
+    format = loaded.block_format(BLOCK_TOKENS, loaded.dtype)
 
     def config(**more: Any) -> EngineConfig:
         return EngineConfig(**settings(model, tmp_path, **more))

@@ -19,7 +19,8 @@ from kvist.engine.models.llama import LlamaModel
 from kvist.engine.weights import LoadedModel, load_model
 from kvist.tiers.hbm import PagePool
 
-DTYPES = ("float32", "bfloat16")
+# Of the computation, and of K and V in the pool.
+DTYPES = (("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16"))
 LONGEST = 100
 POOL_PAGES = 64
 
@@ -30,9 +31,10 @@ class Subject:
 
     loaded: LoadedModel
     model: LlamaModel
+    kv_dtype: str
 
     def pool(self, block_tokens: int, pages: int = POOL_PAGES) -> PagePool:
-        return PagePool(self.loaded.block_format(block_tokens), pages)
+        return PagePool(self.loaded.block_format(block_tokens, self.kv_dtype), pages)
 
     def prompt(self, tokens: int, seed: int) -> list[int]:
         draw = random.Random(seed)
@@ -53,16 +55,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=DTYPES)
+@pytest.fixture(scope="module", params=DTYPES, ids="/".join)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    loaded = load_model(tiny_llama(tmp_path_factory.mktemp("tiny")), request.param)
-    return Subject(loaded, LlamaModel(loaded))
+    loaded = load_model(tiny_llama(tmp_path_factory.mktemp("tiny")), request.param[0])
+    return Subject(loaded, LlamaModel(loaded), request.param[1])
 
 
-@pytest.fixture(scope="module", params=DTYPES)
+@pytest.fixture(scope="module", params=DTYPES, ids="/".join)
 def real(request: pytest.FixtureRequest) -> Subject:
-    loaded = load_model("demo", request.param)
-    return Subject(loaded, LlamaModel(loaded))
+    loaded = load_model("demo", request.param[0])
+    return Subject(loaded, LlamaModel(loaded), request.param[1])
 
 
 def forward_in_parts(
@@ -184,7 +186,7 @@ def test_logits_come_in_the_order_of_the_chunks(tiny: Subject) -> None:
 def test_an_untied_output_projection_is_used(tmp_path: Path) -> None:
     tied = load_model(tiny_llama(tmp_path / "tied"), "float32")
     untied = load_model(tiny_llama(tmp_path / "untied", tied=False), "float32")
-    first, second = Subject(tied, LlamaModel(tied)), Subject(untied, LlamaModel(untied))
+    first, second = (Subject(loaded, LlamaModel(loaded), "float32") for loaded in (tied, untied))
     prompt = first.prompt(10, seed=5)
     assert not torch.allclose(first.whole(prompt, 16)[0], second.whole(prompt, 16)[0])
 

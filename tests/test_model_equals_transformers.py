@@ -105,7 +105,7 @@ def greedy(
     """Continue all prompts together, each prefilled alone."""
     room = max(len(prompt) for prompt in prompts) + count
     each = -(-room // BLOCK_TOKENS)
-    pool = PagePool(loaded.block_format(BLOCK_TOKENS), each * len(prompts)).tensor
+    pool = PagePool(loaded.block_format(BLOCK_TOKENS, loaded.dtype), each * len(prompts)).tensor
     tables = [range(each * i, each * (i + 1)) for i in range(len(prompts))]
     outputs = [
         model.forward([Chunk(prompt, 0, table, True)], pool).argmax(-1).tolist()
@@ -138,7 +138,7 @@ def test_logits_differ_by_less_than_a_thousandth(
     loaded: LoadedModel, theirs: LlamaForCausalLM, prompts: list[list[int]]
 ) -> None:
     model = LlamaModel(loaded)
-    pool = PagePool(loaded.block_format(BLOCK_TOKENS), 16).tensor
+    pool = PagePool(loaded.block_format(BLOCK_TOKENS, loaded.dtype), 16).tensor
     for prompt in prompts:
         expected = their_logits(theirs, prompt)
         bounds = sorted({0, len(prompt) // 3, len(prompt) // 2, len(prompt)})
@@ -204,6 +204,6 @@ def test_a_folder_with_any_supported_rope_loads_and_computes_as_transformers_doe
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     loaded = load_model(tmp_path / "saved", "float32")
     prompt = [number * 7 % loaded.config.vocab for number in range(300)]
-    pool = PagePool(loaded.block_format(BLOCK_TOKENS), 5).tensor
+    pool = PagePool(loaded.block_format(BLOCK_TOKENS, loaded.dtype), 5).tensor
     logits = LlamaModel(loaded).forward([Chunk(prompt, 0, range(5), True)], pool)[0]
     assert (logits - their_logits(theirs, prompt)[-1]).abs().max() < LOGITS_TOLERANCE

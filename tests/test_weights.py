@@ -48,7 +48,7 @@ def test_a_folder_gives_its_tensors_and_shape(folder: Path) -> None:
     on_disk = load_file(folder / "model.safetensors")
     assert loaded.tensors.keys() == on_disk.keys()
     assert all(torch.equal(loaded.tensors[name], on_disk[name]) for name in on_disk)
-    block = loaded.block_format(16)
+    block = loaded.block_format(16, loaded.dtype)
     assert (block.layers, block.kv_heads, block.head_dim, block.dtype) == (2, 2, 16, "float32")
 
 

@@ -65,7 +65,8 @@ class Step:
         angles: of the rows, for query and key heads together.
         pool_rows: the pool as (-1, head_dim), for writing.
         pool_planes: the pool as (-1, block_tokens * head_dim), for reading.
-        scratch: room for the largest gather, (n, block_tokens * head_dim).
+        gathered: room for the largest gather, in the pool's dtype, flat.
+        widened: the same in the dtype of the computation; the same memory if that is the same.
         least: query rows per product, see kernels.attention.least_rows.
     """
 
@@ -73,14 +74,16 @@ class Step:
     angles: RopeStep
     pool_rows: torch.Tensor
     pool_planes: torch.Tensor
-    scratch: torch.Tensor
+    gathered: torch.Tensor
+    widened: torch.Tensor
     least: int
 
 
 class LlamaModel:
     """A Model: see base for what it promises.
 
-    It computes in the dtype of its weights, which is also the pool's. The softmax, the norms, the
+    It computes in the dtype of its weights. The pool may be of another: K and V are then rounded
+    when they are stored, and everything reads them from there. The softmax, the norms, the
     rotation and the logits are float32 inside. One thread at a time may call forward.
 
     Args:
@@ -100,7 +103,7 @@ class LlamaModel:
         config = self.config
         self._scales = torch.ones(config.heads + config.kv_heads, device=device)
         self._scales[: config.heads] = config.head_dim**-0.5
-        self._scratch = torch.empty(0, device=device, dtype=self._embedding.dtype)
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], pool: torch.Tensor) -> torch.Tensor:
@@ -125,20 +128,28 @@ class LlamaModel:
 
     def _step(self, chunks: Sequence[Chunk], pool: torch.Tensor) -> Step:
         block_tokens, head_dim = pool.shape[4:]
-        assert pool.dtype == self._embedding.dtype, (pool.dtype, self._embedding.dtype)
-        mask = page_mask(block_tokens, pool.dtype, pool.device)
+        dtype = self._embedding.dtype
+        mask = page_mask(block_tokens, dtype, pool.device)
         plan = Planner(self.config, block_tokens, mask).plan(chunks)
         most = max(gather.index.shape[1] for gather in plan.gathers)
-        if self._scratch.numel() < most * block_tokens * head_dim:
-            self._scratch = self._scratch.new_empty(most * block_tokens * head_dim)
         return Step(
             plan=plan,
             angles=rope_step(self._table, plan.positions, self._scales),
             pool_rows=pool.view(-1, head_dim),
             pool_planes=pool.view(-1, block_tokens * head_dim),
-            scratch=self._scratch,
-            least=least_rows(block_tokens, head_dim, pool.dtype),
+            gathered=self._room(pool.dtype, most * block_tokens * head_dim),
+            widened=self._room(dtype, most * block_tokens * head_dim),
+            least=least_rows(block_tokens, head_dim, dtype),
         )
+
+    def _room(self, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """At least count elements to write to, kept from step to step."""
+        room = self._scratch.get(dtype)
+        if room is None or room.numel() < count:
+            room = self._scratch[dtype] = torch.empty(
+                count, dtype=dtype, device=self._embedding.device
+            )
+        return room
 
     def _attention(self, x: torch.Tensor, number: int, step: Step) -> torch.Tensor:
         """Project, turn, store K and V, attend over the pages, project back: (rows, hidden)."""
@@ -147,8 +158,9 @@ class LlamaModel:
         turned = rope(projected[:, : config.heads + config.kv_heads], step.angles)
         keys = turned[:, config.heads :].reshape(-1, config.head_dim)
         values = projected[:, config.heads + config.kv_heads :].reshape(-1, config.head_dim)
-        step.pool_rows.index_copy_(0, step.plan.stores[number, 0], keys)
-        step.pool_rows.index_copy_(0, step.plan.stores[number, 1], values)
+        dtype = step.pool_rows.dtype
+        step.pool_rows.index_copy_(0, step.plan.stores[number, 0], keys.to(dtype))
+        step.pool_rows.index_copy_(0, step.plan.stores[number, 1], values.to(dtype))
         queries = turned[:, : config.heads].view(len(x), config.kv_heads, -1, config.head_dim)
         out = torch.empty_like(queries)
         for gather in step.plan.gathers:
@@ -166,8 +178,11 @@ class LlamaModel:
         """Compute the products of one gather: queries and out are (rows, kv_heads, groups, dim)."""
         config = self.config
         index = gather.index[number]
-        planes = step.scratch[: len(index) * step.pool_planes.shape[1]].view(len(index), -1)
-        gather_pages(step.pool_planes, index, planes)
+        size = len(index) * step.pool_planes.shape[1]
+        gathered, planes = step.gathered[:size], step.widened[:size]
+        gather_pages(step.pool_planes, index, gathered.view(len(index), -1))
+        if gathered.dtype != planes.dtype:
+            planes.copy_(gathered)
         shape = (2, gather.sequences, config.kv_heads, -1, config.head_dim)
         keys, values = planes.view(shape)
         for product in gather.products:
