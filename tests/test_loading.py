@@ -6,6 +6,7 @@ import threading
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvist.engine.loading import LoadJob
 from kvist.engine.request import NewRequest, SamplingParams
 from kvist.engine.sequence import Limits, Sequence
