@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import tempfile
 import threading
@@ -276,9 +277,16 @@ def savings(turns: Sequence[Turn]) -> list[str]:
             hit = statistics.median(times)
             lines.append(
                 f"TTFT with the prefix in {tier.upper() if tier != 'flash' else 'flash'}: "
-                f"{hit * 1e3:,.0f} ms, {miss / hit:.0f} times sooner ({len(times)} requests)."
+                f"{hit * 1e3:,.0f} ms, {miss / hit:.0f} times sooner "
+                f"({len(times)} request{'s' * (len(times) > 1)})."
             )
     return lines
+
+
+def draw(console: Console, file: Path) -> None:
+    """Save what the console showed as a picture that needs no font from elsewhere."""
+    picture = console.export_svg(title="make demo")
+    file.write_text(re.sub(r"@font-face \{.*?\}\n", "", picture, flags=re.DOTALL))
 
 
 def _mostly_from(hit: Answer, tier: str) -> bool:
@@ -304,7 +312,7 @@ def run_demo(model: str, keep: bool, svg: str | None) -> int:
         try:
             good = demo.run()
             if svg is not None:
-                console.save_svg(svg, title="make demo")
+                draw(console, Path(svg))
             if keep:
                 _linger(console, demo)
             else:
