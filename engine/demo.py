@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import statistics
 import tempfile
 import threading
@@ -306,6 +307,8 @@ def run_demo(model: str, keep: bool, svg: str | None) -> int:
     Returns:
         exit code: 0 if all answers were equal and every tier had hits.
     """
+    # As Ctrl-C: the processes are in sessions of their own and would live on.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(record=svg is not None, width=PICTURE_COLUMNS if svg else None)
     with tempfile.TemporaryDirectory(prefix="kvist-demo-") as folder:
         demo = Demo(console, Path(folder), model)
@@ -331,10 +334,10 @@ def run_demo(model: str, keep: bool, svg: str | None) -> int:
 
 
 def _linger(console: Console, demo: Demo) -> None:
-    console.print(
-        f"\nStill running. Page: {demo.sidecar.url}/  metrics: {demo.sidecar.url}/metrics"
-    )
-    console.print(f"Chat: kvist chat --url {demo.engines[0].url}   (Ctrl-C here stops everything)")
+    console.print("\nStill running; Ctrl-C here stops everything.")
+    console.print(f"Page:    {demo.sidecar.url}/")
+    console.print(f"Metrics: {demo.sidecar.url}/metrics and {demo.engines[0].url}/metrics")
+    console.print(f"Chat:    kvist chat --url {demo.engines[0].url}")
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

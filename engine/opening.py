@@ -30,8 +30,8 @@ from kvist.tiers.hbm import PagePool
 
 # Share of the free memory that the pool takes when nothing is said: the cache's own memory, the
 # API process and the file cache want room too.
-POOL_SHARE = 0.4
-POOL_BYTES_MAX = 8 << 30
+POOL_SHARE = 0.25
+POOL_BYTES_MAX = 4 << 30
 ATTACH_WAIT_S = 2.0
 
 
