@@ -145,6 +145,8 @@ class CacheClient:
                 if str(error) != refusal and not self._stopping.is_set():
                     refusal = str(error)
                     self._log.warning("cache not attached", reason=refusal)
+            except Exception as error:  # a mistake must cost this session only, not all to come
+                self._log.error("session failed", error=repr(error))
             self._stopping.wait(backoff_s)
             backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
 

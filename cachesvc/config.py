@@ -126,8 +126,23 @@ def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
+def home_folders(user: int, environment: Mapping[str, str]) -> tuple[str, str]:
+    """Where a user's sidecar lives when nothing is said.
+
+    Returns:
+        folder of the socket, the rings and the bell; folder of the arena.
+    """
+    if user == 0:
+        return "/run/kvist", "/dev/shm/kvist"
+    runtime = environment.get("XDG_RUNTIME_DIR", "")
+    run = f"{runtime}/kvist" if runtime.startswith("/") else f"/tmp/kvist-{user}"
+    return run, f"/dev/shm/kvist-{user}"
+
+
+_RUN_DIR, _SHM_DIR = home_folders(os.geteuid(), os.environ)
+
 SETTINGS: tuple[Setting, ...] = (
-    Setting("socket", "/run/kvist/kvistd.sock", "Unix socket of the gRPC service.", _socket),
+    Setting("socket", f"{_RUN_DIR}/kvistd.sock", "Unix socket of the gRPC service.", _socket),
     Setting(
         "listen",
         "",
@@ -141,8 +156,8 @@ SETTINGS: tuple[Setting, ...] = (
         "Address of the page, /metrics, /stats.json and /healthz; empty: none.",
         _address,
     ),
-    Setting("run_dir", "/run/kvist", "Folder of the index, the rings and the bell.", _path),
-    Setting("shm_dir", "/dev/shm/kvist", "Folder of the DRAM arena, in memory.", _path),
+    Setting("run_dir", _RUN_DIR, "Folder of the index, the rings and the bell.", _path),
+    Setting("shm_dir", _SHM_DIR, "Folder of the DRAM arena, in memory.", _path),
     Setting("dram_bytes", "1GiB", "Size of the DRAM tier.", _bytes_at_least(1 << 20)),
     Setting("flash_path", "", "Folder of the flash tier; empty: no flash tier.", _path_or_off),
     Setting("flash_bytes", "8GiB", "Size of the flash tier.", _bytes_at_least(1 << 20)),

@@ -98,8 +98,11 @@ class Owner(Protocol):
         """A rise has ended."""
         ...
 
-    def sunk(self, jobs: list[Sink], offline: bool) -> None:
-        """A batch of sinks has ended, in the order of their queueing; offline: none got there."""
+    def sunk(self, jobs: list[Sink], offline: str) -> None:
+        """A batch of sinks has ended, in the order of their queueing.
+
+        offline: why none got there; "" when those without a problem did.
+        """
         ...
 
 
@@ -125,6 +128,7 @@ class FlashIo:
         self._sinks: deque[Sink] = deque()
         self._deletes: list[BlockKey] = []
         self._idle = 0
+        self._broken = False
         self._writing = False
         self._closing = False
         self._threads = [
@@ -136,7 +140,11 @@ class FlashIo:
 
     def rise(self, job: Rise) -> None:
         """Queue a read."""
-        self.run(partial(self._rise, job))
+        self._run(partial(self._rise, job))
+
+    def probe(self, done: Callable[[bool], None]) -> None:
+        """Look soon whether the device works; done is told so on the service's thread."""
+        self._run(partial(self._probe, done))
 
     def sink(self, job: Sink) -> None:
         """Queue a write; after those queued before."""
@@ -153,8 +161,7 @@ class FlashIo:
             self._deletes.append(key)
             self._wake.notify()
 
-    def run(self, task: Callable[[], None]) -> None:
-        """Run something on a flash thread, soon, as if it were a read."""
+    def _run(self, task: Callable[[], None]) -> None:
         with self._wake:
             self._reads.append(task)
             self._wake.notify()
@@ -185,7 +192,8 @@ class FlashIo:
         if self._reads:
             return self._reads.popleft()
         # Deletes alone wait while the device is off: there is nothing they must go before.
-        if not self._writing and (self._sinks or (self._deletes and not self._flash.failure)):
+        off = self._broken or self._flash.failure
+        if not self._writing and (self._sinks or (self._deletes and not off)):
             self._writing = True
             return self._write_batch
         return None
@@ -197,12 +205,22 @@ class FlashIo:
                 job.header = self._flash.read_record(job.flash_slot, into)
             except KvistError as error:
                 job.problem = error
+            except Exception as error:  # our mistake; it must not end the thread for good
+                job.problem = TierOffline(f"reading failed: {error!r}")
         self._post(partial(self._owner.risen, job))
+
+    def _probe(self, done: Callable[[bool], None]) -> None:
+        try:
+            works = self._flash.probe()
+        except Exception:  # ours again; asked anew in a moment
+            works = False
+        self._post(partial(done, works))
 
     def _write_batch(self) -> None:
         jobs: list[Sink] = []
         written: list[tuple[Sink, FlashEntry]] = []
-        offline = False
+        offline = ""
+        self._broken = False
         try:
             self._delete_queued()
             while (job := self._next_sink(len(jobs))) is not None:
@@ -211,15 +229,18 @@ class FlashIo:
                 self._delete_queued()
                 written += self._write(job)
             self._put(written)
-        except TierOffline:
-            offline = True
+        except TierOffline as error:
+            offline = str(error)
+        except Exception as error:  # our mistake; it must not end the only writer for good
+            offline = f"writing failed: {error!r}"
+            self._broken = True
         with self._wake:
             self._writing = False
             if offline:  # what is queued would fare no better
                 jobs += self._sinks
                 self._sinks.clear()
             self._wake.notify()
-        if jobs:
+        if jobs or offline:
             self._post(partial(self._owner.sunk, jobs, offline))
 
     def _next_sink(self, taken: int) -> Sink | None:

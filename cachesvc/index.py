@@ -17,7 +17,7 @@ from pathlib import Path
 from struct import Struct
 from typing import Final
 
-from kvist.proto.errors import FormatRefused, TierFull
+from kvist.proto.errors import ConfigInvalid, FormatRefused, TierFull
 from kvist.proto.keys import KEY_BYTES, BlockKey
 from kvist.proto.shm import (
     BUCKET_BYTES,
@@ -245,6 +245,8 @@ class IndexWriter(_Table):
         flash_slots: slots of the flash tier, 0 without one.
         slot_bytes: bytes of a DRAM slot.
         boot_epoch: 16 random bytes.
+
+    Raises: ConfigInvalid: the file system has no room for it.
     """
 
     def __init__(
@@ -254,8 +256,17 @@ class IndexWriter(_Table):
         path.unlink(missing_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(handle, HEADER_BYTES + buckets * BUCKET_BYTES)
+            # Its memory now: to touch a page that a full /dev/shm cannot give ends the toucher,
+            # and a worker that only reads touches it too.
+            os.posix_fallocate(handle, 0, HEADER_BYTES + buckets * BUCKET_BYTES)
             mapped = mmap.mmap(handle, 0)
+        except OSError as error:
+            path.unlink()
+            raise ConfigInvalid(
+                f"dram_bytes, flash_bytes: {path.parent} has no room for an index of"
+                f" {buckets * BUCKET_BYTES} bytes ({error.strerror}); give it more room (docker"
+                " run --shm-size) or lower them"
+            ) from error
         finally:
             os.close(handle)
         INDEX_HEADER.pack_into(

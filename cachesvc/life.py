@@ -55,17 +55,12 @@ class Life:
             closers.append(self._ring.close)
             if self.index.boot_epoch != self.boot_epoch:
                 raise FormatRefused("the index is of another life of the sidecar")
+            self._stop_prefault, self._prefault = _start_prefault(self.arena)
         except BaseException:
             for close in closers:
                 close()
             raise
         self._closers = closers
-        # A load that meets unmapped pages pays a fault for each 4 KiB.
-        self._stop_prefault = threading.Event()
-        self._prefault = threading.Thread(
-            target=self.arena.prefault, args=(self._stop_prefault,), name="kvist-map", daemon=True
-        )
-        self._prefault.start()
 
     def enter(self) -> bool:
         """Keep the maps open until leave; False when the session has ended."""
@@ -109,3 +104,11 @@ class Life:
         except OSError:
             return False
         return True
+
+
+def _start_prefault(arena: ArenaMap) -> tuple[threading.Event, threading.Thread]:
+    """A load that meets unmapped pages pays a fault for each 4 KiB. Raises: RuntimeError."""
+    stop = threading.Event()
+    thread = threading.Thread(target=arena.prefault, args=(stop,), name="kvist-map", daemon=True)
+    thread.start()
+    return stop, thread

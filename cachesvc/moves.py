@@ -14,7 +14,6 @@ flash thread looks whether it is back. Everything else goes on.
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import partial
 from typing import Literal
 
 from kvist.cachesvc.blocks import NO_ROW
@@ -115,11 +114,11 @@ class Moves:
             return
         self._unlist()
         if self.state == "ready" and self._flash.failure:
-            self._fail()
+            self._fail(self._flash.failure)
         if self.state == "failed" and not self._probing and now_s >= self._probe_at_s:
             self._probing = True
             self._probe_at_s = now_s + PROBE_S
-            self._io.run(self._probe)
+            self._io.probe(self._probed)
         if self._wishes:
             self._pump()
 
@@ -166,7 +165,7 @@ class Moves:
         self._io.sink(job)
         return True
 
-    def sunk(self, jobs: list[Sink], offline: bool) -> None:
+    def sunk(self, jobs: list[Sink], offline: str) -> None:
         """See flashio.Owner."""
         if self._closed:
             return
@@ -183,7 +182,7 @@ class Moves:
                 placement.counts.flash_written += 1
                 placement.offer(job.row)
         if offline:
-            self._fail()
+            self._fail(offline)
 
     def _undo_sink(self, job: Sink) -> None:
         assert self._flash is not None
@@ -331,7 +330,7 @@ class Moves:
         placement.counts.rises_failed += 1
         if isinstance(error, TierOffline):
             placement.offer(job.row)
-            self._fail()
+            self._fail(str(error))
             return
         placement.counts.flash_corrupt += 1
         placement.index.condemn(job.key)
@@ -360,16 +359,11 @@ class Moves:
         self.state = state
         self._placement.index.set_flash_state(_STATES[state])
 
-    def _fail(self) -> None:
-        assert self._flash is not None
+    def _fail(self, reason: str) -> None:
         if self.state != "failed":
             self._enter("failed")
-            self._log.error("flash tier failed", reason=self._flash.failure)
-        self._refuse_wishes(TierOffline(self._flash.failure))
-
-    def _probe(self) -> None:
-        assert self._flash is not None
-        self._post(partial(self._probed, self._flash.probe()))
+            self._log.error("flash tier failed", reason=reason)
+        self._refuse_wishes(TierOffline(reason))
 
     def _probed(self, works: bool) -> None:
         self._probing = False
@@ -394,4 +388,4 @@ class Moves:
         if problem is None:
             self._resume()
         else:
-            self._fail()
+            self._fail(str(problem))

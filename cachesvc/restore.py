@@ -82,6 +82,8 @@ class Restore:
             entries = list(self._flash.scan(self._stop))
         except TierOffline as error:
             self._post(partial(self._finish, error))
+        except Exception as error:  # our mistake; it must not leave the tier rebuilding for good
+            self._post(partial(self._finish, TierOffline(f"scanning failed: {error!r}")))
         else:
             self._post(partial(self._step, self._insert(entries)))
 
@@ -128,7 +130,10 @@ class Restore:
             return None
         parent = self._parent(entry)
         row = index.locate(entry.key)
-        if parent is None or (row is not None and blocks.reaches_flash(row)):
+        if parent is None:
+            return None
+        # A client may have stored a key anew on top of another block; flash must hang together.
+        if row is not None and (blocks.reaches_flash(row) or blocks.parent[row] != parent):
             return None
         if not self._flash.take(entry):
             return None

@@ -64,12 +64,18 @@ def make_ring(path: Path, entries: int = RING_ENTRIES) -> None:
     Args:
         path: must not exist.
         entries: a power of two.
+
+    Raises: OSError: no room or no descriptor; there is no file then.
     """
     assert entries.bit_count() == 1
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.ftruncate(handle, HEADER_BYTES + entries * ENTRY_BYTES)
+        # Its memory now: to touch a page that a full /dev/shm cannot give ends the toucher.
+        os.posix_fallocate(handle, 0, HEADER_BYTES + entries * ENTRY_BYTES)
         os.pwrite(handle, RING_HEADER.pack(RING_MAGIC, SHM_VERSION, entries), 0)
+    except OSError:
+        path.unlink()
+        raise
     finally:
         os.close(handle)
 
@@ -82,6 +88,9 @@ class _Ring:
         try:
             self._map = mmap.mmap(self._handle, 0)
             self.entries: Final[int] = _checked_entries(path, self._map)
+        except OSError:  # no descriptor or memory left for the map
+            os.close(self._handle)
+            raise
         except (ValueError, FormatRefused) as error:
             os.close(self._handle)
             raise FormatRefused(str(error)) from None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
@@ -253,6 +255,7 @@ class Server:
         self._service = service
         self._health = health.aio.HealthServicer()
         self._socket = socket
+        self._lock: int | None = None
         self.listen = listen
         cache_pb2_grpc.add_CacheServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -265,6 +268,7 @@ class Server:
 
         Raises: ConfigInvalid: an address cannot be listened on.
         """
+        self._own_socket()
         self._bind("socket", f"unix:{self._socket}")
         if self.listen:
             port = self._bind("listen", self.listen)
@@ -273,6 +277,20 @@ class Server:
         self._socket.chmod(0o600)
         for name in ("", SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def _own_socket(self) -> None:
+        """Take the lock beside the socket: gRPC itself would steal a running sidecar's socket."""
+        if self._socket.exists() and not self._socket.is_socket():
+            raise ConfigInvalid(f"socket: {self._socket} is no socket; remove it or give another")
+        lock = os.open(f"{self._socket}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise ConfigInvalid(
+                f"socket: another sidecar listens on {self._socket}; stop it or give another"
+            ) from None
+        self._lock = lock
 
     def _bind(self, key: str, address: str) -> int:
         try:
@@ -285,4 +303,6 @@ class Server:
         await self._health.enter_graceful_shutdown()
         self._service.end_sessions()
         await self._server.stop(STOP_GRACE_S)
-        self._socket.unlink(missing_ok=True)
+        if self._lock is not None:
+            self._socket.unlink(missing_ok=True)
+            os.close(self._lock)

@@ -92,7 +92,12 @@ class Sessions:
         name = f"{self._life}-{self._opened}"
         path = self._folder / f"{RING_PREFIX}{name}"
         make_ring(path)
-        session = Session(name, client, pid, namespace, RingReader(path))
+        try:
+            ring = RingReader(path)
+        except OSError:
+            path.unlink()
+            raise
+        session = Session(name, client, pid, namespace, ring)
         self._sessions[name] = session
         return session
 

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -81,7 +82,8 @@ class Store:
         self.boot_epoch = random(EPOCH_BYTES)
         self.bell_path = config.run_dir / BELL_NAME
         self._config = config
-        self._post = post
+        self._post: Post = lambda call: post(partial(self._run_posted, call))
+        self._broken: Exception | None = None
         self._now = now
         self._log = log
         self._disk = disk
@@ -286,7 +288,11 @@ class Store:
         Called every few milliseconds and when the bell rings. A few us when nothing is new.
 
         Returns: whether anything was.
+
+        Raises: what a posted call raised, which is a broken invariant: a loop only logs it.
         """
+        if self._broken is not None:
+            raise self._broken
         if self._parts is None:
             return False
         now_s = self._now()
@@ -302,6 +308,13 @@ class Store:
             self._log.info("session ended", session=session.id, reserved_slots=len(slots))
         self._parts.moves.poll(now_s)
         return busy or bool(self._parts.placement.jobs)
+
+    def _run_posted(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._broken = self._broken or error
+            raise
 
     def _heed(self, entry: Entry) -> None:
         placement, moves = self._made.placement, self._made.moves

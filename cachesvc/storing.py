@@ -93,6 +93,9 @@ class Storer:
             self._control.hang_up()
             self._log.debug("store dropped", reason=str(error))
             seen.lose_the_rest(batch)
+        except Exception:  # a mistake of ours must not leave slots reserved either
+            self._control.hang_up()
+            raise
 
     def _reserve_fill_commit(self, life: Life, batch: Sequence[StoreItem], seen: _Batches) -> None:
         """Raises: Detached, SessionUnknown; blocks not in seen by then are lost."""

@@ -102,6 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigInvalid as error:
         print(f"kvist {flags.command}: error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.split(".")[0] == "kvist":
+            raise
+        print(
+            f"kvist {flags.command}: error: {error.name} is not installed; "
+            "install the engine: pip install 'kvist[engine]'",
+            file=sys.stderr,
+        )
+        return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return code

@@ -203,7 +203,9 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     http.add_argument("--port", type=whole, default=8000, help="0 takes a free one (%(default)s)")
     http.add_argument("--served-model-name", metavar="NAME", help="name that clients use")
     http.add_argument(
-        "--api-key", default=os.environ.get("KVIST_API_KEY"), help="ask for it ($KVIST_API_KEY)"
+        "--api-key",
+        default=os.environ.get("KVIST_API_KEY"),
+        help="clients must send it ($KVIST_API_KEY)",
     )
     http.add_argument(
         "--drain-seconds",
@@ -214,10 +216,12 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("model")
     run.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)} (%(default)s)")
     run.add_argument("--max-model-len", type=whole, metavar="TOKENS", help="default: the model's")
-    run.add_argument("--max-num-batched-tokens", type=whole, default=512, help="(%(default)s)")
-    run.add_argument("--max-num-seqs", type=whole, default=32, help="(%(default)s)")
-    run.add_argument("--threads", type=whole, default=usable_cores(), help="(%(default)s)")
-    run.add_argument("--seed", type=whole, default=0, help="(%(default)s)")
+    run.add_argument(
+        "--max-num-batched-tokens", type=whole, default=512, help="of one step (%(default)s)"
+    )
+    run.add_argument("--max-num-seqs", type=whole, default=32, help="in a batch (%(default)s)")
+    run.add_argument("--threads", type=whole, default=usable_cores(), help="compute (%(default)s)")
+    run.add_argument("--seed", type=whole, default=0, help="of random draws (%(default)s)")
     run.add_argument("--log-level", default="info", help=f"{', '.join(LOG_LEVELS)} (%(default)s)")
     _add_cache_flags(parser.add_argument_group("KV cache"), whole)
 

@@ -287,9 +287,9 @@ class Connector:
         sequence.found = cache.tiers(asked[: found.blocks])[known:]
         # Should a found block be gone before its tier was read, it counts as not stored.
         sequence.found_end = found.reason or "not_stored"
-        if known and not found.blocks and found.reason == "not_stored":
-            # Dropped, evicted, or the sidecar began anew; without this no child of the prefix
-            # could be stored for as long as the pool has it.
+        if known and not found.blocks and found.reason in ("not_stored", "corrupt"):
+            # Dropped, evicted, damaged, or the sidecar began anew; without this no child of the
+            # prefix could be stored for as long as the pool has it.
             self.store(sequence, range(cache.lookup(keys[:blocks]).blocks, blocks))
 
     def _prefetch(self, keys: Blocks[BlockKey], tiers: Blocks[str]) -> None:

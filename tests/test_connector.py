@@ -342,3 +342,19 @@ def test_close_stores_what_is_queued_and_closes_the_cache(cache: FakeCache) -> N
     bench.complete(sequence)
     bench.connector.close()
     assert (len(cache.blocks), cache.closed) == (3, True)
+
+
+def test_a_block_lost_to_damage_is_stored_anew_from_the_pool(
+    cache: FakeCache, bench: Bench
+) -> None:
+    first = bench.sequence(12)
+    bench.seat(first)
+    bench.complete(first)
+    bench.settled()
+    lost = first.keys()[1:]
+    for key in lost:
+        del cache.blocks[key]
+    cache.condemned = set(lost)
+    bench.seat(bench.sequence(13))
+    bench.settled()
+    assert set(lost) <= set(cache.blocks), "no child of it could be stored"

@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sim.sidecar import KVISTD, Prompt, Sidecar, load_all, wait_until
 
-from kvist.cachesvc.config import SETTINGS
+from kvist.cachesvc.config import SETTINGS, home_folders
 from kvist.cachesvc.log import BURST_LINES, Log
 
 WITHOUT_TORCH = """
@@ -207,3 +207,33 @@ def test_log_limits_an_event_and_says_how_many_it_dropped() -> None:
     now = 11.0
     log.info("again")
     assert stream.getvalue().splitlines()[-1].endswith("again similar_dropped=7")
+
+
+def test_a_running_sidecars_socket_is_not_taken_from_it(sidecar: Sidecar, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    second = kvistd(
+        f"--socket={sidecar.socket}", f"--run-dir={other}", f"--shm-dir={other}",
+        "--http-listen=", "--dram-bytes=1MiB",
+    )  # fmt: skip
+    assert second.returncode == 2
+    assert "another sidecar listens on" in second.stderr
+    assert sidecar.socket.is_socket()
+
+
+def test_a_file_in_place_of_the_socket_is_refused_and_kept(tmp_path: Path) -> None:
+    there = tmp_path / "file"
+    there.write_text("mine")
+    refused = kvistd(
+        f"--socket={there}", f"--run-dir={tmp_path}", f"--shm-dir={tmp_path}", "--http-listen=",
+        "--dram-bytes=1MiB",
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "is no socket" in refused.stderr
+    assert there.read_text() == "mine"
+
+
+def test_each_user_has_folders_of_his_own_when_nothing_is_said() -> None:
+    assert home_folders(0, {}) == ("/run/kvist", "/dev/shm/kvist")
+    runtime = {"XDG_RUNTIME_DIR": "/run/user/7"}
+    assert home_folders(7, runtime) == ("/run/user/7/kvist", "/dev/shm/kvist-7")
+    assert home_folders(7, {}) == ("/tmp/kvist-7", "/dev/shm/kvist-7")

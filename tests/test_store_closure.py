@@ -63,10 +63,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "bench"):
-            self.bench.settle()
-            check(self.bench)
-            self.bench.close()
-            shutil.rmtree(self.folder)
+            try:
+                self.bench.settle()
+                check(self.bench)
+            finally:
+                self.bench.close()
+                shutil.rmtree(self.folder)
 
     def is_stored(self, number: int) -> bool:
         return self.bench.parts.index.locate(FOREST[number].header.key) is not None

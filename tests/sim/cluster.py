@@ -65,7 +65,8 @@ class Cluster:
 
     def sidecar(self, **settings: str) -> LocalSidecar:
         """Start a sidecar; its folder is the same each time, so a second one finds the flash."""
-        sidecar = LocalSidecar(self.folder / "sidecar", {"dram_bytes": "256MiB", **settings})
+        sizes = {"dram_bytes": "256MiB", "flash_bytes": "512MiB"}
+        sidecar = LocalSidecar(self.folder / "sidecar", {**sizes, **settings})
         self.processes.append(sidecar)
         sidecar.start()
         sidecar.wait_ready()
@@ -74,7 +75,7 @@ class Cluster:
     def engine(self, name: str, cache: str, *flags: str) -> LocalEngine:
         """Start an engine and wait until it serves and reaches its cache."""
         base = ["--cache", cache, "--threads", "1", "--kv-cache-memory-bytes", "256MiB"]
-        base += ["--served-model-name", "m"]
+        base += ["--served-model-name", "m", "--cache-flash-bytes", "512MiB"]
         engine = LocalEngine(self.model, self.folder / f"{name}.log", [*base, *flags])
         self.processes.append(engine)
         engine.start()

@@ -23,6 +23,7 @@ class FakeCache:
         blocks: what is stored.
         flash: keys that are on flash; a prefetch makes them rise unless `stuck`.
         corrupt: keys whose payload does not match.
+        condemned: keys that are said to be corrupt as long as they are not stored.
         stuck: nothing rises from flash.
         gate: loads wait for it.
         store_gate: stores wait for it.
@@ -35,6 +36,7 @@ class FakeCache:
         self.blocks: dict[BlockKey, tuple[StoreItem, bytes]] = {}
         self.flash: set[BlockKey] = set()
         self.corrupt: set[BlockKey] = set()
+        self.condemned: set[BlockKey] = set()
         self.stuck = False
         self.gate = threading.Event()
         self.gate.set()
@@ -51,7 +53,9 @@ class FakeCache:
         if self.state != "attached":
             return Found(0, "detached", b"")
         blocks = len(self.tiers(keys))
-        return Found(blocks, "" if blocks == len(keys) else "not_stored", b"1")
+        if blocks == len(keys):
+            return Found(blocks, "", b"1")
+        return Found(blocks, "corrupt" if keys[blocks] in self.condemned else "not_stored", b"1")
 
     def tiers(self, keys: Sequence[BlockKey]) -> tuple[str, ...]:
         """See CacheClient.tiers."""
