@@ -98,6 +98,18 @@ class Bench:
         body = {"model": self.model(engine), "prompt": prompt, "temperature": 0}
         return ask(engine.url, {**body, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True})
 
+    def compute(self, prompt: list[int]) -> Answer:
+        """A miss on engine A; returns when its blocks are stored and written, all idle again."""
+        blocks = {tier: used_slots(self.sidecar, tier) for tier in ("dram", "flash")}
+        answer = self.ask(self.engines[0], prompt)
+        for tier, before in blocks.items():
+            want = before + self.tokens // 64
+            wait_until(
+                f"blocks in {tier}",
+                lambda tier=tier, want=want: used_slots(self.sidecar, tier) >= want,  # type: ignore[misc]
+            )
+        return answer
+
     @staticmethod
     def model(engine: LocalEngine) -> str:
         """The name under which the engine serves."""
@@ -109,19 +121,13 @@ def measure(bench: Bench, repeats: int) -> dict[str, list[Answer]]:
     """Ask every prompt in every state; answers of one prompt stand at one position."""
     a, b = bench.engines
     found: dict[str, list[Answer]] = {"miss": [], "hbm": [], "dram": [], "flash": []}
-    blocks = bench.tokens // 64
     for round_number in range(repeats):
         prompt = bench.prompt(f"customer {round_number}")
-        before = used_slots(bench.sidecar, "dram")
-        found["miss"].append(bench.ask(a, prompt))
+        found["miss"].append(bench.compute(prompt))
         found["hbm"].append(bench.ask(a, prompt))
-        wait_until("blocks stored", lambda: used_slots(bench.sidecar, "dram") >= before + blocks)  # noqa: B023
         found["dram"].append(bench.ask(b, prompt))
     prompts = [bench.prompt(f"supplier {number}") for number in range(repeats)]
-    for prompt in prompts:
-        before = used_slots(bench.sidecar, "flash")
-        found["miss"].append(bench.ask(a, prompt))
-        wait_until("blocks on flash", lambda: used_slots(bench.sidecar, "flash") >= before + blocks)  # noqa: B023
+    found["miss"] += [bench.compute(prompt) for prompt in prompts]
     bench.sidecar.stop()
     wait_until("engine noticed", lambda: not attached(b))
     bench.sidecar.start()
