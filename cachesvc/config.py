@@ -130,7 +130,7 @@ def home_folders(user: int, environment: Mapping[str, str]) -> tuple[str, str]:
     """Where a user's sidecar lives when nothing is said.
 
     Returns:
-        folder of the socket, the rings and the bell; folder of the arena.
+        folder of the socket, the lock and the bell; folder of arena, index and rings.
     """
     if user == 0:
         return "/run/kvist", "/dev/shm/kvist"
@@ -156,8 +156,8 @@ SETTINGS: tuple[Setting, ...] = (
         "Address of the page, /metrics, /stats.json and /healthz; empty: none.",
         _address,
     ),
-    Setting("run_dir", _RUN_DIR, "Folder of the index, the rings and the bell.", _path),
-    Setting("shm_dir", _SHM_DIR, "Folder of the DRAM arena, in memory.", _path),
+    Setting("run_dir", _RUN_DIR, "Folder of the lock and the bell.", _path),
+    Setting("shm_dir", _SHM_DIR, "Folder of arena, index and rings, in memory.", _path),
     Setting("dram_bytes", "1GiB", "Size of the DRAM tier.", _bytes_at_least(1 << 20)),
     Setting("flash_path", "", "Folder of the flash tier; empty: no flash tier.", _path_or_off),
     Setting("flash_bytes", "8GiB", "Size of the flash tier.", _bytes_at_least(1 << 20)),
