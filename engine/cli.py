@@ -45,7 +45,10 @@ def _add_chat_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key", help="the server's key")
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="per answer")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    # The API's own default of 1 makes small models ramble.
+    parser.add_argument(
+        "--temperature", type=float, default=0.2, metavar="T", help="0 is greedy (%(default)s)"
+    )
 
 
 def _chat(flags: argparse.Namespace) -> int:

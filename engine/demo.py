@@ -241,8 +241,17 @@ class Demo:
 
 def request_table(title: str, turns: Sequence[Turn]) -> Table:
     """One row per request: tokens by tier, TTFT with and without the cache, equality."""
-    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
-    for name in ("chat", "turn", "engine", "prompt", *TIERS, "TTFT", "no cache", "equal"):
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption="TTFT in ms, with the cache and without it; the tiers' columns are tokens",
+        caption_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
+    for name in ("chat", "turn", "engine", "tokens", *TIERS, "TTFT", "uncached", "equal"):
         table.add_column(name, justify="right", no_wrap=True)
     for turn in turns:
         hit, miss = turn.hit, turn.miss
@@ -254,8 +263,8 @@ def request_table(title: str, turns: Sequence[Turn]) -> Table:
             str(turn.engine + 1),
             str(hit.prompt_tokens),
             *(str(hit.cached[tier] or "-") for tier in TIERS),
-            f"{hit.ttft_s * 1e3:,.0f}ms",
-            f"{miss.ttft_s * 1e3:,.0f}ms",
+            f"{hit.ttft_s * 1e3:,.0f}",
+            f"{miss.ttft_s * 1e3:,.0f}",
             "yes" if turn.equal else "[red]NO[/]",
         )
     return table

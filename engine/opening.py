@@ -46,6 +46,7 @@ class Parts:
         limits: of every sequence.
         format: of a page.
         digests: namespaces by tenant.
+        dtype: what is computed in.
     """
 
     runner: Runner
@@ -54,6 +55,7 @@ class Parts:
     limits: Limits
     format: BlockFormat
     digests: Digests
+    dtype: str
 
     def ready(self) -> Ready:
         """What the API process needs to know."""
@@ -62,7 +64,8 @@ class Parts:
             block_tokens=self.limits.block_tokens,
             pages=self.pages.total,
             page_bytes=self.format.payload_bytes,
-            dtype=self.format.dtype,
+            dtype=self.dtype,
+            kv_dtype=self.format.dtype,
             namespace=self.digests.of("").hex(),
         )
 
@@ -101,7 +104,9 @@ def open_parts(
     cache = open_tiers(config, namespace, log)
     connector = Connector(cache, pool.page_bytes, pages, log, now)
     runner = Runner(model, pool.tensor, Sampler(config.seed))
-    return Parts(runner, pages, connector, limits, namespace.format, Digests(namespace))
+    return Parts(
+        runner, pages, connector, limits, namespace.format, Digests(namespace), loaded.dtype
+    )
 
 
 def namespace_of(loaded: LoadedModel, block_tokens: int, kv_dtype: str) -> Namespace:

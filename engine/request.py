@@ -178,7 +178,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
         block_tokens: tokens per block and page.
         pages: pages in the pool.
         page_bytes: bytes of one page.
-        dtype: what is computed in and stored, "bfloat16" or "float32"; never "auto".
+        dtype: what is computed in, "bfloat16" or "float32"; never "auto".
+        kv_dtype: of K and V in every tier, one of the same.
         namespace: hex digest under which blocks are shared.
     """
 
@@ -187,6 +188,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     pages: int
     page_bytes: int
     dtype: str
+    kv_dtype: str
     namespace: str
 
 

@@ -273,7 +273,10 @@ class EngineServer:
     def _announce_ready(self, ready: Ready) -> None:
         """What follows from the model and the machine, which only the core knows."""
         for name, text in (
-            ("Dtype", f"{ready.dtype}, namespace {ready.namespace[:12]}"),
+            (
+                "Dtype",
+                f"{ready.dtype}, K and V {ready.kv_dtype}; namespace {ready.namespace[:12]}",
+            ),
             (
                 "Pages",
                 f"{ready.pages} of {ready.block_tokens} tokens and "

@@ -262,7 +262,7 @@ def test_a_dead_core_ends_its_requests_with_an_error_and_the_server_with_a_reaso
 def test_health_tells_why_no_requests_are_taken(model: Path, tmp_path: Path) -> None:
     async def scene() -> None:
         link = CoreLink(f"ipc://{tmp_path}/core", lambda _outputs: None)
-        ready = Ready(64, 16, 4, 1024, "float32", "ab")
+        ready = Ready(64, 16, 4, 1024, "float32", "bfloat16", "ab")
         metrics = EngineMetrics(CollectorRegistry(), "tiny", time.monotonic)
         clock = Clock(time.time, lambda: "name")
         service = Service(link, ready, load_tokenizer(str(model)), ["tiny"], metrics, clock)

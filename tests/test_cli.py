@@ -124,7 +124,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimServer]:
 
 
 def test_a_server_says_what_it_computes_in_and_how_large_its_pool_is(server: SimServer) -> None:
-    assert "Dtype    float32, namespace 515151515151" in server.tail()
+    assert "Dtype    float32, K and V bfloat16; namespace 515151515151" in server.tail()
     assert "Pages    256 of 16 tokens and 16KiB, 4MiB in all; context " in server.tail()
 
 

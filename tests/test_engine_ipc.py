@@ -25,7 +25,7 @@ from kvist.engine.request import (
     TokenLogprobs,
 )
 
-READY = Ready(128, 16, 8, 1024, "float32", "ab")
+READY = Ready(128, 16, 8, 1024, "float32", "bfloat16", "ab")
 
 
 def ask(name: str) -> NewRequest:

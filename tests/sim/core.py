@@ -99,7 +99,9 @@ class SimCore:
         context = min(self._config.max_model_len or CONTEXT_TOKENS, CONTEXT_TOKENS)
         self._link.send(Loading(1, 2))
         size = self._config.block_tokens
-        self._link.send(Ready(context, size, PAGES, size * TOKEN_BYTES, "float32", "51" * 32))
+        self._link.send(
+            Ready(context, size, PAGES, size * TOKEN_BYTES, "float32", "bfloat16", "51" * 32)
+        )
         while True:
             before = len(self._live)
             for message in self._link.receive(STEP_SECONDS if self._live else None):

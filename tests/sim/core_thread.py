@@ -53,7 +53,7 @@ def make_parts(model: Model, namespace: Namespace, pages: int, cache: Cache | No
     longest = min(model.config.max_model_len, pages * size)
     limits = Limits(longest, size, model.config.eos_token_ids)
     runner = Runner(model, pool.tensor, Sampler(0))
-    return Parts(runner, books, connector, limits, namespace.format, Digests(namespace))
+    return Parts(runner, books, connector, limits, namespace.format, Digests(namespace), "float32")
 
 
 class CoreThread:
