@@ -58,6 +58,8 @@ class Setting:
 def _path(text: str) -> Path:
     if not text.startswith("/"):
         raise ValueError(f"{text!r} is not an absolute path; write one, like /run/kvist")
+    if not text.isprintable():
+        raise ValueError(f"{text!r} has a character that cannot be printed; give another path")
     return Path(text)
 
 
@@ -296,7 +298,8 @@ def _from_file(path: Path) -> dict[str, tuple[str, str]]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigInvalid(f"--config: cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    # Not all that tomllib raises says TOML: numbers of 5000 digits, brackets in brackets.
+    except (ValueError, RecursionError) as error:
         raise ConfigInvalid(f"--config: {path} is not TOML: {error}") from None
     known = [setting.key for setting in SETTINGS]
     layer: dict[str, tuple[str, str]] = {}

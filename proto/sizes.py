@@ -20,6 +20,7 @@ _UNITS = {
     "g": 2**30,
     "t": 2**40,
 }
+_BYTES_MAX = 1 << 63
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -36,7 +37,10 @@ def parse_bytes(text: str | int) -> int:
     match = _PATTERN.fullmatch(text)
     if match is None or match.group(2).lower() not in _UNITS:
         raise ValueError(f"{text!r} is not a size; write bytes or a number with a unit, like 4GiB")
-    return int(float(match.group(1)) * _UNITS[match.group(2).lower()])
+    count = float(match.group(1)) * _UNITS[match.group(2).lower()]
+    if count > _BYTES_MAX:
+        raise ValueError(f"{text[:40]} is not a size: no memory or disk is that large")
+    return int(count)
 
 
 def format_bytes(count: int) -> str:

@@ -136,3 +136,21 @@ def test_folder_that_cannot_be_made_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigInvalid, match=r"run_dir: cannot use .*/file/run"):
         check_space(load("--run-dir", str(tmp_path / "file" / "run")).config)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("io_threads = " + "9" * 5000, "is not TOML"),
+        ("io_threads = " + "[" * 5000, "is not TOML"),
+        (f'dram_bytes = "{"9" * 400}GiB"', "dram_bytes"),
+        ('socket = "/tmp/\\u007f"', "socket"),
+        ('run_dir = "/tmp/\\u0000"', "run_dir"),
+    ],
+    ids=["digits", "brackets", "endless", "control", "zero"],
+)
+def test_what_python_cannot_take_is_refused_as_any_wrong_setting(
+    tmp_path: Path, text: str, hint: str
+) -> None:
+    with pytest.raises(ConfigInvalid, match=hint):
+        load("--config", str(write(tmp_path, text)))
