@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from kvist.cachesvc.answers import Answers, RequestInvalid, checked_keys
 from kvist.cachesvc.beat import Beat
 from kvist.cachesvc.store import Store
+from kvist.cachesvc.wire import LenientDecoding, decoded
 from kvist.proto import cache_pb2, cache_pb2_grpc
 from kvist.proto.errors import (
     BlockCorrupt,
@@ -99,7 +100,7 @@ class CacheService(cache_pb2_grpc.CacheServicer):
         self._beat.active()
         try:
             with self._watched():
-                return call(request)
+                return call(decoded(request))
         except KvistError as error:
             await _refuse(context, error)
 
@@ -181,7 +182,7 @@ class CacheService(cache_pb2_grpc.CacheServicer):
     ) -> AsyncIterator[cache_pb2.Chunk]:
         """The records of the longest cached prefix; the stream ends where it ends."""
         try:
-            for key in checked_keys(request.keys):
+            for key in checked_keys(decoded(request).keys):
                 self._beat.active()
                 try:
                     with self._watched():
@@ -201,7 +202,7 @@ class CacheService(cache_pb2_grpc.CacheServicer):
         joiner = Joiner(self._store.record_bytes_max or FIRST_RECORD_BYTES_MAX)
         try:
             async for chunk in requests:
-                record = joiner.feed(chunk)
+                record = joiner.feed(decoded(chunk))
                 if record is not None:
                     self._beat.active()
                     with self._watched():
@@ -248,7 +249,7 @@ class Server:
         counter = CallCounter()
         self.calls: Mapping[str, int] = counter.calls
         self._server = grpc.aio.server(
-            interceptors=(counter,),
+            interceptors=(counter, LenientDecoding()),
             options=_SERVER_OPTIONS,
             maximum_concurrent_rpcs=CONCURRENT_CALLS_MAX,
         )

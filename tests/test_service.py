@@ -161,6 +161,25 @@ def test_keys_of_another_length_are_refused(stub: CacheStub) -> None:
         assert refused(call, request)[0] == grpc.StatusCode.INVALID_ARGUMENT
 
 
+@pytest.mark.parametrize("method", ["Lookup", "Read", "Write", "Attach"])
+def test_bytes_that_are_no_message_are_refused_without_a_trace(
+    sidecar: Sidecar, method: str
+) -> None:
+    path, garbage = f"/kvist.v1.Cache/{method}", b"\x00\x01"
+    with sidecar.channel() as channel:
+        calls = {
+            "Lookup": lambda: channel.unary_unary(path)(garbage, timeout=5.0),
+            "Write": lambda: channel.stream_unary(path)(iter([garbage]), timeout=5.0),
+            "Read": lambda: next(channel.unary_stream(path)(garbage, timeout=5.0)),
+            "Attach": lambda: next(channel.unary_stream(path)(garbage, timeout=5.0)),
+        }
+        with pytest.raises(grpc.RpcError) as caught:
+            calls[method]()
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "request" in caught.value.details()
+    assert "Traceback" not in sidecar.text()
+
+
 def test_unknown_session_is_not_found(stub: CacheStub) -> None:
     blocks = [cache_pb2.BlockName(key=KEY, parent=bytes(16))]
     for call, request in (
