@@ -8,7 +8,6 @@ batch ends early when a read waits for a thread. Results are handed to the servi
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from kvist.cachesvc.host import Threads
 from kvist.proto.errors import BlockCorrupt, BlockMissing, FormatRefused, KvistError, TierOffline
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import BlockHeader
@@ -111,19 +111,25 @@ class FlashIo:
 
     Args:
         dram, flash: the tiers.
-        threads: how many, >= 1.
+        threads: starts them; io_threads: how many, >= 1.
         post: runs a callable on the service's thread.
         owner: is told how jobs ended.
     """
 
     def __init__(
-        self, dram: DramTier, flash: FlashTier, threads: int, post: Post, owner: Owner
+        self,
+        dram: DramTier,
+        flash: FlashTier,
+        threads: Threads,
+        io_threads: int,
+        post: Post,
+        owner: Owner,
     ) -> None:
         self._dram = dram
         self._flash = flash
         self._post = post
         self._owner = owner
-        self._wake = threading.Condition()
+        self._wake = threads.condition()
         self._reads: deque[Callable[[], None]] = deque()
         self._sinks: deque[Sink] = deque()
         self._deletes: list[BlockKey] = []
@@ -132,11 +138,8 @@ class FlashIo:
         self._writing = False
         self._closing = False
         self._threads = [
-            threading.Thread(target=self._work, name=f"kvist-flash-{number}", daemon=True)
-            for number in range(threads)
+            threads.start(self._work, f"kvist-flash-{number}") for number in range(io_threads)
         ]
-        for thread in self._threads:
-            thread.start()
 
     def rise(self, job: Rise) -> None:
         """Queue a read."""

@@ -18,6 +18,7 @@ from typing import Literal
 
 from kvist.cachesvc.blocks import NO_ROW
 from kvist.cachesvc.flashio import FlashIo, Post, Record, Rise, Sink, give, refuse
+from kvist.cachesvc.host import Threads
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.placement import Placement
 from kvist.cachesvc.restore import Restore
@@ -47,14 +48,20 @@ class Moves:
 
     Args:
         placement: the blocks. Without a flash tier nothing moves.
-        threads: of flash I/O.
+        threads: starts those of flash I/O; io_threads: how many.
         queue_blocks: how many may wait to sink.
         post: runs a callable on this thread.
         log: where the flash tier's changes of state are told.
     """
 
     def __init__(
-        self, placement: Placement, threads: int, queue_blocks: int, post: Post, log: Log
+        self,
+        placement: Placement,
+        threads: Threads,
+        io_threads: int,
+        queue_blocks: int,
+        post: Post,
+        log: Log,
     ) -> None:
         self.state: FlashState = "off"
         self._placement = placement
@@ -73,8 +80,8 @@ class Moves:
         self._io: FlashIo | None = None
         self._restore: Restore | None = None
         if self._flash is not None:
-            self._io = FlashIo(placement.dram, self._flash, threads, post, self)
-            self._restore = Restore(placement, self._flash, post, self._restored)
+            self._io = FlashIo(placement.dram, self._flash, threads, io_threads, post, self)
+            self._restore = Restore(placement, self._flash, threads, post, self._restored)
 
     def start(self) -> None:
         """Take over what the last life left on flash; scans in the background if it must."""

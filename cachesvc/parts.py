@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kvist.cachesvc.eviction import LeafLru
 from kvist.cachesvc.flashio import Post
+from kvist.cachesvc.host import Host
 from kvist.cachesvc.index import IndexWriter
 from kvist.cachesvc.intake import Intake
 from kvist.cachesvc.log import Log
@@ -18,7 +19,6 @@ from kvist.cachesvc.sessions import Sessions
 from kvist.proto.errors import TierOffline
 from kvist.tiers.dram import DramTier
 from kvist.tiers.flash import FlashTier
-from kvist.tiers.segment import DiskIo
 
 INDEX_NAME = "index"
 ARENA_NAME = "arena"
@@ -73,17 +73,17 @@ class Maker:
 
     Args:
         config: of the store. post: runs a callable on the store's thread.
-        disk: system calls of the flash tier; None is the real ones.
+        host: threads and disk.
     """
 
     def __init__(
-        self, config: StoreConfig, post: Post, log: Log, undo: ExitStack, disk: DiskIo | None
+        self, config: StoreConfig, post: Post, log: Log, undo: ExitStack, host: Host
     ) -> None:
         self._config = config
         self._post = post
         self._log = log
         self._undo = undo
-        self._disk = disk
+        self._host = host
 
     def make(self, slot_bytes: int | None, boot_epoch: bytes, sessions: Sessions) -> Parts | None:
         """Arena, flash tier, index and everything on top.
@@ -116,8 +116,9 @@ class Maker:
         undo.callback(index.close)
         placement = Placement(index, dram, flash, LeafLru, sessions.is_awaited)
         moves = Moves(
-            placement, config.io_threads, config.flash_queue_blocks, self._post, self._log
-        )
+            placement, self._host.threads, config.io_threads, config.flash_queue_blocks,
+            self._post, self._log,
+        )  # fmt: skip
         undo.callback(moves.close)
         share = max(1, int(slots * config.reservation_share))
         intake = Intake(placement, moves, sessions, share)
@@ -141,7 +142,7 @@ class Maker:
         if path is None:
             return None
         try:
-            flash = FlashTier.open(path, capacity_bytes, slot_bytes, self._disk)
+            flash = FlashTier.open(path, capacity_bytes, slot_bytes, self._host.disk)
         except TierOffline as error:
             self._log.error("flash tier failed, restart to use it", reason=str(error))
             return None

@@ -13,6 +13,7 @@ from functools import partial
 
 from kvist.cachesvc.blocks import NO_ROW
 from kvist.cachesvc.flashio import Post
+from kvist.cachesvc.host import Thread, Threads
 from kvist.cachesvc.index import Location
 from kvist.cachesvc.placement import Placement
 from kvist.proto.errors import KvistError, TierFull, TierOffline
@@ -29,6 +30,7 @@ class Restore:
     Args:
         placement: where to.
         flash: its flash tier.
+        threads: starts the one that scans.
         post: runs a callable on this thread.
         done: called on this thread when a scan is over; with TierOffline if the device failed.
     """
@@ -37,15 +39,17 @@ class Restore:
         self,
         placement: Placement,
         flash: FlashTier,
+        threads: Threads,
         post: Post,
         done: Callable[[KvistError | None], None],
     ) -> None:
         self._placement = placement
         self._flash = flash
+        self._threads = threads
         self._post = post
         self._done = done
         self._stop = threading.Event()
-        self._scanner: threading.Thread | None = None
+        self._scanner: Thread | None = None
         self._scanning = False
         self._cleared: set[bytes] = set()
         self._all_cleared = False
@@ -60,8 +64,7 @@ class Restore:
         if self._scanner is not None:
             self._scanner.join()  # it has said so before it ended
         self._scanning = True
-        self._scanner = threading.Thread(target=self._scan, name="kvist-flash-scan", daemon=True)
-        self._scanner.start()
+        self._scanner = self._threads.start(self._scan, "kvist-flash-scan")
 
     def clear(self, namespace: bytes | None) -> None:
         """What a scan under way still finds of a namespace, or at all, is not wanted."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvist.cachesvc.flashio import Post
+from kvist.cachesvc.host import Host
 from kvist.cachesvc.intake import Reserved
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.parts import ARENA_NAME, INDEX_NAME, Maker, Parts, StoreConfig
@@ -31,7 +32,6 @@ from kvist.proto.errors import BlockCorrupt, BlockMissing, ConfigInvalid
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import PAGE_BYTES, RecordShape, unpack_header
 from kvist.proto.shm import CORRUPT, PREFETCH, TOUCH
-from kvist.tiers.segment import DiskIo
 
 __all__ = ["Reserved", "SessionInfo", "Store", "StoreConfig", "StoreStats"]
 
@@ -67,7 +67,7 @@ class Store:
         now: seconds of CLOCK_MONOTONIC.
         log: where changes of state are told.
         random: bytes for the boot epoch.
-        disk: system calls of the flash tier; None is the real ones.
+        host: threads and disk.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Store:
         now: Callable[[], float],
         log: Log,
         random: Callable[[int], bytes] = os.urandom,
-        disk: DiskIo | None = None,
+        host: Host = Host(),  # noqa: B008 - it has no state
     ) -> None:
         self.boot_epoch = random(EPOCH_BYTES)
         self.bell_path = config.run_dir / BELL_NAME
@@ -86,7 +86,7 @@ class Store:
         self._broken: Exception | None = None
         self._now = now
         self._log = log
-        self._disk = disk
+        self._host = host
         self._opened_s = now()
         self._sessions = Sessions(config.shm_dir, self.boot_epoch.hex()[:12])
         self._parts: Parts | None = None
@@ -119,7 +119,7 @@ class Store:
 
     def _make(self, slot_bytes: int | None) -> Parts | None:
         with ExitStack() as undo:
-            maker = Maker(self._config, self._post, self._log, undo, self._disk)
+            maker = Maker(self._config, self._post, self._log, undo, self._host)
             parts = maker.make(slot_bytes, self.boot_epoch, self._sessions)
             self._undo.callback(undo.pop_all().close)
         if parts is not None:

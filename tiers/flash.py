@@ -160,7 +160,7 @@ class FlashTier:
             undo.callback(segments.close)
             if is_new:
                 write_superblock(path, superblock)
-            index = FlashIndex(path, slots, lambda it: segments.fits(it.slot, it.record_bytes))
+            index = disk.open_index(path, slots, lambda it: segments.fits(it.slot, it.record_bytes))
             undo.callback(index.close)
             if is_new:
                 index.finish()

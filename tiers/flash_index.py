@@ -40,7 +40,7 @@ import xxhash
 
 from kvist.proto.keys import KEY_BYTES, BlockKey
 from kvist.proto.record import RecordShape
-from kvist.tiers.segment import sync_directory
+from kvist.tiers.durable import sync_directory
 
 _VALUE = struct.Struct("<IIQI16s32s")
 _CHECK = struct.Struct("<Q")

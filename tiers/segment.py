@@ -23,7 +23,7 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ import xxhash
 
 from kvist.proto.errors import ConfigInvalid, FormatRefused
 from kvist.proto.record import PAGE_BYTES, RECORD_VERSION, round_up
+from kvist.tiers.durable import sync_directory
+from kvist.tiers.flash_index import FlashEntry, FlashIndex
 
 FLASH_MAGIC = b"KVISTFLS"
 FLASH_VERSION = 1
@@ -45,7 +47,7 @@ _OWN_FILES = ("superblock*", "segment-*", "index.*")
 
 
 class DiskIo:
-    """The system calls that a flash tier makes on its files; a test hands in one that fails.
+    """What a flash tier asks of the system for its files; a test hands in one that fails.
 
     Every method raises OSError; a transfer that ends early is one too (EIO).
     """
@@ -70,6 +72,10 @@ class DiskIo:
     def sync(self, fd: int) -> None:
         """Wait until the device has what was written."""
         os.fsync(fd)
+
+    def open_index(self, path: Path, slots: int, fits: Callable[[FlashEntry], bool]) -> FlashIndex:
+        """Open the index, whose library makes its own system calls; see FlashIndex."""
+        return FlashIndex(path, slots, fits)
 
 
 def aligned_buffer(length: int) -> memoryview:
@@ -179,15 +185,6 @@ def write_superblock(path: Path, superblock: Superblock) -> None:
         os.fsync(file.fileno())
     draft.rename(path / "superblock")
     sync_directory(path)
-
-
-def sync_directory(path: Path) -> None:
-    """Make created, renamed and removed names in a directory last."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class OwnerLock:

@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 import numpy as np
 
 from kvist.cachesvc.blocks import NO_ROW
+from kvist.cachesvc.host import Host
 from kvist.cachesvc.index import IndexReader
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.parts import Parts
@@ -134,8 +135,8 @@ class Bench:
 
     def open(self, disk: DiskIo | None = None, **changes: object) -> Store:
         self.config = replace(self.config, **changes)  # type: ignore[arg-type]
-        log = Log(sys.stderr, "error")
-        self.store = Store(self.config, self._posted.put, lambda: self.clock_s, log, disk=disk)
+        log, host = Log(sys.stderr, "error"), Host(disk=disk or DiskIo())
+        self.store = Store(self.config, self._posted.put, lambda: self.clock_s, log, host=host)
         self.store.open()
         return self.store
 
