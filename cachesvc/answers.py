@@ -8,7 +8,7 @@ from kvist.cachesvc.control import KEYS_MAX, PROTOCOL_VERSION, SLOTS_MAX
 from kvist.cachesvc.store import Store
 from kvist.proto import cache_pb2
 from kvist.proto.errors import FormatRefused, KvistError
-from kvist.proto.keys import DIGEST_BYTES, KEY_BYTES, BlockKey
+from kvist.proto.keys import DIGEST_BYTES, KEY_BYTES, ORIGIN_BYTES, BlockKey
 from kvist.proto.record import RecordShape
 
 NAME_BYTES_MAX = 256
@@ -84,12 +84,16 @@ class Answers:
         _check_length("session", request.session.encode(), 1, SESSION_BYTES_MAX)
         _check_count("blocks", len(request.blocks), SLOTS_MAX)
         names = []
+        origins = {}
         for block in request.blocks:
             _check_length("blocks.key", block.key, KEY_BYTES, KEY_BYTES)
             _check_length("blocks.parent", block.parent, KEY_BYTES, KEY_BYTES)
             names.append((BlockKey(block.key), BlockKey(block.parent)))
+            if block.origin:
+                _check_length("blocks.origin", block.origin, ORIGIN_BYTES, ORIGIN_BYTES)
+                origins[BlockKey(block.key)] = block.origin
         reply = cache_pb2.ReserveReply()
-        for answer in self._store.reserve(request.session, names):
+        for answer in self._store.reserve(request.session, names, origins):
             reply.reservations.add(
                 outcome=_OUTCOMES[answer.outcome], slot=answer.slot or 0, reason=answer.reason
             )

@@ -190,19 +190,23 @@ class CacheClient:
 
     # What needs no call.
 
-    def lookup(self, keys: Sequence[BlockKey]) -> Found:
+    def lookup(self, keys: Sequence[BlockKey], first: tuple[bytes, bytes] | None = None) -> Found:
         """Find the longest cached prefix by binary search: about 11 probes for 1,563 blocks.
 
         Makes no call.
 
         Args:
             keys: of one prompt, first block first.
+            first: origin and namespace digest of keys[0], if that is a first block and the miss
+                shall say when it is cached under another namespace.
         """
         with self._entered() as life:
             if life is None:
                 return Found(0, "detached", b"")
             blocks = life.index.longest_prefix(keys)
             reason = "" if blocks == len(keys) else life.index.miss_reason(keys[blocks])
+            if reason == "never_stored" and not blocks and first is not None:
+                reason = "namespace" if life.index.origins.elsewhere(*first) else reason
             return Found(blocks, reason, life.boot_epoch)
 
     def tiers(self, keys: Sequence[BlockKey]) -> tuple[str, ...]:

@@ -17,14 +17,14 @@ from pathlib import Path
 from struct import Struct
 from typing import Final
 
+from kvist.cachesvc.departed import Departed, Origins, departed_buckets
 from kvist.proto.errors import ConfigInvalid, FormatRefused, TierFull
 from kvist.proto.keys import KEY_BYTES, BlockKey
 from kvist.proto.shm import (
     BUCKET_BYTES,
     BUCKET_KEYS_BYTES,
     BUCKET_ROWS,
-    CONDEMNED_KEYS,
-    CONDEMNED_OFFSET,
+    DEPARTED_BUCKET,
     FLASH_OFF,
     FLASH_READY,
     FLASH_REBUILDING,
@@ -34,6 +34,8 @@ from kvist.proto.shm import (
     INDEX_HEADER,
     INDEX_MAGIC,
     LOW_HALF,
+    ORIGIN_BUCKET,
+    ORIGIN_BUCKETS,
     SHM_VERSION,
 )
 
@@ -84,6 +86,13 @@ class _Table:
         self.slot_bytes: Final[int] = fields[5]
         self.dram_slots: Final[int] = fields[6]
         self._mask: int = self.buckets - 1
+        whole = memoryview(mapped)
+        start = HEADER_BYTES + self.buckets * BUCKET_BYTES
+        stop = start + fields[8] * DEPARTED_BUCKET.size
+        views = whole[start:stop], whole[stop:]
+        self.departed: Final = Departed(views[0])
+        self.origins: Final = Origins(views[1])
+        self._views = (*views, whole, self._words)
 
     @property
     def flash_state(self) -> int:
@@ -153,33 +162,20 @@ class _Table:
             high = low - 1
         return 0
 
-    def condemned(self, key: BlockKey) -> bool:
-        """Whether the block was lost to damage lately, and not stored anew since."""
-        return bool(self._condemned_at(key))
-
-    def _condemned_at(self, key: BlockKey) -> int:
-        """Offset of a condemned key in the file; 0 if it is none."""
-        stop = CONDEMNED_OFFSET + CONDEMNED_KEYS * KEY_BYTES
-        at = self._map.find(key, CONDEMNED_OFFSET, stop)
-        while at >= 0 and (at - CONDEMNED_OFFSET) % KEY_BYTES:
-            at = self._map.find(key, at + 1, stop)
-        return max(at, 0)
-
     def miss_reason(self, key: BlockKey) -> str:
         """Why a block is not offered, one of proto.shm.MISS_REASONS."""
-        if self.condemned(key):
-            return "corrupt"
         state = self.flash_state
-        if state == FLASH_REBUILDING:
+        if self._word_at(key) and state != FLASH_READY:
+            return "flash_rebuilding" if state == FLASH_REBUILDING else "flash_off"
+        departure = self.departed.reason(key)
+        if state == FLASH_REBUILDING and departure != "corrupt":
             return "flash_rebuilding"
-        location = self.find(key)
-        if location is not None and location.flash is not None and state != FLASH_READY:
-            return "flash_off"
-        return "not_stored"
+        return departure or "never_stored"
 
     def close(self) -> None:
         """Unmap; nothing is looked up after it."""
-        self._words.release()
+        for view in self._views:
+            view.release()
         self._map.close()
 
 
@@ -211,14 +207,20 @@ def _map_existing(path: Path) -> mmap.mmap:
 def _problem(mapped: mmap.mmap) -> str:
     if len(mapped) < HEADER_BYTES:
         return "shorter than a header"
-    magic, version, _, _, buckets, _, _, _ = INDEX_HEADER.unpack_from(mapped)
+    magic, version, _, _, buckets, _, _, _, departed = INDEX_HEADER.unpack_from(mapped)
     if magic != INDEX_MAGIC:
         return "not a Kvist index"
     if version != SHM_VERSION:
         return f"version {version}, this program reads {SHM_VERSION}"
-    if buckets & (buckets - 1) or len(mapped) != HEADER_BYTES + buckets * BUCKET_BYTES:
+    is_power = buckets & (buckets - 1) == departed & (departed - 1) == 0
+    if not is_power or len(mapped) != _file_bytes(buckets, departed):
         return f"{len(mapped)} bytes do not fit {buckets} buckets"
     return ""
+
+
+def _file_bytes(buckets: int, departed: int) -> int:
+    tables = departed * DEPARTED_BUCKET.size + ORIGIN_BUCKETS * ORIGIN_BUCKET.size
+    return HEADER_BYTES + buckets * BUCKET_BYTES + tables
 
 
 def _key_at(row: int) -> int:
@@ -253,29 +255,30 @@ class IndexWriter(_Table):
         self, path: Path, dram_slots: int, flash_slots: int, slot_bytes: int, boot_epoch: bytes
     ) -> None:
         buckets = bucket_count(dram_slots + flash_slots)
+        departed = departed_buckets(dram_slots + flash_slots)
+        size = _file_bytes(buckets, departed)
         path.unlink(missing_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             # Its memory now: to touch a page that a full /dev/shm cannot give ends the toucher,
             # and a worker that only reads touches it too.
-            os.posix_fallocate(handle, 0, HEADER_BYTES + buckets * BUCKET_BYTES)
+            os.posix_fallocate(handle, 0, size)
             mapped = mmap.mmap(handle, 0)
         except OSError as error:
             path.unlink()
             raise ConfigInvalid(
                 f"dram_bytes, flash_bytes: {path.parent} has no room for an index of"
-                f" {buckets * BUCKET_BYTES} bytes ({error.strerror}); give it more room (docker"
+                f" {size} bytes ({error.strerror}); give it more room (docker"
                 " run --shm-size) or lower them"
             ) from error
         finally:
             os.close(handle)
         INDEX_HEADER.pack_into(
             mapped, 0, INDEX_MAGIC, SHM_VERSION, FLASH_OFF, boot_epoch, buckets, slot_bytes,
-            dram_slots, 0,
+            dram_slots, 0, departed,
         )  # fmt: skip
         super().__init__(mapped)
         self.path = path
-        self._condemned = 0
         self.rows = buckets * BUCKET_ROWS
         self.used_rows = 0
 
@@ -301,18 +304,10 @@ class IndexWriter(_Table):
         assert dram is not None or flash is not None
         row = self._free_row(key)
         start = _key_at(row)
-        if self._condemned and (at := self._condemned_at(key)):
-            self._map[at : at + KEY_BYTES] = _FREE_KEY
         self._map[start : start + KEY_BYTES] = key
         self._words[self._position(row)] = pack_location(dram, flash)
         self.used_rows += 1
         return row
-
-    def condemn(self, key: BlockKey) -> None:
-        """Tell readers that a block is lost because it was damaged; the oldest is forgotten."""
-        at = CONDEMNED_OFFSET + self._condemned % CONDEMNED_KEYS * KEY_BYTES
-        self._map[at : at + KEY_BYTES] = key
-        self._condemned += 1
 
     def key(self, row: int) -> BlockKey:
         """Key of a used row."""

@@ -7,7 +7,7 @@ and committed only on top of one that is stored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,33 +54,45 @@ class Intake:
         self._share = share
 
     def reserve(
-        self, session: Session, blocks: Sequence[tuple[BlockKey, BlockKey]]
+        self,
+        session: Session,
+        blocks: Sequence[tuple[BlockKey, BlockKey]],
+        origins: Mapping[BlockKey, bytes],
     ) -> list[Reserved]:
         """Slots for blocks that are about to be stored.
 
         Args:
             blocks: (key, parent's key or NO_KEY), parents before their children.
+            origins: of first blocks, by key, where they were told.
 
         Returns: one answer per block, same order.
         """
-        return [self._reserve_one(session, key, parent) for key, parent in blocks]
+        return [
+            self._reserve_one(session, key, parent, origins.get(key, b"")) for key, parent in blocks
+        ]
 
-    def _reserve_one(self, session: Session, key: BlockKey, parent: BlockKey) -> Reserved:
+    def _reserve_one(
+        self, session: Session, key: BlockKey, parent: BlockKey, origin: bytes
+    ) -> Reserved:
         if self._is_here(key) or self._sessions.holder(key) is not None:
             return Reserved("present")
         if not self._stands(session, parent):
             return Reserved("refused", reason="no_parent")
         if len(session.reserved) >= self._share:
-            return Reserved("refused", reason="share")
+            return self._refused(key, "share")
         self._sessions.await_child(parent)  # first, so that its parent is not what is evicted
         try:
             slot = self._placement.allocate_dram()
         except TierFull:
             self._sessions.forget_child(parent)
             self._offer_parent(parent)
-            return Reserved("refused", reason="full")
-        self._sessions.reserve(session, Reservation(key, parent, slot))
+            return self._refused(key, "full")
+        self._sessions.reserve(session, Reservation(key, parent, slot, origin))
         return Reserved("reserved", slot)
+
+    def _refused(self, key: BlockKey, reason: Refusal) -> Reserved:
+        self._placement.index.departed.note(key, "not_admitted")
+        return Reserved("refused", reason=reason)
 
     def _is_here(self, key: BlockKey) -> bool:
         """Whether storing the block again would bring nothing.
@@ -127,6 +139,8 @@ class Intake:
             if (header.key, header.parent) != (reservation.key, reservation.parent):
                 raise BlockCorrupt("the slot holds another block than was reserved")
             rows.append(self._enter(header, slot, tick))
+            if reservation.origin and reservation.parent == NO_KEY:
+                self._placement.index.origins.note(reservation.origin, header.namespace)
             return True
         except KvistError:
             self._placement.counts.commits_refused += 1
@@ -192,6 +206,7 @@ class Intake:
             row = self._put(header, payload)
         except KvistError:
             self._offer_parent(header.parent)
+            self._placement.index.departed.note(header.key, "not_admitted")
             return "refused"
         self._moves.sink_new(row)
         self._placement.offer(row)

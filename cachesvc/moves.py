@@ -200,8 +200,7 @@ class Moves:
             if job.problem is not None:
                 placement.counts.dram_corrupt += 1
                 self._log.warning("block corrupt", tier="dram", reason=str(job.problem))
-                placement.index.condemn(job.key)
-                placement.drop_tree(job.row)
+                placement.drop_tree(job.row, "corrupt")
             else:
                 for each in reversed(blocks.subtree(job.row)):
                     placement.cancel_job(each)
@@ -340,7 +339,6 @@ class Moves:
             self._fail(str(error))
             return
         placement.counts.flash_corrupt += 1
-        placement.index.condemn(job.key)
         lost = placement.drop_flash_tree(job.row)
         self._log.warning("block corrupt", tier="flash", reason=str(error), dropped_blocks=lost)
 

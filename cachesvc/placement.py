@@ -190,24 +190,29 @@ class Placement:
         self.blocks.gain_dram(row, slot)
         self.offer(row)
 
-    def drop_dram(self, row: int) -> None:
-        """Drop a DRAM copy. If it is the last one, nothing stands on the block."""
-        parent = self.blocks.parent[row]
+    def drop_dram(self, row: int, why: str = "evicted") -> None:
+        """Drop a DRAM copy. If it is the last one, nothing stands on the block.
+
+        Args:
+            why: one of proto.shm.DEPARTURES, what misses of the block will say.
+        """
+        parent, key = self.blocks.parent[row], self.index.key(row)
         slot = self.blocks.lose_dram(row)
         self.dram.free(slot)
-        self._settle(row, parent)
+        self._settle(row, parent, key, why)
 
-    def drop_flash(self, row: int) -> None:
+    def drop_flash(self, row: int, why: str = "evicted") -> None:
         """Drop a flash copy with no child on flash. If it is the last one, nothing stands on it."""
         assert self.flash is not None
         parent, key = self.blocks.parent[row], self.index.key(row)
         self.flash.free(self.blocks.lose_flash(row))
         self.unlisted.append(key)
-        self._settle(row, parent)
+        self._settle(row, parent, key, why)
 
-    def _settle(self, row: int, parent: int) -> None:
+    def _settle(self, row: int, parent: int, key: BlockKey, why: str) -> None:
         if self.index.is_free(row):
             self.policy.removed(row)
+            self.index.departed.note(key, why)
         else:
             self.offer(row)
         self.offer(parent)
@@ -222,10 +227,10 @@ class Placement:
 
     # By force.
 
-    def drop_tree(self, row: int) -> int:
+    def drop_tree(self, row: int, why: str) -> int:
         """Drop a block and all that stand on it, from both tiers; how many that were."""
         rows = self.blocks.subtree(row)
-        self.drop_all(rows[::-1])
+        self.drop_all(rows[::-1], why)
         return len(rows)
 
     def check_dram(self, row: int) -> bool:
@@ -248,23 +253,22 @@ class Placement:
         if self.index.flash(row) is not None:
             self.drop_dram(row)
         else:
-            self.index.condemn(self.index.key(row))
-            self.drop_tree(row)
+            self.drop_tree(row, "corrupt")
         return False
 
-    def drop_all(self, rows: Sequence[int]) -> None:
+    def drop_all(self, rows: Sequence[int], why: str) -> None:
         """Drop blocks altogether: children before their parents, and all children."""
         for row in rows:
             self.cancel_job(row)
             if self.index.flash(row) is not None:
                 has_dram = self.index.dram(row) is not None
-                self.drop_flash(row)
+                self.drop_flash(row, why)
                 if not has_dram:
                     continue
-            self.drop_dram(row)
+            self.drop_dram(row, why)
 
     def drop_flash_tree(self, row: int) -> int:
-        """Drop the flash copies of a block and of all that stand on it.
+        """Drop the flash copies of a block, which is damaged, and of all that stand on it.
 
         Blocks that lose their last copy go, and whatever stands on these; the others stay.
 
@@ -277,7 +281,7 @@ class Placement:
                 doomed.add(each)
         for each in reversed(rows):
             if each in doomed:
-                self.drop_all([each])
+                self.drop_all([each], "corrupt")
             elif self.blocks.reaches_flash(each):
                 self._leave_flash(each)
         return len(doomed)
@@ -292,5 +296,5 @@ class Placement:
     def clear(self, namespace: bytes | None) -> int:
         """Drop every block, or every block of one namespace; how many that were."""
         rows = self.blocks.in_namespace(namespace)
-        self.drop_all(rows)
+        self.drop_all(rows, "cleared")
         return len(rows)

@@ -30,11 +30,13 @@ class Reservation:
         key: block that it is for.
         parent: block before it, or NO_KEY.
         slot: of the arena.
+        origin: of a first block, see proto.keys.origin_of; b"" when it was not told.
     """
 
     key: BlockKey
     parent: BlockKey
     slot: int
+    origin: bytes = b""
 
 
 @dataclass(slots=True, eq=False)

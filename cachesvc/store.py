@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from kvist.cachesvc.flashio import Post
@@ -38,6 +39,7 @@ __all__ = ["Reserved", "SessionInfo", "Store", "StoreConfig", "StoreStats"]
 EPOCH_BYTES = 16
 BELL_NAME = "bell"
 LOCK_NAME = "store.lock"
+NO_ORIGINS: Mapping[BlockKey, bytes] = MappingProxyType({})
 
 # Of one ring in one tick: a touch of a prompt of 100k tokens walks 1563 blocks, 0.2 ms.
 _DRAIN_ENTRIES = 64
@@ -187,10 +189,15 @@ class Store:
         """
         self._sessions.orphan(session)
 
-    def reserve(self, session: str, blocks: Sequence[tuple[BlockKey, BlockKey]]) -> list[Reserved]:
+    def reserve(
+        self,
+        session: str,
+        blocks: Sequence[tuple[BlockKey, BlockKey]],
+        origins: Mapping[BlockKey, bytes] = NO_ORIGINS,
+    ) -> list[Reserved]:
         """See Intake.reserve. Raises: SessionUnknown."""
         holder = self._sessions.get(session)
-        return self._made.intake.reserve(holder, blocks)
+        return self._made.intake.reserve(holder, blocks, origins)
 
     def commit(self, session: str, slots: Sequence[int]) -> list[bool]:
         """See Intake.commit. Raises: SessionUnknown."""
@@ -216,7 +223,7 @@ class Store:
             proto.shm.MISS_REASONS; "" if all are cached.
         """
         if self._parts is None:
-            return [], "not_stored" if keys else ""
+            return [], "never_stored" if keys else ""
         index = self._parts.index
         tiers = []
         for key in keys[: index.longest_prefix(keys)]:

@@ -26,6 +26,7 @@ class StoreItem:
         depth: blocks before this one.
         tokens: the block's own token ids as little-endian uint32 bytes.
         payload: shape (payload_bytes,), uint8; must not change until store returns.
+        origin: of a first block, see proto.keys.origin_of; b"" tells nothing.
     """
 
     key: BlockKey
@@ -34,6 +35,7 @@ class StoreItem:
     depth: int
     tokens: bytes
     payload: Bytes
+    origin: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,10 @@ class Storer:
         """Raises: Detached, SessionUnknown; blocks not in seen by then are lost."""
         if life.ended:
             raise Detached("the session has ended")
-        names = [cache_pb2.BlockName(key=item.key, parent=item.parent) for item in batch]
+        names = [
+            cache_pb2.BlockName(key=item.key, parent=item.parent, origin=item.origin)
+            for item in batch
+        ]
         reply = self._control.reserve(cache_pb2.ReserveRequest(session=life.session, blocks=names))
         if len(reply.reservations) != len(batch):
             raise Detached("the sidecar answered for another number of blocks")

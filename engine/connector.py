@@ -25,6 +25,7 @@ from kvist.engine.sequence import Sequence, State
 from kvist.engine.tally import Tally, outcome
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import Bytes, Wanted
+from kvist.proto.shm import STORABLE
 
 LOADERS = 2
 # How long a load may wait for blocks that rise from flash. A block takes 0.5 to 2 ms from a disk
@@ -49,7 +50,7 @@ class Cache(Protocol):
         """ "attached" or "detached"."""
         ...
 
-    def lookup(self, keys: Blocks[BlockKey]) -> Found:
+    def lookup(self, keys: Blocks[BlockKey], first: tuple[bytes, bytes] | None = None) -> Found:
         """Longest cached prefix; makes no call."""
         ...
 
@@ -186,7 +187,7 @@ class Connector:
         """See scheduler.Finder. A lookup that needs no load is counted here."""
         if sequence.request.cache == CACHE_BYPASS:
             return
-        sequence.found_end = "not_stored"
+        sequence.found_end = "no_cache"
         if self._cache is not None and sequence.reuses:
             self._find(self._cache, sequence, blocks)
         if not sequence.found:
@@ -283,14 +284,20 @@ class Connector:
         keys = sequence.keys()[: sequence.usable_blocks]
         known = 1 if blocks else 0
         asked = keys[blocks - known :]
-        found = cache.lookup(asked)
+        found = cache.lookup(asked, None if known else self._first(sequence))
         sequence.found = cache.tiers(asked[: found.blocks])[known:]
-        # Should a found block be gone before its tier was read, it counts as not stored.
-        sequence.found_end = found.reason or "not_stored"
-        if known and not found.blocks and found.reason in ("not_stored", "corrupt"):
+        # Should a found block be gone before its tier was read, it was evicted in between.
+        sequence.found_end = found.reason or "evicted"
+        if known and not found.blocks and found.reason in STORABLE:
             # Dropped, evicted, damaged, or the sidecar began anew; without this no child of the
             # prefix could be stored for as long as the pool has it.
             self.store(sequence, range(cache.lookup(keys[:blocks]).blocks, blocks))
+
+    def _first(self, sequence: Sequence) -> tuple[bytes, bytes] | None:
+        """Origin and namespace of a sequence's first block, if it has a full one."""
+        if sequence.digest is None or not sequence.keys():
+            return None
+        return sequence.origin(), sequence.digest
 
     def _prefetch(self, keys: Blocks[BlockKey], tiers: Blocks[str]) -> None:
         if self._cache is not None and "flash" in tiers:
@@ -312,6 +319,7 @@ class Connector:
             depth=block,
             tokens=sequence.block_tokens_bytes(block),
             payload=self._page_bytes(page),
+            origin=b"" if block else sequence.origin(),
         )
 
     def _count(self, sequence: Sequence, loaded: int, reason: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvist.engine.request import CachedTokens, NewRequest
-from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace
+from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of
 
 if TYPE_CHECKING:  # the schedule needs no torch, and so its tests need none
     from kvist.engine.sampler import DrawState
@@ -172,6 +172,10 @@ class Sequence:
         """A full block's own tokens as little-endian uint32."""
         size = self.limits.block_tokens
         return np.asarray(self.tokens[block * size : (block + 1) * size], dtype="<u4").tobytes()
+
+    def origin(self) -> bytes:
+        """Of its first block, which is full; see proto.keys.origin_of."""
+        return origin_of(self.request.cache_salt, self.block_tokens_bytes(0))
 
     def append(self, token: int) -> None:
         """Take a generated token; sets finish_reason if it is the last."""

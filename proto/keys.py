@@ -24,6 +24,7 @@ from kvist.proto.layout import BlockFormat
 KEY_BYTES = 16
 DIGEST_BYTES = 32
 FORMAT_VERSION = 1
+ORIGIN_BYTES = 8
 
 BlockKey = NewType("BlockKey", bytes)
 Tokens = npt.NDArray[np.uint32]
@@ -136,3 +137,23 @@ def block_keys(digest: bytes, tokens: npt.ArrayLike, block_tokens: int) -> list[
     chain = KeyChain(digest, block_tokens)
     chain.extend(tokens)
     return chain.keys
+
+
+def origin_of(salt: str, tokens: bytes) -> bytes:
+    """Name a first block by its tokens and its tenant, whatever model computed it.
+
+    By it a miss can say that the prompt is cached under another namespace, without a word about
+    what other tenants have: who does not know the salt cannot ask.
+
+    Args:
+        salt: the tenant's, "" for the common pool.
+        tokens: the block's own, as little-endian uint32.
+
+    Returns:
+        ORIGIN_BYTES bytes, never all zero.
+    """
+    hasher = hashlib.sha256(b"kvist.origin")
+    for part in (salt.encode(), tokens):
+        hasher.update(len(part).to_bytes(4, "little"))
+        hasher.update(part)
+    return hasher.digest()[:ORIGIN_BYTES].replace(bytes(ORIGIN_BYTES), b"\1" * ORIGIN_BYTES)

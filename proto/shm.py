@@ -3,7 +3,8 @@
 All numbers are little-endian and aligned to their size. Only the sidecar writes the index; only
 its worker writes a ring's head, counters and entries, only the sidecar its tail.
 
-Index file: a header of 4096 bytes, then buckets of 192 bytes.
+Index file: a header of 4096 bytes, then buckets of 192 bytes, then the departed buckets of 64
+bytes, then the origin buckets of 64 bytes.
 
     offset  bytes  header field
          0      8  magic          "KVISTIDX"
@@ -14,7 +15,7 @@ Index file: a header of 4096 bytes, then buckets of 192 bytes.
         40      8  slot_bytes     bytes of one DRAM slot
         48      8  dram_slots     slots of the arena
         56      8  heartbeat_ns   CLOCK_MONOTONIC of the sidecar's last sign of life
-      1024 16*128  condemned      keys of the last blocks that were lost to damage, zeros where none
+        64      8  departed       departed buckets, a power of two
 
     offset  bytes  bucket field
          0    128  8 keys of 16 bytes
@@ -26,6 +27,15 @@ buckets. A row never moves while it lives, so there are no chains to walk and no
 location word is written last when a row is filled and first when it is freed. A reader that
 races with the writer may take a wrong slot number from a row; the record's own header then
 differs and the block is a miss.
+
+A departed bucket is 16 words of 4 bytes, the latest first, 0 where none: why a block that is in no
+tier any more went. A key's bucket is its first 8 bytes modulo their number; a word is the low 27
+bits of its second 8 bytes, shifted left by 5, and the reason, an index into DEPARTURES. A reader
+takes a key that never was there for one of them with a probability of 16 / 2**27, 1.2e-7.
+
+An origin bucket is 4 pairs of 8 bytes, the latest first: the origin of a first block (proto/keys),
+which names its tokens and its tenant but not its namespace, and the first 8 bytes of the digest of
+the namespace that it was stored in. The bucket is the origin modulo ORIGIN_BUCKETS.
 
 Ring file: a header of 4096 bytes, then entries of 64 bytes.
 
@@ -48,21 +58,25 @@ from __future__ import annotations
 
 import struct
 
-SHM_VERSION = 1
+SHM_VERSION = 2
 HEADER_BYTES = 4096
 
 INDEX_MAGIC = b"KVISTIDX"
-INDEX_HEADER = struct.Struct("<8sII16sQQQQ")
+INDEX_HEADER = struct.Struct("<8sII16sQQQQQ")
 FLASH_STATE_OFFSET = 12
 HEARTBEAT_OFFSET = 56
-CONDEMNED_OFFSET = 1024
-CONDEMNED_KEYS = 128
 FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED = range(4)
 
 BUCKET_ROWS = 8
 BUCKET_KEYS_BYTES = 128
 BUCKET_BYTES = 192
 LOW_HALF = 0xFFFFFFFF
+
+DEPARTED_BUCKET = struct.Struct("<16I")
+DEPARTED_TAG_BITS = 27
+DEPARTED_REASON_BITS = 5
+ORIGIN_BUCKET = struct.Struct("<8Q")
+ORIGIN_BUCKETS = 1024
 
 RING_MAGIC = b"KVISTRNG"
 RING_HEADER = struct.Struct("<8sII")
@@ -76,17 +90,31 @@ TOUCH, PREFETCH, CORRUPT = 1, 2, 3
 TIERS = ("hbm", "dram", "flash")
 """Where a hit came from: the tier the block was in when the request was looked up."""
 
+DEPARTURES = (
+    "",  # it is not known that the block ever was there
+    "evicted",  # dropped to make room for others
+    "not_admitted",  # a tier did not take it: no room, over a share, first use, write budget
+    "cleared",  # dropped by Clear
+    "corrupt",  # checksum, tokens or namespace differed, of this block or of one before it
+)
+"""Why a block is in no tier any more; the order is the number in the index file."""
+
 MISS_REASONS = (
-    "not_stored",  # no tier holds the block: never stored, or evicted
+    "never_stored",  # no tier holds the block, and none is known to have had it
+    *DEPARTURES[1:],
+    "namespace",  # the same first block is stored, but under another namespace of the tenant
     "tail",  # less than a block, or the last token, which is always computed
+    "no_cache",  # the engine has no cache beyond its own pool
     "detached",  # the sidecar is not reachable
     "flash_off",  # the flash tier turned itself off; the block may be there
     "flash_rebuilding",  # the flash index is being rebuilt; the block may be there
     "flash_late",  # the block did not rise from flash in time
-    "corrupt",  # checksum, tokens or namespace differed
     "torn",  # the slot was reused while it was read
 )
 """Why a token was computed although a cache was asked. requested = sum(hits) + sum(misses)."""
+
+STORABLE = frozenset(("never_stored", "namespace", *DEPARTURES[1:]))
+"""Reasons which say that the block is in no tier, so that to store it now is worth while."""
 
 COUNTERS = (
     "lookups",

@@ -96,7 +96,7 @@ def test_lookup_gives_the_longest_prefix_and_why_it_ends(sidecar: Sidecar) -> No
     prompt = Prompt(2, 10)
     client.store(prompt.items[:4])
     found = client.lookup(prompt.keys)
-    assert (found.blocks, found.reason) == (4, "not_stored")
+    assert (found.blocks, found.reason) == (4, "never_stored")
     assert client.tiers(prompt.keys) == ("dram",) * 4
     assert client.lookup(prompt.keys[:4]).reason == ""
     assert client.tiers([]) == ()
@@ -151,7 +151,7 @@ def test_killed_sidecar_is_noticed_and_the_client_is_back_within_2_s(sidecar: Si
     assert client.reattaches == 1
     found = client.lookup(prompt.keys)
     assert found.blocks == 0
-    assert found.reason == "not_stored"
+    assert found.reason == "never_stored"
     assert found.epoch != epoch
     assert client.store(prompt.items).stored == 4
     assert load_all(client, prompt) == [None] * 4
@@ -196,7 +196,7 @@ def test_sidecar_killed_amid_loads_and_stores_gives_misses_and_no_wrong_byte(
         thread.join(20.0)
         assert not thread.is_alive()
     assert None in loads
-    assert set(loads) <= {None, "detached", "not_stored", "torn"}
+    assert set(loads) <= {None, "detached", "never_stored", "torn"}
     assert outcomes <= {"detached", "full", "share", "no_parent"}
 
 

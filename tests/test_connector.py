@@ -141,7 +141,7 @@ def test_after_a_corrupt_block_everything_is_a_miss(cache: FakeCache, bench: Ben
     (done,) = bench.settled()
     assert (done.blocks, done.reason) == (1, "corrupt")
     # 5 of 7 usable blocks were found, the last two never stored.
-    assert cache.counted == [(30, {"dram": 4}, {"corrupt": 16, "not_stored": 8, "tail": 2})]
+    assert cache.counted == [(30, {"dram": 4}, {"corrupt": 16, "never_stored": 8, "tail": 2})]
 
 
 def test_flash_blocks_rise_from_the_moment_the_request_arrives(
@@ -284,7 +284,7 @@ def test_without_a_cache_the_sums_still_agree() -> None:
     bench.complete(sequence)
     connector = bench.connector
     assert (connector.state, connector.tally.queries_tokens) == ("off", 13)
-    assert connector.tally.misses_tokens == {"not_stored": 12, "tail": 1}
+    assert connector.tally.misses_tokens == {"no_cache": 12, "tail": 1}
     connector.close()
 
 

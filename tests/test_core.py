@@ -218,7 +218,7 @@ def test_without_prefix_caching_nothing_is_reused(start: Start) -> None:
     core = start(enable_prefix_caching=False)
     for _ in range(2):
         core.generate(prompt(30), 2)
-    assert core.stats.misses_tokens == {"not_stored": 56, "tail": 4}
+    assert core.stats.misses_tokens == {"no_cache": 56, "tail": 4}
 
 
 def test_an_end_token_is_sent_and_ends_the_answer(start: Start) -> None:

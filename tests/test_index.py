@@ -14,8 +14,8 @@ import pytest
 
 from kvist.cachesvc.index import IndexReader, IndexWriter, Location, bucket_count
 from kvist.proto.errors import FormatRefused, TierFull
-from kvist.proto.keys import BlockKey
-from kvist.proto.shm import BUCKET_ROWS, FLASH_FAILED, FLASH_READY, FLASH_REBUILDING
+from kvist.proto.keys import BlockKey, origin_of
+from kvist.proto.shm import BUCKET_ROWS, DEPARTURES, FLASH_FAILED, FLASH_READY, FLASH_REBUILDING
 
 EPOCH = bytes(range(16))
 
@@ -28,6 +28,11 @@ def key(first: int, second: int = 0, tail: int = 0) -> BlockKey:
 
 def random_keys(count: int) -> list[BlockKey]:
     return [BlockKey(os.urandom(16)) for _ in range(count)]
+
+
+def drawn_keys(first: int, count: int) -> list[BlockKey]:
+    numbers = range(first, first + count)
+    return [BlockKey(hashlib.sha256(n.to_bytes(8, "little")).digest()[:16]) for n in numbers]
 
 
 @pytest.fixture
@@ -166,11 +171,11 @@ def test_copies_on_flash_are_offered_only_while_flash_is_ready(
     assert reader.longest_prefix(keys) == 1
     writer.set_flash_state(FLASH_READY)
     assert reader.longest_prefix(keys) == 3
-    assert reader.miss_reason(keys[3]) == "not_stored"
+    assert reader.miss_reason(keys[3]) == "never_stored"
     writer.set_flash_state(FLASH_FAILED)
     assert reader.longest_prefix(keys) == 1
     assert reader.miss_reason(keys[1]) == "flash_off"
-    assert reader.miss_reason(keys[3]) == "not_stored"
+    assert reader.miss_reason(keys[3]) == "never_stored"
     writer.set_flash_state(FLASH_REBUILDING)
     assert reader.miss_reason(keys[3]) == "flash_rebuilding"
 
@@ -238,16 +243,46 @@ def test_reader_beside_a_busy_writer_sees_no_wrong_slot_and_no_lost_prefix(tmp_p
     assert child.wait() == 0
 
 
-def test_a_block_lost_to_damage_is_a_miss_with_that_reason_until_it_is_stored_anew(
+def test_why_a_block_went_is_told_until_as_many_others_went_as_fit_into_the_tiers(
     tmp_path: Path,
 ) -> None:
-    writer = IndexWriter(tmp_path / "index", 8, 0, 4096, bytes(16))
+    writer = IndexWriter(tmp_path / "index", 4096, 0, 4096, bytes(16))
     reader = IndexReader(tmp_path / "index")
-    keys = [BlockKey(bytes([number]) * 16) for number in range(1, 201)]
-    for key in keys:
-        writer.condemn(key)
-    assert not reader.condemned(keys[0]), "the oldest are forgotten"
-    assert reader.miss_reason(keys[-1]) == "corrupt"
-    assert reader.miss_reason(BlockKey(b"\xff" * 16)) == "not_stored"
-    writer.insert(keys[-1], 3, None)
-    assert not reader.condemned(keys[-1])
+    keys = drawn_keys(0, 16384)
+    reasons = DEPARTURES[1:]
+    for number, key in enumerate(keys):
+        writer.departed.note(key, reasons[number % len(reasons)])
+    told = [reader.miss_reason(key) for key in keys]
+    assert told[-1000:] == [reasons[number % len(reasons)] for number in range(15384, 16384)]
+    assert set(told[:1000]) == {"never_stored"}, "the oldest are forgotten"
+    # 20,000 keys, each mistaken with a probability of 1.2e-7: 0.002 of them.
+    assert {reader.miss_reason(key) for key in drawn_keys(1 << 20, 20_000)} == {"never_stored"}
+
+
+def test_the_latest_reason_holds_and_a_block_that_is_back_goes_anew(
+    writer: IndexWriter, reader: IndexReader
+) -> None:
+    writer.departed.note(key(1), "corrupt")
+    row = writer.insert(key(1), 3, None)
+    assert reader.offered(key(1))
+    writer.remove(row)
+    writer.departed.note(key(1), "evicted")
+    assert reader.miss_reason(key(1)) == "evicted"
+    writer.set_flash_state(FLASH_REBUILDING)
+    assert reader.miss_reason(key(1)) == "flash_rebuilding"
+    writer.departed.note(key(1), "corrupt")
+    assert reader.miss_reason(key(1)) == "corrupt"
+
+
+def test_a_first_block_is_known_elsewhere_only_while_it_is_not_here(
+    writer: IndexWriter, reader: IndexReader
+) -> None:
+    here, there = bytes([1]) * 32, bytes([2]) * 32
+    origin = origin_of("tenant", bytes(64))
+    assert not reader.origins.elsewhere(origin, here)
+    writer.origins.note(origin, there)
+    assert reader.origins.elsewhere(origin, here)
+    assert not reader.origins.elsewhere(origin, there)
+    assert not reader.origins.elsewhere(origin_of("other tenant", bytes(64)), here)
+    writer.origins.note(origin, here)
+    assert not reader.origins.elsewhere(origin, here)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvist.cachesvc import dashboard
 from kvist.cachesvc.dashboard import stats_document
 from kvist.cachesvc.metrics import TIER_STATES, Metrics
 from kvist.cachesvc.placement import Counts
@@ -29,7 +31,7 @@ def stats(**changes: object) -> StoreStats:
         reserved_slots=3,
         requested_tokens=1000,
         hit_tokens={"hbm": 100, "dram": 500, "flash": 50},
-        miss_tokens=dict.fromkeys(MISS_REASONS, 0) | {"tail": 50, "not_stored": 300},
+        miss_tokens=dict.fromkeys(MISS_REASONS, 0) | {"tail": 50, "never_stored": 300},
         blocks=420,
         counters={name: number for number, name in enumerate(COUNTERS)},
         events=dataclasses.asdict(Counts(sinks_dropped=7, flash_corrupt=8)),
@@ -113,3 +115,9 @@ def test_stats_document_has_the_fields_of_the_store_in_plain_json_types() -> Non
     assert document["version"] == "1.2.3"
     assert document["tiers"][0]["used_slots"] == 40
     assert document["miss_tokens"]["tail"] == 50
+
+
+def test_the_page_has_words_for_every_reason_and_tier() -> None:
+    page = Path(dashboard.__file__).with_name("page.html").read_text()
+    for name in (*MISS_REASONS, *TIERS):
+        assert f" {name}: " in page

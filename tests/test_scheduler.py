@@ -49,7 +49,7 @@ class FakeFinder:
             if key not in self.blocks:
                 break
             tiers.append("dram")
-        sequence.found, sequence.found_end = tuple(tiers), "not_stored"
+        sequence.found, sequence.found_end = tuple(tiers), "never_stored"
 
 
 @dataclass

@@ -110,7 +110,7 @@ def test_attach_refuses_a_field_out_of_its_limits(
 def test_attach_of_another_protocol_version_is_refused_with_both_versions(
     stub: CacheStub,
 ) -> None:
-    with pytest.raises(grpc.RpcError, match="the client speaks 99, this sidecar 1") as caught:
+    with pytest.raises(grpc.RpcError, match="the client speaks 99, this sidecar 2") as caught:
         next(stub.Attach(attach_request(protocol_version=99), timeout=5.0))
     assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
 
@@ -193,7 +193,7 @@ def test_unknown_session_is_not_found(stub: CacheStub) -> None:
 def test_lookup_of_nothing_and_of_the_unknown_are_normal_replies(stub: CacheStub) -> None:
     assert stub.Lookup(cache_pb2.LookupRequest()).blocks == 0
     reply = stub.Lookup(cache_pb2.LookupRequest(keys=[KEY]))
-    assert (reply.blocks, reply.miss_reason) == (0, "not_stored")
+    assert (reply.blocks, reply.miss_reason) == (0, "never_stored")
 
 
 def test_session_ends_with_its_stream(stub: CacheStub) -> None:

@@ -195,11 +195,11 @@ def test_every_counter_of_every_session_is_in_the_totals(bench: Bench, worker: W
     for ring in (worker.ring, other.ring):
         ring.add("requested_tokens", 100)
         ring.add("hit_tokens.dram", 60)
-        ring.add("miss_tokens.not_stored", 40)
+        ring.add("miss_tokens.never_stored", 40)
     stats = bench.store.stats()
     assert stats.requested_tokens == 200
     assert stats.hit_tokens["dram"] == 120
-    assert stats.miss_tokens["not_stored"] == 80
+    assert stats.miss_tokens["never_stored"] == 80
     assert stats.requested_tokens == sum(stats.hit_tokens.values()) + sum(
         stats.miss_tokens.values()
     )

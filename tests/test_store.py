@@ -57,11 +57,11 @@ def test_stored_blocks_are_found_and_right_and_nothing_is_before_commit(
         assert slot is not None
         worker.fill(slot, block)
     assert worker.index.longest_prefix(keys_of(blocks)) == 0
-    assert bench.store.lookup(keys_of(blocks)) == ([], "not_stored")
+    assert bench.store.lookup(keys_of(blocks)) == ([], "never_stored")
     assert worker.commit([slot for slot in slots if slot is not None]) == [True] * 4
     assert worker.index.longest_prefix(keys_of(blocks)) == 4
     assert bench.store.lookup(keys_of(blocks)) == (["dram"] * 4, "")
-    assert bench.store.lookup(keys_of(chain(0, 6))) == (["dram"] * 4, "not_stored")
+    assert bench.store.lookup(keys_of(chain(0, 6))) == (["dram"] * 4, "never_stored")
     assert all(worker.reads(block) for block in blocks)
     check(bench)
 
@@ -158,7 +158,7 @@ def test_size_of_slots_comes_from_the_first_worker(bench: Bench) -> None:
     bench.open(slot_bytes=None)
     assert bench.store.tick() is False
     assert bench.store.stats().tiers == ()
-    assert bench.store.lookup([NO_KEY]) == ([], "not_stored")
+    assert bench.store.lookup([NO_KEY]) == ([], "never_stored")
     assert (bench.store.prefetch([NO_KEY]), bench.store.clear(None)) == (0, 0)
     info = bench.worker().info
     assert (info.slot_bytes, info.dram_slots) == (SLOT_BYTES, 16)

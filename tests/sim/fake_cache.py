@@ -24,6 +24,7 @@ class FakeCache:
         flash: keys that are on flash; a prefetch makes them rise unless `stuck`.
         corrupt: keys whose payload does not match.
         condemned: keys that are said to be corrupt as long as they are not stored.
+        elsewhere: origins of first blocks that are said to be stored under another namespace.
         stuck: nothing rises from flash.
         gate: loads wait for it.
         store_gate: stores wait for it.
@@ -37,6 +38,7 @@ class FakeCache:
         self.flash: set[BlockKey] = set()
         self.corrupt: set[BlockKey] = set()
         self.condemned: set[BlockKey] = set()
+        self.elsewhere: set[bytes] = set()
         self.stuck = False
         self.gate = threading.Event()
         self.gate.set()
@@ -48,14 +50,16 @@ class FakeCache:
         self.batches: list[int] = []
         self.closed = False
 
-    def lookup(self, keys: Sequence[BlockKey]) -> Found:
+    def lookup(self, keys: Sequence[BlockKey], first: tuple[bytes, bytes] | None = None) -> Found:
         """See CacheClient.lookup."""
         if self.state != "attached":
             return Found(0, "detached", b"")
         blocks = len(self.tiers(keys))
         if blocks == len(keys):
             return Found(blocks, "", b"1")
-        return Found(blocks, "corrupt" if keys[blocks] in self.condemned else "not_stored", b"1")
+        if first is not None and not blocks and first[0] in self.elsewhere:
+            return Found(blocks, "namespace", b"1")
+        return Found(blocks, "corrupt" if keys[blocks] in self.condemned else "never_stored", b"1")
 
     def tiers(self, keys: Sequence[BlockKey]) -> tuple[str, ...]:
         """See CacheClient.tiers."""
@@ -85,7 +89,7 @@ class FakeCache:
         if wanted.key in self.flash:
             return "flash_late"
         if wanted.key not in self.blocks:
-            return "not_stored"
+            return "never_stored"
         out[:] = 255  # undefined after a miss
         item, payload = self.blocks[wanted.key]
         if wanted.key in self.corrupt:
