@@ -35,7 +35,7 @@ from kvist.proto.record import Bytes, Wanted
 from kvist.proto.shm import CORRUPT, FLASH_READY, PREFETCH, TOUCH
 
 BACKOFF_MIN_S = 0.02
-BACKOFF_MAX_S = 0.5
+BACKOFF_MAX_S = 0.2
 # A block rises from flash in 0.5 to 2 ms; a poll costs about 2 us.
 POLL_S = 0.0003
 # A slot may be reused between two looks; twice in a row means that the cache is far too small.

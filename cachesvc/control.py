@@ -32,10 +32,10 @@ CALL_TIMEOUT_S = 5.0
 
 _CHANNEL_OPTIONS = (
     # gRPC's own waits between connection attempts start at 1 s and grow to 2 minutes; a client
-    # must be back within 2 s of the sidecar's restart.
+    # must be back within 1 s of the sidecar's restart.
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 200),
     # Channels of one process to one address otherwise share a connection, and with it the wait.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),

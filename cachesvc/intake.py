@@ -44,7 +44,7 @@ class Intake:
     """Takes blocks in. One thread.
 
     Args:
-        share: slots that one session may hold reserved at once.
+        share: slots that one session may hold reserved at once, while it is among few.
     """
 
     def __init__(self, placement: Placement, moves: Moves, sessions: Sessions, share: int) -> None:
@@ -78,7 +78,7 @@ class Intake:
             return Reserved("present")
         if not self._stands(session, parent):
             return Reserved("refused", reason="no_parent")
-        if len(session.reserved) >= self._share:
+        if len(session.reserved) >= self._limit():
             return self._refused(key, "share")
         self._sessions.await_child(parent)  # first, so that its parent is not what is evicted
         try:
@@ -89,6 +89,11 @@ class Intake:
             return self._refused(key, "full")
         self._sessions.reserve(session, Reservation(key, parent, slot, origin))
         return Reserved("reserved", slot)
+
+    def _limit(self) -> int:
+        """Slots that a session may hold now. All shares together are no more than the arena, so
+        nobody, however slow, holds what another one's share is."""
+        return max(1, min(self._share, self._placement.dram.slots // max(1, len(self._sessions))))
 
     def _refused(self, key: BlockKey, reason: Refusal) -> Reserved:
         self._placement.index.departed.note(key, "not_admitted")

@@ -82,25 +82,36 @@ class Storer:
         batches = _Batches(present=len(items) - len(new))
         step = min(SLOTS_MAX, life.reservation_limit)
         for start in range(0, len(new), step):
-            self._store_batch(life, batches.without_orphans(new[start : start + step]), batches)
+            rest = batches.without_orphans(new[start : start + step])
+            while rest:
+                left = self._store_batch(life, rest, batches)
+                if len(left) == len(rest):  # none went in, so none will
+                    batches.note_all(left, "share")
+                    break
+                rest = batches.without_orphans(left)
         return batches.result()
 
-    def _store_batch(self, life: Life, batch: Sequence[StoreItem], seen: _Batches) -> None:
+    def _store_batch(
+        self, life: Life, batch: Sequence[StoreItem], seen: _Batches
+    ) -> Sequence[StoreItem]:
+        """Store a batch; those of it that went over the session's share, from the first on."""
         try:
-            if batch:
-                self._reserve_fill_commit(life, batch, seen)
+            return self._reserve_fill_commit(life, batch, seen)
         except KvistError as error:
             # What the sidecar holds reserved for this session is unknown now: end it, so that
             # all its slots come back, and begin a new one.
             self._control.hang_up()
             self._log.debug("store dropped", reason=str(error))
             seen.lose_the_rest(batch)
+            return ()
         except Exception:  # a mistake of ours must not leave slots reserved either
             self._control.hang_up()
             raise
 
-    def _reserve_fill_commit(self, life: Life, batch: Sequence[StoreItem], seen: _Batches) -> None:
-        """Raises: Detached, SessionUnknown; blocks not in seen by then are lost."""
+    def _reserve_fill_commit(
+        self, life: Life, batch: Sequence[StoreItem], seen: _Batches
+    ) -> Sequence[StoreItem]:
+        """See _store_batch. Raises: Detached, SessionUnknown; blocks not in seen are lost."""
         if life.ended:
             raise Detached("the session has ended")
         names = [
@@ -111,7 +122,11 @@ class Storer:
         if len(reply.reservations) != len(batch):
             raise Detached("the sidecar answered for another number of blocks")
         filled: list[tuple[int, StoreItem]] = []
-        for item, reservation in zip(batch, reply.reservations, strict=True):
+        # What is over the share now is not when this batch is committed.
+        over = next(
+            (at for at, one in enumerate(reply.reservations) if one.reason == "share"), None
+        )
+        for item, reservation in zip(batch[:over], reply.reservations[:over], strict=True):
             if reservation.outcome == cache_pb2.Reservation.RESERVED:
                 self._fill(life, reservation.slot, item)
                 filled.append((reservation.slot, item))
@@ -121,6 +136,7 @@ class Storer:
                 seen.note(item, reservation.reason or "full")
         if filled:
             self._commit(life, filled, seen)
+        return () if over is None else batch[over:]
 
     def _fill(self, life: Life, slot: int, item: StoreItem) -> None:
         if life.ended:
@@ -171,6 +187,10 @@ class _Batches:
             else:
                 self.note(item, "no_parent")
         return kept
+
+    def note_all(self, items: Sequence[StoreItem], fate: str) -> None:
+        for item in items:
+            self.note(item, fate)
 
     def lose_the_rest(self, items: Sequence[StoreItem]) -> None:
         for item in items:

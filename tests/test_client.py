@@ -132,7 +132,7 @@ def test_client_attaches_when_the_sidecar_comes_and_brings_what_it_counted(
         sidecar.close()
 
 
-def test_killed_sidecar_is_noticed_and_the_client_is_back_within_2_s(sidecar: Sidecar) -> None:
+def test_killed_sidecar_is_noticed_and_the_client_is_back_within_1_s(sidecar: Sidecar) -> None:
     client = sidecar.client()
     prompt = Prompt(3, 4)
     client.store(prompt.items)
@@ -147,7 +147,7 @@ def test_killed_sidecar_is_noticed_and_the_client_is_back_within_2_s(sidecar: Si
     # Long enough for every back-off to have grown to its longest.
     time.sleep(1.5)
     sidecar.start()
-    assert wait_until(lambda: client.state == "attached", "the client to be back") < 2.0
+    assert wait_until(lambda: client.state == "attached", "the client to be back") < 1.0
     assert client.reattaches == 1
     found = client.lookup(prompt.keys)
     assert found.blocks == 0
@@ -212,7 +212,7 @@ def test_slots_of_a_worker_killed_between_reserve_and_commit_come_back(
         other.send_signal(signal.SIGKILL)
         other.wait(10.0)
     took = wait_until(lambda: stats(sidecar).reserved_slots == 0, "the slots to come back")
-    assert took < 2.0
+    assert took < 1.0
     assert stats(sidecar).sessions == 1
     assert client.store(Prompt(7, 6).items).stored == 6
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from sim.blocks import NAMESPACE, SHAPE, SLOT_BYTES
+from sim.direct import StoreControl, attached
+from sim.sidecar import Prompt, namespace
 from sim.stores import Bench, Worker, chain, check, keys_of
 
 from kvist.cachesvc.store import Store
@@ -82,6 +84,37 @@ def test_session_holds_no_more_than_its_share(store: Store, worker: Worker) -> N
     assert answers[9].reason == "no_parent"
     worker.store.abort(worker.info.session, [answer.slot for answer in answers[:8] if answer.slot])
     assert store.stats().reserved_slots == 1  # slot 0 is a slot, and still held
+
+
+def test_shares_shrink_so_that_all_of_them_together_are_no_more_than_the_arena(
+    bench: Bench,
+) -> None:
+    workers = [Worker(bench.store) for _ in range(5)]
+    for number, each in enumerate(workers):
+        answers = each.reserve(chain(100 * number, 4))
+        assert [answer.reason for answer in answers] == ["", "", "", "share"], (
+            "16 slots, 5 sessions"
+        )
+    assert bench.store.stats().reserved_slots == 15
+    for each in workers[1:]:
+        each.close()
+    bench.store.tick()
+    # Alone again it has half of the arena, as the settings say.
+    assert [each.reason for each in workers[0].reserve(chain(900, 6))] == [""] * 5 + ["share"]
+    workers[0].close()
+
+
+def test_what_goes_over_a_share_that_has_shrunk_is_stored_in_smaller_batches(
+    bench: Bench,
+) -> None:
+    client = attached(StoreControl(bench.store), namespace())
+    for _ in range(4):
+        bench.worker()
+    prompt = Prompt(1, 10)
+    result = client.store(prompt.items)
+    assert (result.stored, result.dropped) == (10, {})
+    assert client.rpc_calls == 1 + 2 * 4, "16 slots, 5 sessions: 3, 3, 3 and 1 blocks"
+    client.close()
 
 
 def test_second_reserve_of_a_block_is_answered_present(bench: Bench, worker: Worker) -> None:
