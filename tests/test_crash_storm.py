@@ -55,8 +55,6 @@ def test_a_storm_sees_blocks_that_are_lost(tmp_path: Path, storms: ModuleType) -
         for segment in tmp_path.rglob("segment-*"):
             segment.write_bytes(b"")
         storm.start_sidecar()
-        storm.check_acknowledged()
-        assert not storm.lost, "the index still names them"
         storm.read_back(list(range(storm.chains)))
         assert storm.lost
         assert storm.found["wrong_bytes"] == 0
