@@ -18,6 +18,7 @@ from sim.sidecar import Prompt, Sidecar, load_all, namespace
 
 from fuzz.records import BLOCKS, DAMAGES, EDGES, Damage
 from fuzz.target import Check, Target
+from kvist.cachesvc.control import PROTOCOL_VERSION
 from kvist.proto import cache_pb2
 from kvist.proto.cache_pb2_grpc import CacheStub
 
@@ -90,7 +91,7 @@ _REQUESTS = {
     "Read": st.builds(cache_pb2.ReadRequest, keys=_KEY_LISTS),
     "Attach": st.builds(
         cache_pb2.AttachRequest,
-        protocol_version=st.just(1) | _INTS,
+        protocol_version=st.just(PROTOCOL_VERSION) | _INTS,
         client=st.just("fuzz") | st.text(max_size=300),
         pid=st.just(1) | _INTS,
         namespace=_DIGESTS,
@@ -131,7 +132,7 @@ class _Caller:
         self._channel = channel
         self._stream = CacheStub(channel).Attach(
             cache_pb2.AttachRequest(
-                protocol_version=1,
+                protocol_version=PROTOCOL_VERSION,
                 client="fuzz",
                 pid=1,
                 namespace=NAMESPACE,
