@@ -88,7 +88,14 @@ def refuse(waiters: list[Record], error: KvistError) -> None:
     """Answer with an error."""
     for waiter in waiters:
         if waiter.set_running_or_notify_cancel():
-            waiter.set_exception(error)
+            waiter.set_exception(_bare(error))
+
+
+def _bare(error: KvistError) -> KvistError:
+    """The same error without the frames that it came through: job, error and frames would keep
+    each other, and the frames a view of the arena, which then stays mapped after its end.
+    """
+    return type(error)(*error.args)
 
 
 class Owner(Protocol):
@@ -207,7 +214,7 @@ class FlashIo:
                 into = self._dram.slot_view(job.dram_slot)
                 job.header = self._flash.read_record(job.flash_slot, into)
             except KvistError as error:
-                job.problem = error
+                job.problem = _bare(error)
             except Exception as error:  # our mistake; it must not end the thread for good
                 job.problem = TierOffline(f"reading failed: {error!r}")
         self._post(partial(self._owner.risen, job))
@@ -272,7 +279,7 @@ class FlashIo:
             record = self._dram.slot_view(job.dram_slot)[: header.shape.record_bytes]
             self._flash.write_record(job.flash_slot, record)
         except (BlockMissing, BlockCorrupt, FormatRefused) as error:
-            job.problem = error
+            job.problem = _bare(error)
             return []
         entry = FlashEntry(
             job.flash_slot, header.key, header.parent, header.namespace, header.depth,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import subprocess
 import sys
 import threading
@@ -326,3 +328,23 @@ def test_attach_tells_everything_a_worker_needs(bench: Bench, worker: Worker) ->
     assert all(path.exists() for path in (info.index_path, info.arena_path, info.ring_path))
     assert info.bell_path.parent == bench.config.run_dir
     assert make_block(0).header.shape.record_bytes <= info.slot_bytes
+
+
+def test_reader_of_a_damaged_block_does_not_keep_the_arena_mapped(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.open()
+    worker, (block,) = bench.worker(), chain(0, 1)
+    assert worker.put([block]) == ["stored"]
+    gc.collect()
+    gc.disable()  # what is given back below is given back because nobody holds it
+    try:
+        slot = bench.parts.index.find(block.header.key).dram  # type: ignore[union-attr]
+        bench.parts.dram.slot_view(slot)[100] ^= 1  # type: ignore[arg-type]
+        asked = bench.parts.moves.read(block.header.key)
+        with pytest.raises(BlockCorrupt):
+            asked.result()
+        bench.close()
+        held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+        assert not [path for path in held if path.startswith(str(tmp_path))]
+    finally:
+        gc.enable()
