@@ -72,6 +72,7 @@ class Answers:
             slot_bytes=info.slot_bytes,
             dram_slots=info.dram_slots,
             reservation_limit=info.reservation_limit,
+            number=info.number,
         )
 
     def lookup(self, request: cache_pb2.LookupRequest) -> cache_pb2.LookupReply:

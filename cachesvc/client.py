@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from kvist.cachesvc.control import PROTOCOL_VERSION, Control, GrpcControl
 from kvist.cachesvc.life import Life
@@ -32,7 +33,7 @@ from kvist.proto.errors import (
 )
 from kvist.proto.keys import BlockKey, Namespace
 from kvist.proto.record import Bytes, Wanted
-from kvist.proto.shm import CORRUPT, FLASH_READY, PREFETCH, TOUCH
+from kvist.proto.shm import CLAIM, CORRUPT, FLASH_READY, PREFETCH, RELEASE, TOUCH
 
 BACKOFF_MIN_S = 0.02
 BACKOFF_MAX_S = 0.2
@@ -40,6 +41,7 @@ BACKOFF_MAX_S = 0.2
 POLL_S = 0.0003
 # A slot may be reused between two looks; twice in a row means that the cache is far too small.
 LOAD_ATTEMPTS = 3
+Claimant = Literal["alone", "none", "self", "other"]
 _HOST_PORT = re.compile(r"[^/:]+:\d+|\[[0-9a-fA-F:.]+\]:\d+")
 
 
@@ -265,6 +267,47 @@ class CacheClient:
         with self._count_lock:
             counts, self._uncounted = self._uncounted, Counter()
         life.add(counts)
+
+    def claim(self, keys: Sequence[BlockKey]) -> None:
+        """Say that these blocks are being computed here; who was granted them says claimant.
+
+        Makes no call. A claim ends when the block is stored, by release, or with the session.
+        """
+        with self._entered() as life:
+            if life is not None and keys:
+                for key in keys:
+                    life.push(CLAIM, 1, key)
+                self.bell_failures += not life.ring_bell()
+
+    def release(self, keys: Sequence[BlockKey]) -> None:
+        """Say that these blocks will not come from here; makes no call."""
+        with self._entered() as life:
+            if life is not None:
+                for key in keys:
+                    life.push(RELEASE, 1, key)
+
+    def claimant(self, key: BlockKey) -> Claimant:
+        """Who is computing a block, as far as it is known; makes no call, about 2 us.
+
+        Returns:
+            "alone" when there is no other worker to ask about.
+        """
+        with self._entered() as life:
+            if life is None or life.index.sessions < 2:
+                return "alone"
+            owner = life.index.claims.owner(key)
+            return "none" if not owner else "self" if owner == life.number else "other"
+
+    def count_flight(self, tokens: int) -> None:
+        """Account for one wait for another worker's blocks; makes no call.
+
+        Args:
+            tokens: that came by it, 0 when it was in vain.
+        """
+        with self._entered() as life:
+            if life is not None:
+                outcome = "flights_got" if tokens else "flights_lost"
+                life.add({outcome: 1, "flight_tokens": tokens})
 
     def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
         """Copy a block out of the cache and verify it; blocks until it is there, makes no call.

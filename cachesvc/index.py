@@ -17,6 +17,7 @@ from pathlib import Path
 from struct import Struct
 from typing import Final
 
+from kvist.cachesvc.claims import ClaimTable
 from kvist.cachesvc.departed import Departed, Origins, departed_buckets
 from kvist.proto.errors import ConfigInvalid, FormatRefused, TierFull
 from kvist.proto.keys import KEY_BYTES, BlockKey
@@ -24,7 +25,10 @@ from kvist.proto.shm import (
     BUCKET_BYTES,
     BUCKET_KEYS_BYTES,
     BUCKET_ROWS,
+    CLAIM_BUCKET,
+    CLAIM_BUCKETS,
     DEPARTED_BUCKET,
+    FLASH_FAILED,
     FLASH_OFF,
     FLASH_READY,
     FLASH_REBUILDING,
@@ -36,6 +40,7 @@ from kvist.proto.shm import (
     LOW_HALF,
     ORIGIN_BUCKET,
     ORIGIN_BUCKETS,
+    SESSIONS_OFFSET,
     SHM_VERSION,
 )
 
@@ -89,15 +94,22 @@ class _Table:
         whole = memoryview(mapped)
         start = HEADER_BYTES + self.buckets * BUCKET_BYTES
         stop = start + fields[8] * DEPARTED_BUCKET.size
-        views = whole[start:stop], whole[stop:]
+        end = stop + ORIGIN_BUCKETS * ORIGIN_BUCKET.size
+        views = whole[start:stop], whole[stop:end], whole[end:]
         self.departed: Final = Departed(views[0])
         self.origins: Final = Origins(views[1])
+        self.claims: Final = ClaimTable(views[2])
         self._views = (*views, whole, self._words)
 
     @property
     def flash_state(self) -> int:
         """FLASH_OFF, FLASH_READY, FLASH_REBUILDING or FLASH_FAILED."""
         return int.from_bytes(self._map[FLASH_STATE_OFFSET : FLASH_STATE_OFFSET + 4], "little")
+
+    @property
+    def sessions(self) -> int:
+        """Workers attached, the reader's own included."""
+        return int(self._words[SESSIONS_OFFSET // 8])
 
     @property
     def heartbeat_ns(self) -> int:
@@ -145,9 +157,14 @@ class _Table:
         more, and if it went the search goes on below it. A prefix that is still too long or too
         short by then is a miss or a recompute, never a wrong block.
 
+        While flash is away what is offered may have gaps, because the beginning of a prompt may
+        be on flash only; then every key is looked at, up to the first gap.
+
         Args:
             keys: of one prompt, first block first.
         """
+        if self.flash_state in (FLASH_FAILED, FLASH_REBUILDING):
+            return next((at for at, key in enumerate(keys) if not self.offered(key)), len(keys))
         high = len(keys)
         while high:
             low = 0
@@ -207,7 +224,7 @@ def _map_existing(path: Path) -> mmap.mmap:
 def _problem(mapped: mmap.mmap) -> str:
     if len(mapped) < HEADER_BYTES:
         return "shorter than a header"
-    magic, version, _, _, buckets, _, _, _, departed = INDEX_HEADER.unpack_from(mapped)
+    magic, version, _, _, buckets, _, _, _, departed, _ = INDEX_HEADER.unpack_from(mapped)
     if magic != INDEX_MAGIC:
         return "not a Kvist index"
     if version != SHM_VERSION:
@@ -219,8 +236,8 @@ def _problem(mapped: mmap.mmap) -> str:
 
 
 def _file_bytes(buckets: int, departed: int) -> int:
-    tables = departed * DEPARTED_BUCKET.size + ORIGIN_BUCKETS * ORIGIN_BUCKET.size
-    return HEADER_BYTES + buckets * BUCKET_BYTES + tables
+    rest = ORIGIN_BUCKETS * ORIGIN_BUCKET.size + CLAIM_BUCKETS * CLAIM_BUCKET.size
+    return HEADER_BYTES + buckets * BUCKET_BYTES + departed * DEPARTED_BUCKET.size + rest
 
 
 def _key_at(row: int) -> int:
@@ -275,7 +292,7 @@ class IndexWriter(_Table):
             os.close(handle)
         INDEX_HEADER.pack_into(
             mapped, 0, INDEX_MAGIC, SHM_VERSION, FLASH_OFF, boot_epoch, buckets, slot_bytes,
-            dram_slots, 0, departed,
+            dram_slots, 0, departed, 0,
         )  # fmt: skip
         super().__init__(mapped)
         self.path = path
@@ -343,6 +360,10 @@ class IndexWriter(_Table):
     def set_flash_state(self, state: int) -> None:
         """Tell readers whether copies on flash can be read."""
         self._map[FLASH_STATE_OFFSET : FLASH_STATE_OFFSET + 4] = state.to_bytes(4, "little")
+
+    def set_sessions(self, count: int) -> None:
+        """Tell workers how many there are."""
+        self._words[SESSIONS_OFFSET // 8] = count
 
     def beat(self, now_ns: int) -> None:
         """Leave a sign of life."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvist.cachesvc.blocks import NO_ROW
+from kvist.cachesvc.claims import Claims
 from kvist.cachesvc.index import Location
 from kvist.cachesvc.moves import Moves
 from kvist.cachesvc.placement import Placement
@@ -47,7 +48,10 @@ class Intake:
         share: slots that one session may hold reserved at once, while it is among few.
     """
 
-    def __init__(self, placement: Placement, moves: Moves, sessions: Sessions, share: int) -> None:
+    def __init__(
+        self, placement: Placement, moves: Moves, sessions: Sessions, claims: Claims, share: int
+    ) -> None:
+        self._claims = claims
         self._placement = placement
         self._moves = moves
         self._sessions = sessions
@@ -97,6 +101,7 @@ class Intake:
 
     def _refused(self, key: BlockKey, reason: Refusal) -> Reserved:
         self._placement.index.departed.note(key, "not_admitted")
+        self._claims.settle(key)
         return Reserved("refused", reason=reason)
 
     def _is_here(self, key: BlockKey) -> bool:
@@ -149,6 +154,7 @@ class Intake:
             return True
         except KvistError:
             self._placement.counts.commits_refused += 1
+            self._claims.settle(reservation.key)
             self._placement.dram.free(slot)
             self._offer_parent(reservation.parent)
             return False
@@ -170,6 +176,7 @@ class Intake:
         else:  # it rose meanwhile
             placement.dram.free(slot)
         placement.counts.dram_written += 1
+        self._claims.settle(header.key)
         return row
 
     def _parent(self, header: BlockHeader) -> int:
@@ -190,6 +197,7 @@ class Intake:
         for slot in slots:
             reservation = self._sessions.release(session, slot)
             if reservation is not None:
+                self._claims.settle(reservation.key)
                 self._placement.dram.free(slot)
                 self._offer_parent(reservation.parent)
 

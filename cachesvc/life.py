@@ -23,6 +23,7 @@ class Life:
 
     Attributes:
         session: its id.
+        number: its number in the claims of the index.
         boot_epoch: of the sidecar that gave it.
         reservation_limit: slots that may be held reserved at once, >= 1.
         index: the shared index.
@@ -36,6 +37,7 @@ class Life:
 
     def __init__(self, reply: cache_pb2.AttachReply) -> None:
         self.session = reply.session
+        self.number = reply.number
         self.boot_epoch = reply.boot_epoch
         self.reservation_limit = max(1, reply.reservation_limit)
         self.ended = False

@@ -15,6 +15,7 @@ TIER_STATES = ("ready", "rebuilding", "failed", "off")
 _NOT_SUNK = {"sinks_dropped": "no_room", "sinks_failed": "device"}
 _NOT_RISEN = {"rises_refused": "no_room", "rises_failed": "device"}
 _CORRUPT = {"dram_corrupt": "dram", "flash_corrupt": "flash"}
+_FLIGHTS = {"flights_got": "got", "flights_lost": "lost"}
 _REFUSED = {"commits_refused": "commit", "index_refused": "index", "orphans_dropped": "orphan"}
 
 
@@ -81,8 +82,13 @@ class Metrics(Collector):
             ("loaded_bytes", "Bytes that workers copied out."),
             ("stored_bytes", "Bytes that workers copied in."),
             ("ring_drops", "Reports of workers that found their ring full."),
+            ("flight_tokens", "Tokens that came by waiting for another engine's computation."),
         ):
             yield _counter(f"kvist_{name}", text, stats.counters.get(name, 0))
+        waits = {shown: stats.counters.get(name, 0) for name, shown in _FLIGHTS.items()}
+        yield _counters(
+            "kvist_flight_waits", "Waits for another engine's computation.", "outcome", waits
+        )
 
     def _tiers(self, stats: StoreStats) -> Iterator[Metric]:
         tiers = {use.tier: use for use in stats.tiers}

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvist.cachesvc.claims import Claims
 from kvist.cachesvc.eviction import LeafLru
 from kvist.cachesvc.flashio import Post
 from kvist.cachesvc.host import Host
@@ -65,6 +66,7 @@ class Parts:
     placement: Placement
     moves: Moves
     intake: Intake
+    claims: Claims
     reservation_limit: int
 
 
@@ -121,7 +123,8 @@ class Maker:
         )  # fmt: skip
         undo.callback(moves.close)
         share = max(1, int(slots * config.reservation_share))
-        intake = Intake(placement, moves, sessions, share)
+        claims = Claims(index.claims)
+        intake = Intake(placement, moves, sessions, claims, share)
         if flash is not None:
             moves.start()
         elif config.flash_path is not None:
@@ -132,7 +135,7 @@ class Maker:
             "store ready", slot_bytes=slot_bytes, dram_slots=slots, flash=moves.state,
             flash_slots=flash_slots, blocks=len(placement.blocks),
         )  # fmt: skip
-        return Parts(index, dram, flash, placement, moves, intake, share)
+        return Parts(index, dram, flash, placement, moves, intake, claims, share)
 
     def _open_flash(self, slot_bytes: int | None) -> FlashTier | None:
         """None: there is to be none, or the folder is new and the size of its slots still open,

@@ -46,7 +46,7 @@ class Entry:
     """One thing that a worker reports.
 
     Attributes:
-        kind: TOUCH, PREFETCH or CORRUPT of proto/shm.py; another program's mistake may be any.
+        kind: TOUCH and the others of proto/shm.py; another program's mistake may be any.
         blocks: blocks of the prefix that ends with key.
         key: block key.
         at_ns: CLOCK_MONOTONIC.

@@ -45,6 +45,7 @@ class Session:
 
     Attributes:
         id: names it in calls; of no other session in any life of the sidecar.
+        number: the same for this life only, >= 1.
         client: its name for people.
         pid: the process that holds the ring's lock.
         namespace: digest of what it stores.
@@ -54,6 +55,7 @@ class Session:
     """
 
     id: str
+    number: int
     client: str
     pid: int
     namespace: bytes
@@ -99,7 +101,7 @@ class Sessions:
         except OSError:
             path.unlink()
             raise
-        session = Session(name, client, pid, namespace, ring)
+        session = Session(name, self._opened, client, pid, namespace, ring)
         self._sessions[name] = session
         return session
 

@@ -32,7 +32,7 @@ from kvist.cachesvc.sessions import RING_PREFIX, Sessions
 from kvist.proto.errors import BlockCorrupt, BlockMissing, ConfigInvalid
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import PAGE_BYTES, RecordShape, unpack_header
-from kvist.proto.shm import CORRUPT, PREFETCH, TOUCH
+from kvist.proto.shm import CLAIM, CORRUPT, PREFETCH, RELEASE, TOUCH
 
 __all__ = ["Reserved", "SessionInfo", "Store", "StoreConfig", "StoreStats"]
 
@@ -58,6 +58,7 @@ class SessionInfo:
     slot_bytes: int
     dram_slots: int
     reservation_limit: int
+    number: int
 
 
 class Store:
@@ -167,6 +168,7 @@ class Store:
         """
         parts = self._parts_for(shape.record_bytes)
         session = self._sessions.open(client, pid, namespace)
+        parts.index.set_sessions(len(self._sessions))
         self._log.info(
             "session opened", session=session.id, client=client, pid=pid,
             namespace=namespace.hex()[:12], namespace_text=namespace_text,
@@ -181,6 +183,7 @@ class Store:
             slot_bytes=parts.dram.slot_bytes,
             dram_slots=parts.dram.slots,
             reservation_limit=parts.reservation_limit,
+            number=session.number,
         )
 
     def session_closed(self, session: str) -> None:
@@ -308,11 +311,14 @@ class Store:
         for session in self._sessions.each():
             for entry in session.ring.drain(_DRAIN_ENTRIES):
                 busy = True
-                self._heed(entry)
+                self._heed(session.number, entry, now_s)
         for session in self._sessions.take_gone():
             slots = list(session.reserved)
             self._parts.intake.abort(session, slots)
+            self._parts.claims.end(session.number)
+            self._parts.index.set_sessions(len(self._sessions))
             self._log.info("session ended", session=session.id, reserved_slots=len(slots))
+        self._parts.claims.expire(now_s)
         self._parts.moves.poll(now_s)
         return busy or bool(self._parts.placement.jobs)
 
@@ -323,12 +329,15 @@ class Store:
             self._broken = self._broken or error
             raise
 
-    def _heed(self, entry: Entry) -> None:
+    def _heed(self, session: int, entry: Entry, now_s: float) -> None:
         placement, moves = self._made.placement, self._made.moves
         row = placement.index.locate(entry.key)
-        if row is None:
-            return
-        if entry.kind == TOUCH:
+        if entry.kind == RELEASE:
+            self._made.claims.release(entry.key, session)
+        elif row is None:
+            if entry.kind == CLAIM:
+                self._made.claims.claim(entry.key, session, now_s)
+        elif entry.kind == TOUCH:
             placement.touch(row)
             moves.sink(row)
         elif entry.kind == PREFETCH:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Blocks
 from dataclasses import dataclass
-from typing import Protocol
 
-from kvist.cachesvc.client import Found
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.storing import StoreItem, StoreResult
+from kvist.engine.cache import Cache
+from kvist.engine.flights import Flights
 from kvist.engine.loading import LoadJob
 from kvist.engine.pages import Pages
 from kvist.engine.request import CACHE_BYPASS
@@ -38,51 +38,6 @@ STORE_QUEUE_BLOCKS = 256
 STORE_POOL_SHARE = 4
 CLOSE_DRAIN_S = 2.0
 CLOSE_JOIN_S = LOAD_BASE_S + 5.0
-
-
-class Cache(Protocol):
-    """The part of CacheClient that is used here; see there for threads and meaning."""
-
-    reattaches: int
-
-    @property
-    def state(self) -> str:
-        """ "attached" or "detached"."""
-        ...
-
-    def lookup(self, keys: Blocks[BlockKey], first: tuple[bytes, bytes] | None = None) -> Found:
-        """Longest cached prefix; makes no call."""
-        ...
-
-    def tiers(self, keys: Blocks[BlockKey]) -> tuple[str, ...]:
-        """Tier of each block of the longest cached prefix; makes no call."""
-        ...
-
-    def touch(self, keys: Blocks[BlockKey], blocks: int) -> None:
-        """The first blocks were used."""
-        ...
-
-    def prefetch(self, keys: Blocks[BlockKey], blocks: int) -> None:
-        """The first blocks shall rise from flash."""
-        ...
-
-    def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
-        """Copy and verify one block; a miss reason when that failed."""
-        ...
-
-    def store(self, items: Blocks[StoreItem]) -> StoreResult:
-        """Copy blocks in, parents before children."""
-        ...
-
-    def count(
-        self, requested_tokens: int, hits: Mapping[str, int], misses: Mapping[str, int]
-    ) -> None:
-        """Account for one request."""
-        ...
-
-    def close(self) -> None:
-        """Detach."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +114,7 @@ class Connector:
         self.load_seconds = 0.0
         self.copying = 0
         self._threads: list[threading.Thread] = []
+        self._flights = None if cache is None else Flights(cache, now)
         if cache is not None:
             self._start(cache)
 
@@ -171,6 +127,17 @@ class Connector:
     def reattaches(self) -> int:
         """Sessions that followed an earlier one."""
         return 0 if self._cache is None else self._cache.reattaches
+
+    @property
+    def deferred(self) -> int:
+        """Requests that wait for blocks of another engine."""
+        return 0 if self._flights is None else self._flights.waiting
+
+    def defers(self, sequence: Sequence, blocks: int) -> bool:
+        """See scheduler.Finder and flights.Flights."""
+        if self._flights is None or not sequence.reuses:
+            return False
+        return self._flights.defers(sequence, blocks)
 
     def arrive(self, sequence: Sequence) -> None:
         """A request has come: what of it is on flash begins to rise while it waits its turn."""
@@ -192,6 +159,8 @@ class Connector:
             self._find(self._cache, sequence, blocks)
         if not sequence.found:
             self._count(sequence, 0, "")
+            if self._flights is not None and sequence.reuses:
+                self._flights.computing(sequence)
 
     def load(self, sequence: Sequence) -> None:
         """Begin to copy a sequence's found blocks into its pages."""
@@ -202,6 +171,8 @@ class Connector:
         self.copying += 1
         self._prefetch(sequence.keys()[first : first + count], sequence.found)
         job = LoadJob(sequence, first, pages, self._now())
+        if self._flights is not None:
+            self._flights.computing(sequence, count)
         for _ in range(min(LOADERS, count)):
             self._load_jobs.put(job)
 
@@ -212,22 +183,27 @@ class Connector:
             sequence: holds the blocks' pages.
             blocks: registered ones, in order, following those that were stored before.
         """
-        if self._cache is None:
+        if self._cache is None or self._flights is None:
             return
         for block in blocks:
             reason = self._refusal(sequence, self._cache)
             if reason:
                 sequence.store_stopped = True
                 self.store_drops[reason] += 1
+                self._flights.dropped(sequence, block)
                 continue
             page = sequence.pages[block]
             self._pages.pin((page,))
             self._store_room -= 1
             self.copying += 1
             self._store_jobs.put(_StoreJob(self._item(sequence, block, page), page))
+        if sequence.reuses:
+            self._flights.computing(sequence)
 
     def poll(self) -> list[Loaded]:
         """Take what the threads have finished: pages are unpinned, lookups counted."""
+        if self._flights is not None:
+            self._flights.prune()
         loads: list[Loaded] = []
         while True:
             try:
@@ -288,6 +264,8 @@ class Connector:
         sequence.found = cache.tiers(asked[: found.blocks])[known:]
         # Should a found block be gone before its tier was read, it was evicted in between.
         sequence.found_end = found.reason or "evicted"
+        if sequence.flight_late and found.reason in STORABLE:
+            sequence.found_end = "flight_late"
         if known and not found.blocks and found.reason in STORABLE:
             # Dropped, evicted, damaged, or the sidecar began anew; without this no child of the
             # prefix could be stored for as long as the pool has it.

@@ -127,7 +127,7 @@ class Core:
         """Take messages; wait for one, or for a copy to end, if there is nothing to compute."""
         if self._busy:
             return self._link.receive(0.0)
-        if self._connector.copying:
+        if self._connector.copying or self._connector.deferred:
             self._connector.wait(COPYING_WAIT_S)
             return self._link.receive(0.0)
         assert not self._live, "nothing is under way and yet requests wait"

@@ -23,6 +23,15 @@ the next decode that needs a page does not throw out the request that has just b
 class Finder(Protocol):
     """Tells the scheduler what the cache beyond the pool holds."""
 
+    def defers(self, sequence: Sequence, blocks: int) -> bool:
+        """Whether it shall wait, for a bounded time, because what it lacks is being computed by
+        another engine; asked in each step, when it could be admitted.
+
+        Args:
+            sequence: waiting. blocks: see find.
+        """
+        ...
+
     def find(self, sequence: Sequence, blocks: int) -> None:
         """Set the sequence's found and found_end.
 
@@ -189,8 +198,9 @@ class Scheduler:
     def _admit(self) -> Sequence | None:
         """Take the first waiting sequence if there is a seat and all its pages can be had.
 
-        One whose next block is being computed or loaded by another lets those behind it pass: it
-        takes the finished block later. As many as there are seats are looked at in a step.
+        One whose next block is being computed or loaded by another, here or in another engine,
+        lets those behind it pass: it takes the finished block later. As many as there are seats
+        are looked at in a step.
         """
         if len(self.running) + len(self.loading) >= self._max_seqs:
             return None
@@ -202,6 +212,8 @@ class Scheduler:
             spare = min(len(self.running) + len(self.loading), self._pages.total // RESERVE_SHARE)
             if missing + spare > self._pages.available - self._pages.idle(pages):
                 return None
+            if self._finder.defers(sequence, len(pages)):
+                continue
             self.waiting.remove(sequence)
             self._seat(sequence, pages, missing)
             return sequence

@@ -80,6 +80,7 @@ class Sequence:
         found: tier of each block, from block `registered` on, that the cache was seen to hold
             when the sequence was admitted.
         found_end: why the cache had no more, a miss reason.
+        flight_late: it waited for a block that another engine computed, in vain.
         counted: its lookup was counted.
         store_stopped: a block of it was dropped; those after it would have no parent in the cache.
         cached: prompt tokens that were not computed, by tier.
@@ -101,6 +102,7 @@ class Sequence:
     registered: int = 0
     found: tuple[str, ...] = ()
     found_end: str = ""
+    flight_late: bool = False
     counted: bool = False
     store_stopped: bool = False
     cached: CachedTokens = field(default_factory=CachedTokens)

@@ -81,6 +81,7 @@ class AttachReply(_message.Message):
     SLOT_BYTES_FIELD_NUMBER: _builtins.int
     DRAM_SLOTS_FIELD_NUMBER: _builtins.int
     RESERVATION_LIMIT_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     boot_epoch: _builtins.bytes
     """16 bytes, new in each life of the sidecar"""
@@ -95,6 +96,8 @@ class AttachReply(_message.Message):
     dram_slots: _builtins.int
     reservation_limit: _builtins.int
     """slots that the session may hold reserved at once"""
+    number: _builtins.int
+    """of the session in this life, names it in the claims of the index"""
     def __init__(
         self,
         *,
@@ -107,10 +110,11 @@ class AttachReply(_message.Message):
         slot_bytes: _builtins.int = ...,
         dram_slots: _builtins.int = ...,
         reservation_limit: _builtins.int = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_path", b"arena_path", "bell_path", b"bell_path", "boot_epoch", b"boot_epoch", "dram_slots", b"dram_slots", "index_path", b"index_path", "reservation_limit", b"reservation_limit", "ring_path", b"ring_path", "session", b"session", "slot_bytes", b"slot_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_path", b"arena_path", "bell_path", b"bell_path", "boot_epoch", b"boot_epoch", "dram_slots", b"dram_slots", "index_path", b"index_path", "number", b"number", "reservation_limit", b"reservation_limit", "ring_path", b"ring_path", "session", b"session", "slot_bytes", b"slot_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

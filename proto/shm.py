@@ -4,7 +4,7 @@ All numbers are little-endian and aligned to their size. Only the sidecar writes
 its worker writes a ring's head, counters and entries, only the sidecar its tail.
 
 Index file: a header of 4096 bytes, then buckets of 192 bytes, then the departed buckets of 64
-bytes, then the origin buckets of 64 bytes.
+bytes, then the origin buckets of 64 bytes, then the claim buckets of 128 bytes.
 
     offset  bytes  header field
          0      8  magic          "KVISTIDX"
@@ -16,6 +16,7 @@ bytes, then the origin buckets of 64 bytes.
         48      8  dram_slots     slots of the arena
         56      8  heartbeat_ns   CLOCK_MONOTONIC of the sidecar's last sign of life
         64      8  departed       departed buckets, a power of two
+        72      8  sessions       workers attached
 
     offset  bytes  bucket field
          0    128  8 keys of 16 bytes
@@ -37,6 +38,11 @@ An origin bucket is 4 pairs of 8 bytes, the latest first: the origin of a first 
 which names its tokens and its tenant but not its namespace, and the first 8 bytes of the digest of
 the namespace that it was stored in. The bucket is the origin modulo ORIGIN_BUCKETS.
 
+A claim bucket is 4 entries of 32 bytes: a key that some worker is computing now (16 bytes), the
+number of its session (8, AttachReply.number; 0 is a free entry), zeros (8). The bucket is the key's
+first 8 bytes modulo CLAIM_BUCKETS. The number is written last when an entry is filled and first
+when it is freed.
+
 Ring file: a header of 4096 bytes, then entries of 64 bytes.
 
     offset  bytes  header field
@@ -48,7 +54,7 @@ Ring file: a header of 4096 bytes, then entries of 64 bytes.
        512   8*64 counters        running totals, by the worker; the order is COUNTERS
 
     offset  bytes  entry field
-         0      4  kind           TOUCH, PREFETCH or CORRUPT
+         0      4  kind           TOUCH, PREFETCH, CORRUPT, CLAIM or RELEASE
          4      4  blocks         blocks of the prefix that ends with key
          8     16  key
         24      8  at_ns          CLOCK_MONOTONIC
@@ -62,9 +68,10 @@ SHM_VERSION = 2
 HEADER_BYTES = 4096
 
 INDEX_MAGIC = b"KVISTIDX"
-INDEX_HEADER = struct.Struct("<8sII16sQQQQQ")
+INDEX_HEADER = struct.Struct("<8sII16sQQQQQQ")
 FLASH_STATE_OFFSET = 12
 HEARTBEAT_OFFSET = 56
+SESSIONS_OFFSET = 72
 FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED = range(4)
 
 BUCKET_ROWS = 8
@@ -77,6 +84,9 @@ DEPARTED_TAG_BITS = 27
 DEPARTED_REASON_BITS = 5
 ORIGIN_BUCKET = struct.Struct("<8Q")
 ORIGIN_BUCKETS = 1024
+CLAIM_BUCKET = struct.Struct("<" + 4 * "16sQ8x")
+CLAIM_ENTRY_BYTES = 32
+CLAIM_BUCKETS = 512
 
 RING_MAGIC = b"KVISTRNG"
 RING_HEADER = struct.Struct("<8sII")
@@ -85,7 +95,7 @@ TAIL_OFFSET = 128
 COUNTERS_OFFSET = 512
 ENTRY_BYTES = 64
 ENTRY = struct.Struct("<II16sQ")
-TOUCH, PREFETCH, CORRUPT = 1, 2, 3
+TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE = 1, 2, 3, 4, 5
 
 TIERS = ("hbm", "dram", "flash")
 """Where a hit came from: the tier the block was in when the request was looked up."""
@@ -109,6 +119,7 @@ MISS_REASONS = (
     "flash_off",  # the flash tier turned itself off; the block may be there
     "flash_rebuilding",  # the flash index is being rebuilt; the block may be there
     "flash_late",  # the block did not rise from flash in time
+    "flight_late",  # another worker was computing the block, and it did not come in time
     "torn",  # the slot was reused while it was read
 )
 """Why a token was computed although a cache was asked. requested = sum(hits) + sum(misses)."""
@@ -124,5 +135,8 @@ COUNTERS = (
     "loaded_bytes",
     "stored_bytes",
     "ring_drops",
+    "flights_got",
+    "flights_lost",
+    "flight_tokens",
 )
 """A worker's running totals, in the order of their words in the ring file."""

@@ -42,6 +42,11 @@ class FakeFinder:
     def __init__(self) -> None:
         self.blocks: dict[BlockKey, list[int]] = {}
         self.broken: set[BlockKey] = set()
+        self.deferred: set[Sequence] = set()
+
+    def defers(self, sequence: Sequence, blocks: int) -> bool:
+        assert blocks <= sequence.usable_blocks
+        return sequence in self.deferred
 
     def find(self, sequence: Sequence, blocks: int) -> None:
         tiers = []

@@ -137,6 +137,10 @@ class CoreThread:
         self.send(NewRequest(request_id, prompt, sampling, salt, cache))
         return request_id
 
+    def send_abort(self, request_id: str) -> None:
+        """Ask for an abort."""
+        self.send(Abort(request_id))
+
     def wait(self, until: Callable[[], bool]) -> None:
         """Take messages until something holds."""
         deadline = time.monotonic() + WAIT_S

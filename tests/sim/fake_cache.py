@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 
-from kvist.cachesvc.client import Found
+from kvist.cachesvc.client import Claimant, Found
 from kvist.cachesvc.storing import StoreItem, StoreResult
 from kvist.proto.keys import NO_KEY, BlockKey
 from kvist.proto.record import Bytes, Wanted
@@ -28,6 +28,9 @@ class FakeCache:
         stuck: nothing rises from flash.
         gate: loads wait for it.
         store_gate: stores wait for it.
+        alone: no other engine is attached.
+        claims: who is computing a block: "self", or "other" where the test says so.
+        flights: tokens that each wait for another engine brought.
         counted: (requested tokens, hits, misses) of each lookup.
     """
 
@@ -48,6 +51,9 @@ class FakeCache:
         self.touched: list[BlockKey] = []
         self.prefetched: list[BlockKey] = []
         self.batches: list[int] = []
+        self.alone = True
+        self.claims: dict[BlockKey, Claimant] = {}
+        self.flights: list[int] = []
         self.closed = False
 
     def lookup(self, keys: Sequence[BlockKey], first: tuple[bytes, bytes] | None = None) -> Found:
@@ -79,6 +85,27 @@ class FakeCache:
         self.prefetched += keys[:blocks]
         if not self.stuck:
             self.flash -= set(keys[:blocks])
+
+    def claim(self, keys: Sequence[BlockKey]) -> None:
+        """See CacheClient.claim; another engine's claims stand."""
+        for key in keys:
+            self.claims.setdefault(key, "self")
+
+    def release(self, keys: Sequence[BlockKey]) -> None:
+        """See CacheClient.release."""
+        for key in keys:
+            if self.claims.get(key) == "self":
+                del self.claims[key]
+
+    def claimant(self, key: BlockKey) -> Claimant:
+        """See CacheClient.claimant."""
+        if self.alone or self.state != "attached":
+            return "alone"
+        return self.claims.get(key, "none")
+
+    def count_flight(self, tokens: int) -> None:
+        """See CacheClient.count_flight."""
+        self.flights.append(tokens)
 
     def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
         """See CacheClient.load."""
@@ -112,6 +139,7 @@ class FakeCache:
                 orphans += 1
             else:
                 self.blocks[item.key] = (item, item.payload.tobytes())
+                self.claims.pop(item.key, None)
                 stored += 1
         return StoreResult(stored, present, {"no_parent": orphans} if orphans else {})
 

@@ -1,0 +1,72 @@
+"""What an engine asks of the cache beyond its pool: the contract of CacheClient's half of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from kvist.cachesvc.client import Claimant, Found
+from kvist.cachesvc.storing import StoreItem, StoreResult
+from kvist.proto.keys import BlockKey
+from kvist.proto.record import Bytes, Wanted
+
+
+class Cache(Protocol):
+    """The part of CacheClient that an engine uses; see there for threads and meaning."""
+
+    reattaches: int
+
+    @property
+    def state(self) -> str:
+        """ "attached" or "detached"."""
+        ...
+
+    def lookup(self, keys: Sequence[BlockKey], first: tuple[bytes, bytes] | None = None) -> Found:
+        """Longest cached prefix; makes no call."""
+        ...
+
+    def tiers(self, keys: Sequence[BlockKey]) -> tuple[str, ...]:
+        """Tier of each block of the longest cached prefix; makes no call."""
+        ...
+
+    def touch(self, keys: Sequence[BlockKey], blocks: int) -> None:
+        """The first blocks were used."""
+        ...
+
+    def prefetch(self, keys: Sequence[BlockKey], blocks: int) -> None:
+        """The first blocks shall rise from flash."""
+        ...
+
+    def claim(self, keys: Sequence[BlockKey]) -> None:
+        """These blocks are being computed here; makes no call."""
+        ...
+
+    def release(self, keys: Sequence[BlockKey]) -> None:
+        """These blocks will not come from here; makes no call."""
+        ...
+
+    def claimant(self, key: BlockKey) -> Claimant:
+        """Who is computing a block; makes no call."""
+        ...
+
+    def count_flight(self, tokens: int) -> None:
+        """Account for one wait for another engine; tokens are those that came by it."""
+        ...
+
+    def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
+        """Copy and verify one block; a miss reason when that failed."""
+        ...
+
+    def store(self, items: Sequence[StoreItem]) -> StoreResult:
+        """Copy blocks in, parents before children."""
+        ...
+
+    def count(
+        self, requested_tokens: int, hits: Mapping[str, int], misses: Mapping[str, int]
+    ) -> None:
+        """Account for one request."""
+        ...
+
+    def close(self) -> None:
+        """Detach."""
+        ...
