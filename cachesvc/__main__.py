@@ -20,12 +20,13 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from kvist.cachesvc.beat import Beat, call_on
-from kvist.cachesvc.config import SidecarConfig, add_flags, as_toml, check_space, load_config
+from kvist.cachesvc.config import SidecarConfig, add_flags, as_toml, load_config
 from kvist.cachesvc.dashboard import Dashboard
 from kvist.cachesvc.folders import OwnedFolder, sweep
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.metrics import Metrics
 from kvist.cachesvc.service import CacheService, Server
+from kvist.cachesvc.space import check_space
 from kvist.cachesvc.store import Store, StoreConfig, StoreStats
 from kvist.proto.errors import ConfigInvalid, FormatRefused, KvistError
 from kvist.tiers.segment import clear_directory
@@ -148,6 +149,9 @@ def store_config(config: SidecarConfig, arena_folder: Path) -> StoreConfig:
         flash_path=config.flash_path,
         flash_bytes=config.flash_bytes,
         slot_bytes=config.slot_bytes,
+        flash_admission=config.flash_admission,
+        flash_write_bytes_per_day=config.flash_write_bytes_per_day,
+        flash_write_burst_bytes=config.flash_write_burst_bytes,
         io_threads=config.io_threads,
         flash_queue_blocks=config.flash_queue_blocks,
         reservation_share=config.reservation_share,

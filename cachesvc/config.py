@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from kvist.cachesvc.budget import ADMISSIONS, AdmissionMode
 from kvist.cachesvc.log import FORMATS, LEVELS, Format, Level
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.record import PAGE_BYTES
@@ -89,6 +90,12 @@ def _bytes_at_least(low: int) -> Callable[[str], int]:
         return count
 
     return parse
+
+
+def bytes_or(word: str) -> Callable[[str], int | None]:
+    """A parser of sizes of 1 MiB and more, or of a word for None."""
+    size = _bytes_at_least(1 << 20)
+    return lambda text: None if text == word else size(text)
 
 
 def _slot_bytes(text: str) -> int | None:
@@ -170,6 +177,25 @@ SETTINGS: tuple[Setting, ...] = (
         "first worker that attaches.",
         _slot_bytes,
     ),
+    Setting(
+        "flash_admission",
+        "second_use",
+        "Which blocks are written to flash: always: all; second_use: those used again, and others "
+        "as long as flash has free slots.",
+        _one_of(ADMISSIONS),
+    ),
+    Setting(
+        "flash_write_bytes_per_day",
+        "unlimited",
+        "Bytes that may be written to flash in a day; what is over it is not written.",
+        bytes_or("unlimited"),
+    ),
+    Setting(
+        "flash_write_burst_bytes",
+        "auto",
+        "Bytes of that which may be written at once; auto: those of an hour.",
+        bytes_or("auto"),
+    ),
     Setting("io_threads", "2", "Threads that read and write flash.", _number_in(1, 64)),
     Setting(
         "flash_queue_blocks",
@@ -201,6 +227,7 @@ class SidecarConfig:
         http_listen: "" is no page.
         flash_path: None is no flash tier.
         slot_bytes: None is "auto".
+        flash_write_bytes_per_day: None is "unlimited". flash_write_burst_bytes: None is "auto".
 
     Raises:
         ConfigInvalid: two settings contradict each other; the message names both and the fix.
@@ -215,6 +242,9 @@ class SidecarConfig:
     flash_path: Path | None
     flash_bytes: int
     slot_bytes: int | None
+    flash_admission: AdmissionMode
+    flash_write_bytes_per_day: int | None
+    flash_write_burst_bytes: int | None
     io_threads: int
     flash_queue_blocks: int
     reservation_share: float
@@ -342,36 +372,3 @@ def as_toml(loaded: Loaded) -> str:
         value = json.dumps(loaded.texts[setting.key], ensure_ascii=False)
         lines.append(f"{setting.key} = {value}  # {loaded.sources[setting.key]}")
     return "\n".join(lines) + "\n"
-
-
-def check_space(config: SidecarConfig) -> None:
-    """See whether the tiers fit where they are to live; makes the folders that are missing.
-
-    What Kvist itself left in a folder counts as free, because it is used again or removed.
-
-    Raises:
-        ConfigInvalid: a folder cannot be made or written, or has too little room.
-    """
-    _check_folder("run_dir", config.run_dir, 0)
-    _check_folder("shm_dir", config.shm_dir, config.dram_bytes, "dram_bytes")
-    if config.flash_path is not None:
-        _check_folder("flash_path", config.flash_path, config.flash_bytes, "flash_bytes")
-
-
-def _check_folder(key: str, path: Path, needed_bytes: int, size_key: str = "") -> None:
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        space = os.statvfs(path)
-        held = sum(entry.stat().st_blocks * 512 for entry in os.scandir(path) if entry.is_file())
-    except OSError as error:
-        raise ConfigInvalid(
-            f"{key}: cannot use {path}: {error.strerror}; give a folder of this user"
-        ) from None
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise ConfigInvalid(f"{key}: {path} cannot be written by this user; give another folder")
-    free = space.f_bavail * space.f_frsize + held
-    if needed_bytes > free:
-        raise ConfigInvalid(
-            f"{size_key}: {format_bytes(needed_bytes)} do not fit into {path} ({key}), which has "
-            f"{format_bytes(free)} free; lower {size_key} or give another {key}"
-        )

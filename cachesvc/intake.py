@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from kvist.cachesvc.admission import Admission
 from kvist.cachesvc.blocks import NO_ROW
 from kvist.cachesvc.claims import Claims
 from kvist.cachesvc.index import Location
@@ -49,8 +50,15 @@ class Intake:
     """
 
     def __init__(
-        self, placement: Placement, moves: Moves, sessions: Sessions, claims: Claims, share: int
+        self,
+        placement: Placement,
+        moves: Moves,
+        admission: Admission,
+        sessions: Sessions,
+        claims: Claims,
+        share: int,
     ) -> None:
+        self._admission = admission
         self._claims = claims
         self._placement = placement
         self._moves = moves
@@ -100,7 +108,8 @@ class Intake:
         return max(1, min(self._share, self._placement.dram.slots // max(1, len(self._sessions))))
 
     def _refused(self, key: BlockKey, reason: Refusal) -> Reserved:
-        self._placement.index.departed.note(key, "not_admitted")
+        if reason == "full":  # one over a share comes back when a part of the share is committed
+            self._placement.index.departed.note(key, "not_admitted")
         self._claims.settle(key)
         return Reserved("refused", reason=reason)
 
@@ -135,7 +144,7 @@ class Intake:
         rows: list[int] = []
         answers = [self._commit_one(session, slot, tick, rows) for slot in slots]
         for row in rows:
-            self._moves.sink_new(row)
+            self._admission.stored(row)
         for row in rows:
             self._placement.offer(row)
         return answers
@@ -221,7 +230,7 @@ class Intake:
             self._offer_parent(header.parent)
             self._placement.index.departed.note(header.key, "not_admitted")
             return "refused"
-        self._moves.sink_new(row)
+        self._admission.stored(row)
         self._placement.offer(row)
         return "stored"
 

@@ -12,7 +12,12 @@ from kvist.cachesvc.store import StoreStats
 
 TIER_STATES = ("ready", "rebuilding", "failed", "off")
 # Name of an event of placement.Counts -> the label under which it is shown.
-_NOT_SUNK = {"sinks_dropped": "no_room", "sinks_failed": "device"}
+_NOT_SUNK = {
+    "sinks_dropped": "no_room",
+    "sinks_failed": "device",
+    "sinks_first_use": "first_use",
+    "sinks_over_budget": "budget",
+}
 _NOT_RISEN = {"rises_refused": "no_room", "rises_failed": "device"}
 _CORRUPT = {"dram_corrupt": "dram", "flash_corrupt": "flash"}
 _FLIGHTS = {"flights_got": "got", "flights_lost": "lost"}
@@ -52,6 +57,7 @@ class Metrics(Collector):
         yield from self._workers(stats)
         yield from self._tiers(stats)
         yield from self._events(stats)
+        yield from self._wear(stats)
         yield _counter(
             "kvist_flash_rebuilds",
             "Times that the flash index was missing or wrong and was made anew.",
@@ -116,6 +122,24 @@ class Metrics(Collector):
             for name in TIER_STATES:
                 state.add_metric([tier, name], float(use.state == name))
         yield state
+
+    def _wear(self, stats: StoreStats) -> Iterator[Metric]:
+        if stats.wear is None:
+            return
+        yield _counter(
+            "kvist_flash_wear_bytes",
+            "Bytes given to flash to write in this life, whole slots.",
+            stats.wear.written_bytes,
+        )
+        yield _gauge(
+            "kvist_flash_folder_wear_bytes",
+            "The same in all lives of the folder.",
+            stats.wear.folder_bytes,
+        )
+        if stats.wear.left_bytes is not None:
+            yield _gauge(
+                "kvist_flash_budget_left_bytes", "May be written now.", stats.wear.left_bytes
+            )
 
     def _events(self, stats: StoreStats) -> Iterator[Metric]:
         for name, text, label, labels in (

@@ -1,9 +1,9 @@
 """Moves: what sinks from DRAM to flash and what rises again, and what happens when flash fails.
 
-    sink    every block that is stored is queued at once (write-through), after the block before
-            it; so the copy is there when DRAM needs the room, and an eviction costs no write.
-            What found no room in the queue gets another chance when it or a later block of its
-            conversation is used.
+    sink    a block that is admitted (cachesvc/admission.py) is queued at once (write-through),
+            after the block before it; so the copy is there when DRAM needs the room, and an
+            eviction costs no write. What found no room in the queue gets another chance when it
+            or a later block of its conversation is used.
     rise    when somebody wishes it, first block first. A block rises only into free slots and
             those of blocks that are less worth keeping than itself.
 
@@ -147,11 +147,6 @@ class Moves:
             if len(self._sinking) >= self._sinks_max or not self._begin_sink(each):
                 break
         return blocks.reaches_flash(row)
-
-    def sink_new(self, row: int) -> None:
-        """The same for a block just stored: counts it if it stays behind."""
-        if self.state != "off" and not self.sink(row):
-            self._placement.counts.sinks_dropped += 1
 
     def _begin_sink(self, row: int) -> bool:
         placement, index = self._placement, self._placement.index

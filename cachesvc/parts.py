@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvist.cachesvc.admission import Admission
+from kvist.cachesvc.budget import AdmissionMode, WearBook, WriteBudget
 from kvist.cachesvc.claims import Claims
 from kvist.cachesvc.eviction import LeafLru
 from kvist.cachesvc.flashio import Post
@@ -38,6 +41,8 @@ class StoreConfig:
         flash_bytes: of its slots.
         slot_bytes: of a slot in both tiers; None takes it from the flash folder, or else from
             the first worker that attaches.
+        flash_admission: what sinks, see cachesvc/admission.py.
+        flash_write_bytes_per_day: None is no limit. flash_write_burst_bytes: None is an hour's.
         io_threads: that read and write flash.
         flash_queue_blocks: blocks that may wait to sink.
         reservation_share: of the DRAM slots, that one session may hold reserved.
@@ -50,6 +55,9 @@ class StoreConfig:
     flash_path: Path | None = None
     flash_bytes: int = 0
     slot_bytes: int | None = None
+    flash_admission: AdmissionMode = "second_use"
+    flash_write_bytes_per_day: int | None = None
+    flash_write_burst_bytes: int | None = None
     io_threads: int = 2
     flash_queue_blocks: int = 256
     reservation_share: float = 0.25
@@ -65,6 +73,7 @@ class Parts:
     flash: FlashTier | None
     placement: Placement
     moves: Moves
+    admission: Admission
     intake: Intake
     claims: Claims
     reservation_limit: int
@@ -74,15 +83,22 @@ class Maker:
     """Makes the parts; undo gets what ends them, in the right order.
 
     Args:
-        config: of the store. post: runs a callable on the store's thread.
+        config: of the store. post: runs a callable on the store's thread. now: seconds.
         host: threads and disk.
     """
 
     def __init__(
-        self, config: StoreConfig, post: Post, log: Log, undo: ExitStack, host: Host
+        self,
+        config: StoreConfig,
+        post: Post,
+        now: Callable[[], float],
+        log: Log,
+        undo: ExitStack,
+        host: Host,
     ) -> None:
         self._config = config
         self._post = post
+        self._now = now
         self._log = log
         self._undo = undo
         self._host = host
@@ -124,7 +140,8 @@ class Maker:
         undo.callback(moves.close)
         share = max(1, int(slots * config.reservation_share))
         claims = Claims(index.claims)
-        intake = Intake(placement, moves, sessions, claims, share)
+        admission = self._admission(placement, moves)
+        intake = Intake(placement, moves, admission, sessions, claims, share)
         if flash is not None:
             moves.start()
         elif config.flash_path is not None:
@@ -135,7 +152,21 @@ class Maker:
             "store ready", slot_bytes=slot_bytes, dram_slots=slots, flash=moves.state,
             flash_slots=flash_slots, blocks=len(placement.blocks),
         )  # fmt: skip
-        return Parts(index, dram, flash, placement, moves, intake, claims, share)
+        return Parts(index, dram, flash, placement, moves, admission, intake, claims, share)
+
+    def _admission(self, placement: Placement, moves: Moves) -> Admission:
+        config = self._config
+        budget = WriteBudget(
+            config.flash_write_bytes_per_day, config.flash_write_burst_bytes, self._now
+        )
+        book = None
+        if placement.flash is not None and config.flash_path is not None:
+            book = WearBook(config.flash_path)
+            if book.left_bytes is not None:
+                budget.start_with(book.left_bytes)
+        admission = Admission(placement, moves, config.flash_admission, budget, book)
+        self._undo.callback(admission.close)
+        return admission
 
     def _open_flash(self, slot_bytes: int | None) -> FlashTier | None:
         """None: there is to be none, or the folder is new and the size of its slots still open,

@@ -38,6 +38,7 @@ class Counts:
         dram_evicted: copies dropped to make room; flash_evicted likewise.
         flash_written, flash_read: sunk and risen.
         sinks_dropped: not queued to sink: no room in the queue or on flash, or flash not ready.
+        sinks_first_use: not queued, used once only; sinks_over_budget: over the write budget.
         sinks_failed, rises_failed: begun, but not ended well.
         rises_refused: no room in DRAM but that of blocks more worth keeping.
         dram_corrupt, flash_corrupt: copies found damaged and dropped.
@@ -54,6 +55,8 @@ class Counts:
     flash_read: int = 0
     flash_evicted: int = 0
     sinks_dropped: int = 0
+    sinks_first_use: int = 0
+    sinks_over_budget: int = 0
     sinks_failed: int = 0
     rises_failed: int = 0
     rises_refused: int = 0
@@ -74,6 +77,7 @@ class Placement:
         jobs: moves under way by row; such a block is not evicted.
         unlisted: keys that left flash, to be taken out of the flash index.
         counts: what happened.
+        passed_over: by row, 1 when flash did not take a block that was offered to it.
 
     Args:
         is_awaited: whether somebody has reserved a child of the block.
@@ -95,6 +99,7 @@ class Placement:
         self.jobs: dict[int, Sink | Rise] = {}
         self.unlisted: list[BlockKey] = []
         self.counts = Counts()
+        self.passed_over = bytearray(index.rows)
         self._is_awaited = is_awaited
         self._tick = 0
         self._dram_leaves = Leaves(self.policy, index.rows, self.may_leave_dram)
@@ -152,7 +157,7 @@ class Placement:
             if row is None:
                 raise TierFull("nothing in DRAM may go")
             self.counts.dram_evicted += 1
-            self.drop_dram(row)
+            self.drop_dram(row, "not_admitted" if self.passed_over[row] else "evicted")
 
     def allocate_flash(self) -> int:
         """A free flash slot, made by eviction if need be.
@@ -182,6 +187,7 @@ class Placement:
         except TierFull:
             self.counts.index_refused += 1
             raise
+        self.passed_over[row] = 0
         self.policy.inserted(row, self.blocks.depth[row], tick)
         return row
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from kvist.cachesvc.budget import Wear
 from kvist.cachesvc.moves import Moves
 from kvist.cachesvc.placement import Placement
 from kvist.cachesvc.sessions import Sessions
@@ -31,6 +32,7 @@ class StoreStats:
     Attributes:
         counters: totals of all workers, by name of proto.shm.COUNTERS.
         events: placement.Counts.
+        wear: of flash; None without it.
     """
 
     boot_epoch: bytes
@@ -44,6 +46,7 @@ class StoreStats:
     blocks: int
     counters: dict[str, int]
     events: dict[str, int]
+    wear: Wear | None = None
 
 
 def tier_uses(placement: Placement, moves: Moves) -> tuple[TierUse, ...]:

@@ -15,7 +15,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -122,7 +122,7 @@ class Store:
 
     def _make(self, slot_bytes: int | None) -> Parts | None:
         with ExitStack() as undo:
-            maker = Maker(self._config, self._post, self._log, undo, self._host)
+            maker = Maker(self._config, self._post, self._now, self._log, undo, self._host)
             parts = maker.make(slot_bytes, self.boot_epoch, self._sessions)
             self._undo.callback(undo.pop_all().close)
         if parts is not None:
@@ -288,7 +288,8 @@ class Store:
         """What the store holds and has done."""
         parts, uptime_s = self._parts, self._now() - self._opened_s
         placement, moves = (parts.placement, parts.moves) if parts else (None, None)
-        return store_stats(self.boot_epoch, uptime_s, self._sessions, placement, moves)
+        stats = store_stats(self.boot_epoch, uptime_s, self._sessions, placement, moves)
+        return replace(stats, wear=parts.admission.wear) if parts and parts.flash else stats
 
     # Time.
 
@@ -320,6 +321,7 @@ class Store:
             self._log.info("session ended", session=session.id, reserved_slots=len(slots))
         self._parts.claims.expire(now_s)
         self._parts.moves.poll(now_s)
+        self._parts.admission.tick(now_s, self._host.threads)
         return busy or bool(self._parts.placement.jobs)
 
     def _run_posted(self, call: Callable[[], None]) -> None:
@@ -330,7 +332,7 @@ class Store:
             raise
 
     def _heed(self, session: int, entry: Entry, now_s: float) -> None:
-        placement, moves = self._made.placement, self._made.moves
+        placement = self._made.placement
         row = placement.index.locate(entry.key)
         if entry.kind == RELEASE:
             self._made.claims.release(entry.key, session)
@@ -339,7 +341,7 @@ class Store:
                 self._made.claims.claim(entry.key, session, now_s)
         elif entry.kind == TOUCH:
             placement.touch(row)
-            moves.sink(row)
+            self._made.admission.used(row)
         elif entry.kind == PREFETCH:
             self._rise(entry.key)
         elif entry.kind == CORRUPT and not placement.check_dram(row):

@@ -103,7 +103,7 @@ TIERS = ("hbm", "dram", "flash")
 DEPARTURES = (
     "",  # it is not known that the block ever was there
     "evicted",  # dropped to make room for others
-    "not_admitted",  # a tier did not take it: no room, over a share, first use, write budget
+    "not_admitted",  # a tier did not take it: no room, first use, write budget
     "cleared",  # dropped by Clear
     "corrupt",  # checksum, tokens or namespace differed, of this block or of one before it
 )

@@ -141,7 +141,7 @@ def test_clear_flash_removes_only_its_own_files_and_only_when_nobody_uses_them(
     sidecar.stop()
     (flash / "notes.txt").write_text("mine")
     assert kvistd(*flags).returncode == 0
-    assert {path.name for path in flash.iterdir()} <= {"notes.txt", "owner.lock"}
+    assert {path.name for path in flash.iterdir()} <= {"notes.txt", "owner.lock", "wear.json"}
 
 
 def test_page_metrics_stats_and_health_answer(sidecar: Sidecar) -> None:

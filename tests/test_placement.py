@@ -149,8 +149,8 @@ def test_without_flash_the_oldest_leaf_goes_for_good(tmp_path: Path) -> None:
     worker.put(chain(0, 8))
     worker.put(chain(100, 3))
     assert bench.tiers(chain(0, 8)) == ["dram"] * 5
-    bench.worker().reserve(chain(200, 6))
-    assert worker.put(chain(300, 4)) == ["stored"] * 2 + ["full"] + ["no_parent"]
+    worker.reserve(chain(200, 6))
+    assert bench.worker().put(chain(300, 4)) == ["stored"] * 2 + ["full"] + ["no_parent"]
     check(bench)
     bench.close()
 

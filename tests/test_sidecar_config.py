@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kvist.cachesvc import config as settings
-from kvist.cachesvc.config import SETTINGS, Loaded, add_flags, as_toml, check_space, load_config
+from kvist.cachesvc.config import SETTINGS, Loaded, add_flags, as_toml, load_config
+from kvist.cachesvc.space import check_space
 from kvist.proto.errors import ConfigInvalid
 
 

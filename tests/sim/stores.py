@@ -126,6 +126,7 @@ class Bench:
             flash_path=folder / "flash" if flash_slots else None,
             flash_bytes=flash_slots * SLOT_BYTES,
             slot_bytes=SLOT_BYTES,
+            flash_admission="always",
             reservation_share=1.0,
             prefault=False,
         )
