@@ -155,6 +155,7 @@ def store_config(config: SidecarConfig, arena_folder: Path) -> StoreConfig:
         io_threads=config.io_threads,
         flash_queue_blocks=config.flash_queue_blocks,
         reservation_share=config.reservation_share,
+        eviction=config.eviction,
     )
 
 

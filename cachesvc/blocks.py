@@ -94,6 +94,10 @@ class Blocks:
             self.first_child[parent] = row
         return row
 
+    def name(self, row: int) -> int:
+        """64 bits of a block's key, for tables that outlive the row."""
+        return int.from_bytes(self.index.key(row)[:8], "little")
+
     def namespace(self, row: int) -> bytes:
         """Digest of a block's namespace."""
         return self._spaces[self._space[row]]

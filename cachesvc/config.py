@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from kvist.cachesvc.budget import ADMISSIONS, AdmissionMode
+from kvist.cachesvc.eviction import POLICIES, PolicyName
 from kvist.cachesvc.log import FORMATS, LEVELS, Format, Level
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.record import PAGE_BYTES
@@ -209,6 +210,13 @@ SETTINGS: tuple[Setting, ...] = (
         "Share of the DRAM slots that one worker may hold reserved at once.",
         _share,
     ),
+    Setting(
+        "eviction",
+        "rgg",
+        "Which blocks go first: rgg learns what comes back and is never far behind lru, which "
+        "drops what was used longest ago.",
+        _one_of(POLICIES),
+    ),
     Setting("log_level", "info", f"Least level to log: {', '.join(LEVELS)}.", _one_of(LEVELS)),
     Setting("log_format", "text", f"Form of a log line: {', '.join(FORMATS)}.", _one_of(FORMATS)),
 )
@@ -248,6 +256,7 @@ class SidecarConfig:
     io_threads: int
     flash_queue_blocks: int
     reservation_share: float
+    eviction: PolicyName
     log_level: Level
     log_format: Format
 

@@ -17,6 +17,9 @@ from pathlib import Path
 from struct import Struct
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvist.cachesvc.claims import ClaimTable
 from kvist.cachesvc.departed import Departed, Origins, departed_buckets
 from kvist.proto.errors import ConfigInvalid, FormatRefused, TierFull
@@ -339,6 +342,12 @@ class IndexWriter(_Table):
         """DRAM slot of a row's block, or None."""
         low = self._words[self._position(row)] & LOW_HALF
         return low - 1 if low else None
+
+    def count_dram(self, rows: NDArray[np.int64]) -> int:
+        """How many of some rows' blocks have a copy in DRAM."""
+        positions = rows // BUCKET_ROWS * (_BUCKET_WORDS - BUCKET_ROWS) + rows
+        words = np.frombuffer(self._words, np.uint64)[positions + _HEADER_WORDS + _KEYS_WORDS]
+        return int(np.count_nonzero(words & np.uint64(LOW_HALF)))
 
     def flash(self, row: int) -> int | None:
         """Flash slot of a row's block, or None."""

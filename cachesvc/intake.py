@@ -140,16 +140,16 @@ class Intake:
         Returns: one answer per slot; False when the session did not hold it, its record is not
             what was reserved, or its parent is not stored. The slot is given back then.
         """
-        tick = self._placement.next_tick()
         rows: list[int] = []
-        answers = [self._commit_one(session, slot, tick, rows) for slot in slots]
+        answers = [self._commit_one(session, slot, rows) for slot in slots]
+        self._placement.uses.tell_stored()
         for row in rows:
             self._admission.stored(row)
         for row in rows:
             self._placement.offer(row)
         return answers
 
-    def _commit_one(self, session: Session, slot: int, tick: int, rows: list[int]) -> bool:
+    def _commit_one(self, session: Session, slot: int, rows: list[int]) -> bool:
         reservation = self._sessions.release(session, slot)
         if reservation is None:
             return False
@@ -157,7 +157,7 @@ class Intake:
             header = self._placement.dram.header(slot)
             if (header.key, header.parent) != (reservation.key, reservation.parent):
                 raise BlockCorrupt("the slot holds another block than was reserved")
-            rows.append(self._enter(header, slot, tick))
+            rows.append(self._enter(header, slot))
             if reservation.origin and reservation.parent == NO_KEY:
                 self._placement.index.origins.note(reservation.origin, header.namespace)
             return True
@@ -168,8 +168,11 @@ class Intake:
             self._offer_parent(reservation.parent)
             return False
 
-    def _enter(self, header: BlockHeader, slot: int, tick: int) -> int:
-        """Store what a slot holds; its row. Raises: KvistError; the slot is the caller's."""
+    def _enter(self, header: BlockHeader, slot: int) -> int:
+        """Store what a slot holds; its row. The caller lets uses tell, when its batch is over.
+
+        Raises: KvistError; the slot is the caller's.
+        """
         placement, blocks = self._placement, self._placement.blocks
         if header.shape.record_bytes > placement.dram.slot_bytes:
             raise BlockCorrupt("the record is longer than its slot")
@@ -178,10 +181,11 @@ class Intake:
         placement.dram.publish(slot)
         if row is None:
             location = Location(slot, None)
-            row = placement.insert(header.key, parent, header.namespace, location, tick)
+            row = placement.insert(header.key, parent, header.namespace, location)
+            placement.uses.stored(row)
         elif placement.index.dram(row) is None:
             blocks.gain_dram(row, slot)
-            placement.policy.touched([row], tick)
+            placement.uses.used(row)
         else:  # it rose meanwhile
             placement.dram.free(slot)
         placement.counts.dram_written += 1
@@ -226,6 +230,7 @@ class Intake:
             return "present"
         try:
             row = self._put(header, payload)
+            self._placement.uses.tell_stored()
         except KvistError:
             self._offer_parent(header.parent)
             self._placement.index.departed.note(header.key, "not_admitted")
@@ -245,7 +250,7 @@ class Intake:
             self._sessions.forget_child(header.parent)
         try:
             fill_slot(placement.dram.slot_view(slot), header, payload)
-            return self._enter(header, slot, placement.next_tick())
+            return self._enter(header, slot)
         except KvistError:
             placement.dram.free(slot)
             raise

@@ -56,6 +56,7 @@ class Metrics(Collector):
         yield from self._tokens(stats)
         yield from self._workers(stats)
         yield from self._tiers(stats)
+        yield from self._eviction(stats)
         yield from self._events(stats)
         yield from self._wear(stats)
         yield _counter(
@@ -141,6 +142,24 @@ class Metrics(Collector):
                 "kvist_flash_budget_left_bytes", "May be written now.", stats.wear.left_bytes
             )
 
+    def _eviction(self, stats: StoreStats) -> Iterator[Metric]:
+        tiers = {use.tier: use for use in stats.eviction}
+        for field, text in (
+            ("asked_blocks", "Blocks that requests found or stored."),
+            ("hit_blocks", "Of those, blocks that the tier held; for flash, that any tier held."),
+            ("lru_hit_blocks", "Of those, blocks that leaf-LRU in the tier would have held."),
+        ):
+            values = {tier: getattr(use, field) for tier, use in tiers.items()}
+            yield _counters(f"kvist_eviction_{field}", text, "tier", values)
+        points = {tier: use.points_over_lru for tier, use in tiers.items()}
+        text = "Points of block hit ratio won over leaf-LRU in the last few thousand requests."
+        yield _gauges("kvist_eviction_points_over_lru", text, "tier", points)
+        falls = {tier: use.falls for tier, use in tiers.items()}
+        text = "Times that the policy lost for long and leaf-LRU took over for a while."
+        yield _counters("kvist_eviction_falls", text, "tier", falls)
+        is_lru = {tier: float(use.is_lru) for tier, use in tiers.items()}
+        yield _gauges("kvist_eviction_is_lru", "1 while that is so.", "tier", is_lru)
+
     def _events(self, stats: StoreStats) -> Iterator[Metric]:
         for name, text, label, labels in (
             ("corrupt_blocks", "Copies found damaged and dropped.", "tier", _CORRUPT),
@@ -167,7 +186,7 @@ def _counters(name: str, text: str, label: str, values: dict[str, int]) -> Metri
     return family
 
 
-def _gauges(name: str, text: str, label: str, values: dict[str, int]) -> Metric:
+def _gauges(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
     family = GaugeMetricFamily(name, text, labels=[label])
     for shown, value in values.items():
         family.add_metric([shown], value)

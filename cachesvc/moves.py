@@ -183,6 +183,7 @@ class Moves:
                 placement.blocks.finish_sink(job.row, job.flash_slot)
                 placement.counts.flash_written += 1
                 placement.offer(job.row)
+                placement.offer(placement.blocks.parent[job.row])
         if offline:
             self._fail(offline)
 
@@ -235,7 +236,7 @@ class Moves:
         waiter: Record = Record()
         row = self._placement.index.locate(key)
         if row is not None:
-            self._placement.touch(row)
+            self._placement.uses.used(row)
         self._wishes.setdefault(key, []).append(waiter)
         self._pump()
         return waiter
@@ -270,7 +271,7 @@ class Moves:
         if self.state != "ready" or self._io is None:
             raise TierOffline("flash is not ready")
         try:
-            dram_slot = placement.allocate_dram(below=placement.policy.rank(row))
+            dram_slot = placement.allocate_dram(than=row)
         except TierFull:
             placement.counts.rises_refused += 1
             raise

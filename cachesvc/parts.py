@@ -6,12 +6,13 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kvist.cachesvc.admission import Admission
 from kvist.cachesvc.budget import AdmissionMode, WearBook, WriteBudget
 from kvist.cachesvc.claims import Claims
-from kvist.cachesvc.eviction import LeafLru
+from kvist.cachesvc.eviction import History, Policy, PolicyName, Tree
 from kvist.cachesvc.flashio import Post
 from kvist.cachesvc.host import Host
 from kvist.cachesvc.index import IndexWriter
@@ -19,6 +20,7 @@ from kvist.cachesvc.intake import Intake
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.moves import Moves
 from kvist.cachesvc.placement import Placement
+from kvist.cachesvc.rgg import make_policy
 from kvist.cachesvc.sessions import Sessions
 from kvist.proto.errors import TierOffline
 from kvist.tiers.dram import DramTier
@@ -46,6 +48,7 @@ class StoreConfig:
         io_threads: that read and write flash.
         flash_queue_blocks: blocks that may wait to sink.
         reservation_share: of the DRAM slots, that one session may hold reserved.
+        eviction: policy by which blocks go from either tier.
         prefault: touch the arena's memory in the background, so that no copy waits for it.
     """
 
@@ -61,6 +64,7 @@ class StoreConfig:
     io_threads: int = 2
     flash_queue_blocks: int = 256
     reservation_share: float = 0.25
+    eviction: PolicyName = "rgg"
     prefault: bool = True
 
 
@@ -132,7 +136,8 @@ class Maker:
         index = IndexWriter(path, slots, flash_slots, slot_bytes, boot_epoch)
         undo.callback(path.unlink, missing_ok=True)
         undo.callback(index.close)
-        placement = Placement(index, dram, flash, LeafLru, sessions.is_awaited)
+        make_policy = partial(self._make_policy, seed=int.from_bytes(boot_epoch))
+        placement = Placement(index, dram, flash, make_policy, sessions.is_awaited, self._now)
         moves = Moves(
             placement, self._host.threads, config.io_threads, config.flash_queue_blocks,
             self._post, self._log,
@@ -167,6 +172,9 @@ class Maker:
         admission = Admission(placement, moves, config.flash_admission, budget, book)
         self._undo.callback(admission.close)
         return admission
+
+    def _make_policy(self, tree: Tree, history: History, capacity: int, seed: int) -> Policy:
+        return make_policy(self._config.eviction, tree, history, capacity, seed)
 
     def _open_flash(self, slot_bytes: int | None) -> FlashTier | None:
         """None: there is to be none, or the folder is new and the size of its slots still open,

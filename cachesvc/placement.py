@@ -17,9 +17,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from kvist.cachesvc.blocks import NO_ROW, Blocks
-from kvist.cachesvc.eviction import Leaves, Policy
+from kvist.cachesvc.eviction import History, Policy, Tree
 from kvist.cachesvc.flashio import Rise, Sink
 from kvist.cachesvc.index import IndexWriter, Location
+from kvist.cachesvc.shadow import Shadow
+from kvist.cachesvc.uses import Uses
 from kvist.proto.errors import KvistError, TierFull
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import checksum
@@ -73,14 +75,17 @@ class Placement:
 
     Attributes:
         index, blocks, dram, flash: what it manages; flash is None without a flash tier.
-        policy: ranks blocks.
+        policy: says which block goes first.
+        uses: what is told to the policy.
         jobs: moves under way by row; such a block is not evicted.
         unlisted: keys that left flash, to be taken out of the flash index.
         counts: what happened.
         passed_over: by row, 1 when flash did not take a block that was offered to it.
 
     Args:
+        make_policy: gets the blocks, who used them last, and how many fit.
         is_awaited: whether somebody has reserved a child of the block.
+        now: seconds, of a clock that does not jump.
     """
 
     def __init__(
@@ -88,22 +93,29 @@ class Placement:
         index: IndexWriter,
         dram: DramTier,
         flash: FlashTier | None,
-        make_policy: Callable[[int], Policy],
+        make_policy: Callable[[Tree, History, int], Policy],
         is_awaited: Callable[[BlockKey], bool],
+        now: Callable[[], float],
     ) -> None:
         self.index = index
         self.blocks = Blocks(index)
         self.dram = dram
         self.flash = flash
-        self.policy = make_policy(index.rows)
+        history = History(index.rows)
+        # Every block sinks, so the larger tier holds all there is, but for what is on its way.
+        flash_slots = flash.slots if flash else 0
+        capacity = max(dram.slots, flash_slots)
+        self.policy = make_policy(self.blocks, history, capacity)
+        self.uses = Uses(self.blocks, history, (self.policy,), now)
         self.jobs: dict[int, Sink | Rise] = {}
         self.unlisted: list[BlockKey] = []
         self.counts = Counts()
         self.passed_over = bytearray(index.rows)
         self._is_awaited = is_awaited
-        self._tick = 0
-        self._dram_leaves = Leaves(self.policy, index.rows, self.may_leave_dram)
-        self._flash_leaves = Leaves(self.policy, index.rows, self.may_leave_flash)
+        self._dram_leaves = self.policy.order(self.may_leave_dram, index.count_dram, dram.slots)
+        self._flash_leaves = (
+            self.policy.order(self.may_leave_flash, len, capacity) if flash else None
+        )
 
     def may_leave_dram(self, row: int) -> bool:
         """Whether a block's copy in DRAM may be dropped to make room."""
@@ -123,28 +135,25 @@ class Placement:
         childless = self.blocks.first_child[row] == NO_ROW
         return childless and not self._is_awaited(self.index.key(row))
 
+    @property
+    def shadows(self) -> dict[str, Shadow]:
+        """How the policy fares against leaf-LRU, by tier; empty if it is leaf-LRU."""
+        return dict(zip(("dram", "flash"), self.policy.shadows, strict=False))
+
     def offer(self, row: int) -> None:
         """A block's children, jobs or awaited children have changed: it may go now, perhaps."""
         if row != NO_ROW:
             self._dram_leaves.offer(row)
-            self._flash_leaves.offer(row)
-
-    def next_tick(self) -> int:
-        """A new moment in the order of uses."""
-        self._tick += 1
-        return self._tick
-
-    def touch(self, row: int) -> None:
-        """A block was used, and so all before it. About 0.1 us a block of the chain."""
-        self.policy.touched(self.blocks.chain(row), self.next_tick())
+            if self._flash_leaves is not None:
+                self._flash_leaves.offer(row)
 
     # Slots.
 
-    def allocate_dram(self, below: int | None = None) -> int:
+    def allocate_dram(self, than: int = NO_ROW) -> int:
         """A free DRAM slot, made by eviction if need be.
 
         Args:
-            below: evict no block of this rank or above.
+            than: a row; evict no block that is as worth keeping as that one.
 
         Raises: TierFull when nothing may go.
         """
@@ -153,8 +162,8 @@ class Placement:
                 # It may lack memory, when others fill /dev/shm; one just evicted has it.
                 with suppress(TierFull):
                     return self.dram.allocate()
-            row = self._dram_leaves.take(below)
-            if row is None:
+            row = self._dram_leaves.take(self.uses.clock(), than)
+            if row == NO_ROW:
                 raise TierFull("nothing in DRAM may go")
             self.counts.dram_evicted += 1
             self.drop_dram(row, "not_admitted" if self.passed_over[row] else "evicted")
@@ -165,9 +174,10 @@ class Placement:
         Raises: TierFull when nothing may go. TierOffline.
         """
         assert self.flash is not None
+        assert self._flash_leaves is not None
         while not self.flash.free_slots:
-            row = self._flash_leaves.take()
-            if row is None:
+            row = self._flash_leaves.take(self.uses.clock())
+            if row == NO_ROW:
                 raise TierFull("nothing on flash may go")
             self.counts.flash_evicted += 1
             self.drop_flash(row)
@@ -175,10 +185,8 @@ class Placement:
 
     # Copies.
 
-    def insert(
-        self, key: BlockKey, parent: int, namespace: bytes, location: Location, tick: int
-    ) -> int:
-        """Store a new block. The caller offers it, and what it stands on, when its batch is over.
+    def insert(self, key: BlockKey, parent: int, namespace: bytes, location: Location) -> int:
+        """Store a new block. The caller tells uses of it, and offers it when its batch is over.
 
         Raises: TierFull when the index has no room; the slots stay the caller's.
         """
@@ -188,7 +196,7 @@ class Placement:
             self.counts.index_refused += 1
             raise
         self.passed_over[row] = 0
-        self.policy.inserted(row, self.blocks.depth[row], tick)
+        self.offer(parent)
         return row
 
     def gain_dram(self, row: int, slot: int) -> None:
@@ -203,6 +211,8 @@ class Placement:
             why: one of proto.shm.DEPARTURES, what misses of the block will say.
         """
         parent, key = self.blocks.parent[row], self.index.key(row)
+        if self.index.flash(row) is None:
+            self.uses.removed(row)
         slot = self.blocks.lose_dram(row)
         self.dram.free(slot)
         self._settle(row, parent, key, why)
@@ -211,16 +221,16 @@ class Placement:
         """Drop a flash copy with no child on flash. If it is the last one, nothing stands on it."""
         assert self.flash is not None
         parent, key = self.blocks.parent[row], self.index.key(row)
+        if self.index.dram(row) is None:
+            self.uses.removed(row)
         self.flash.free(self.blocks.lose_flash(row))
         self.unlisted.append(key)
         self._settle(row, parent, key, why)
 
     def _settle(self, row: int, parent: int, key: BlockKey, why: str) -> None:
         if self.index.is_free(row):
-            self.policy.removed(row)
             self.index.departed.note(key, why)
-        else:
-            self.offer(row)
+        self.offer(row)
         self.offer(parent)
 
     def cancel_job(self, row: int) -> None:

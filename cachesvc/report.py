@@ -26,10 +26,34 @@ class TierUse:
 
 
 @dataclass(frozen=True, slots=True)
+class EvictionUse:
+    """How eviction from a tier fares against leaf-LRU, which is counted beside it.
+
+    Attributes:
+        asked_blocks: found or stored by requests, in this life.
+        hit_blocks: of those, that the tier held when they were asked for; for flash, that any
+            tier held.
+        lru_hit_blocks: that a leaf-LRU of the same size would have held.
+        points_over_lru: points of hit ratio won lately; negative when it loses.
+        is_lru: it has lost for long, so that leaf-LRU decides for a while.
+        falls: times that this came to be so.
+    """
+
+    tier: str
+    asked_blocks: int
+    hit_blocks: int
+    lru_hit_blocks: int
+    points_over_lru: float
+    is_lru: bool
+    falls: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoreStats:
     """What the store holds and has done; the fields of StatsReply in cache.proto, and
 
     Attributes:
+        eviction: by tier; empty when the policy is leaf-LRU itself.
         counters: totals of all workers, by name of proto.shm.COUNTERS.
         events: placement.Counts.
         wear: of flash; None without it.
@@ -47,6 +71,7 @@ class StoreStats:
     counters: dict[str, int]
     events: dict[str, int]
     wear: Wear | None = None
+    eviction: tuple[EvictionUse, ...] = ()
 
 
 def tier_uses(placement: Placement, moves: Moves) -> tuple[TierUse, ...]:
@@ -71,6 +96,17 @@ def tier_uses(placement: Placement, moves: Moves) -> tuple[TierUse, ...]:
     return tuple(uses)
 
 
+def eviction_uses(placement: Placement) -> tuple[EvictionUse, ...]:
+    """DRAM, and flash where there is a tier."""
+    return tuple(
+        EvictionUse(
+            tier, shadow.asked, shadow.own_hits, shadow.hits, round(shadow.points, 3),
+            shadow.is_losing, shadow.falls,
+        )
+        for tier, shadow in placement.shadows.items()
+    )  # fmt: skip
+
+
 def store_stats(
     boot_epoch: bytes,
     uptime_s: float,
@@ -92,4 +128,5 @@ def store_stats(
         blocks=len(placement.blocks) if placement else 0,
         counters=counters,
         events=asdict(placement.counts) if placement else {},
+        eviction=eviction_uses(placement) if placement else (),
     )

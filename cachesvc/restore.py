@@ -119,7 +119,9 @@ class Restore:
             else:
                 rows.append(row)
             if not count % _STEP_ENTRIES:
+                placement.uses.tell_restored()
                 yield
+        placement.uses.tell_restored()
         for count, row in enumerate(rows, 1):
             if not placement.index.is_free(row):
                 placement.offer(row)
@@ -146,10 +148,12 @@ class Restore:
             return row
         try:
             location = Location(None, entry.slot)
-            return placement.insert(entry.key, parent, entry.namespace, location, tick=0)
+            row = placement.insert(entry.key, parent, entry.namespace, location)
         except TierFull:
             self._flash.free(entry.slot)
             return None
+        placement.uses.restored(row)
+        return row
 
     def _parent(self, entry: FlashEntry) -> int | None:
         """Row of the block before, NO_ROW for a first block, None for an orphan."""

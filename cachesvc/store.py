@@ -28,7 +28,7 @@ from kvist.cachesvc.log import Log
 from kvist.cachesvc.parts import ARENA_NAME, INDEX_NAME, Maker, Parts, StoreConfig
 from kvist.cachesvc.report import StoreStats, store_stats
 from kvist.cachesvc.ring import Entry
-from kvist.cachesvc.sessions import RING_PREFIX, Sessions
+from kvist.cachesvc.sessions import RING_PREFIX, Session, Sessions
 from kvist.proto.errors import BlockCorrupt, BlockMissing, ConfigInvalid
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import PAGE_BYTES, RecordShape, unpack_header
@@ -41,6 +41,8 @@ BELL_NAME = "bell"
 LOCK_NAME = "store.lock"
 NO_ORIGINS: Mapping[BlockKey, bytes] = MappingProxyType({})
 
+# Stands for the session of a client that has none.
+_ELSEWHERE = 0
 # Of one ring in one tick: a touch of a prompt of 100k tokens walks 1563 blocks, 0.2 ms.
 _DRAIN_ENTRIES = 64
 
@@ -205,6 +207,7 @@ class Store:
     def commit(self, session: str, slots: Sequence[int]) -> list[bool]:
         """See Intake.commit. Raises: SessionUnknown."""
         holder = self._sessions.get(session)
+        self._drain(holder, self._now())  # the touch of what the blocks go on from comes first
         return self._made.intake.commit(holder, slots)
 
     def abort(self, session: str, slots: Sequence[int]) -> None:
@@ -238,14 +241,14 @@ class Store:
     def prefetch(self, keys: Sequence[BlockKey]) -> int:
         """Have the cached prefix of a prompt rise to DRAM; how many blocks are on the way."""
         blocks = self._parts.index.longest_prefix(keys) if self._parts else 0
-        return self._rise(keys[blocks - 1]) if blocks else 0
+        return self._rise(_ELSEWHERE, keys[blocks - 1]) if blocks else 0
 
-    def _rise(self, last: BlockKey) -> int:
+    def _rise(self, session: int, last: BlockKey) -> int:
         placement = self._made.placement
         row = placement.index.locate(last)
         if row is None:
             return 0
-        placement.touch(row)
+        placement.uses.wished(session, row)
         return self._made.moves.rise_chain(row)
 
     async def read_record(self, key: BlockKey) -> memoryview:
@@ -310,9 +313,7 @@ class Store:
         self._parts.index.beat(int(now_s * 1e9))
         busy = False
         for session in self._sessions.each():
-            for entry in session.ring.drain(_DRAIN_ENTRIES):
-                busy = True
-                self._heed(session.number, entry, now_s)
+            busy |= self._drain(session, now_s)
         for session in self._sessions.take_gone():
             slots = list(session.reserved)
             self._parts.intake.abort(session, slots)
@@ -331,6 +332,13 @@ class Store:
             self._broken = self._broken or error
             raise
 
+    def _drain(self, session: Session, now_s: float) -> bool:
+        """Read a session's ring; whether something was in it."""
+        entries = session.ring.drain(_DRAIN_ENTRIES)
+        for entry in entries:
+            self._heed(session.number, entry, now_s)
+        return bool(entries)
+
     def _heed(self, session: int, entry: Entry, now_s: float) -> None:
         placement = self._made.placement
         row = placement.index.locate(entry.key)
@@ -340,10 +348,10 @@ class Store:
             if entry.kind == CLAIM:
                 self._made.claims.claim(entry.key, session, now_s)
         elif entry.kind == TOUCH:
-            placement.touch(row)
+            placement.uses.touched(session, row)
             self._made.admission.used(row)
         elif entry.kind == PREFETCH:
-            self._rise(entry.key)
+            self._rise(session, entry.key)
         elif entry.kind == CORRUPT and not placement.check_dram(row):
             self._log.warning("block corrupt", tier="dram", key=entry.key.hex())
 

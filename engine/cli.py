@@ -32,6 +32,15 @@ class Command:
     run: Callable[[argparse.Namespace], int]
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Subcommands with a name before theirs; the fields are as in Command."""
+
+    name: str
+    text: str
+    commands: tuple[Command, ...]
+
+
 def _serve(flags: argparse.Namespace) -> int:
     config = config_from_flags(flags)
     from kvist.engine.process import CoreProcess
@@ -72,10 +81,48 @@ def _demo(flags: argparse.Namespace) -> int:
     return run_demo(flags.model, flags.keep, flags.svg)
 
 
+def _add_replay_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("trace", metavar="TRACE", help="JSON lines, perhaps .xz or .gz")
+    parser.add_argument(
+        "--capacity",
+        metavar="SIZES",
+        default="1%,2%,5%,10%,25%,50%",
+        help="blocks, or percent of the trace's different blocks, with commas "
+        "(1%%,2%%,5%%,10%%,25%%,50%%)",
+    )
+    parser.add_argument(
+        "--policy", choices=("rgg", "lru"), default="rgg", help="beside lru and opt (%(default)s)"
+    )
+    parser.add_argument(
+        "--block-tokens", type=int, default=512, metavar="N", help="of a block (%(default)s)"
+    )
+    parser.add_argument("--ms", action="store_true", help="timestamps are milliseconds")
+    parser.add_argument("--seed", type=int, default=0, help="of the policy (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def _replay(flags: argparse.Namespace) -> int:
+    from kvist.cachesvc.replay_table import run_replay
+
+    return run_replay(flags)
+
+
 COMMANDS = (
     Command("serve", "serve a model over OpenAI's HTTP interface", add_serve_flags, _serve),
     Command("chat", "chat in the terminal with a running server", _add_chat_flags, _chat),
     Command("demo", "one sidecar, two engines, and what the cache saves", _add_demo_flags, _demo),
+    Group(
+        "cache",
+        "look at a cache, or at what one would do",
+        (
+            Command(
+                "replay",
+                "what a cache of some size would hit on a trace of requests",
+                _add_replay_flags,
+                _replay,
+            ),
+        ),
+    ),
 )
 
 
@@ -85,12 +132,21 @@ def build_parser() -> argparse.ArgumentParser:
         prog="kvist", description="An inference engine that keeps its KV cache in tiers."
     )
     parser.add_argument("--version", action="version", version=f"kvist {version('kvist')}")
-    subcommands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        sub = subcommands.add_parser(command.name, help=command.text, description=command.text)
-        command.add_flags(sub)
-        sub.set_defaults(run=command.run)
+    _add_commands(parser, "command", COMMANDS)
     return parser
+
+
+def _add_commands(
+    parser: argparse.ArgumentParser, dest: str, commands: Sequence[Command | Group]
+) -> None:
+    subcommands = parser.add_subparsers(dest=dest, metavar="COMMAND", required=True)
+    for command in commands:
+        sub = subcommands.add_parser(command.name, help=command.text, description=command.text)
+        if isinstance(command, Group):
+            _add_commands(sub, "subcommand", command.commands)
+        else:
+            command.add_flags(sub)
+            sub.set_defaults(run=command.run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

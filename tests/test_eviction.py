@@ -1,145 +1,149 @@
-"""Eviction: the order in which leaves go."""
+"""Eviction: the contract, for every policy; and leaf-LRU against a search through all leaves."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sim.forest import Forest
 
-from kvist.cachesvc.eviction import LeafLru, Leaves
+from kvist.cachesvc.blocks import NO_ROW
+from kvist.cachesvc.eviction import POLICIES, PolicyName
+from kvist.cachesvc.uses import JOIN_S
 
-
-class Tree:
-    """Blocks with a parent; what may go is what has no child left."""
-
-    def __init__(self, rows: int) -> None:
-        self.policy = LeafLru(rows)
-        self.children = [0] * rows
-        self.parent: dict[int, int | None] = {}
-        self.last_use: dict[int, int] = {}
-        self.depth: dict[int, int] = {}
-        self.busy: set[int] = set()
-        self.leaves = Leaves(self.policy, rows, self.may_go)
-        self.tick = 0
-
-    def may_go(self, row: int) -> bool:
-        return row in self.parent and not self.children[row] and row not in self.busy
-
-    def add(self, row: int, parent: int | None) -> None:
-        self.tick += 1
-        self.parent[row] = parent
-        self.depth[row] = 0 if parent is None else self.depth[parent] + 1
-        self.last_use[row] = self.tick
-        if parent is not None:
-            self.children[parent] += 1
-        self.policy.inserted(row, self.depth[row], self.tick)
-        self.leaves.offer(row)
-
-    def touch(self, row: int) -> None:
-        self.tick += 1
-        each: int | None = row
-        while each is not None:
-            self.last_use[each] = self.tick
-            self.policy.touched([each], self.tick)
-            each = self.parent[each]
-
-    def take(self) -> int | None:
-        row = self.leaves.take()
-        if row is not None:
-            parent = self.parent.pop(row)
-            self.policy.removed(row)
-            if parent is not None:
-                self.children[parent] -= 1
-                self.leaves.offer(parent)
-        return row
-
-    def expected(self) -> int | None:
-        candidates = [row for row in self.parent if self.may_go(row)]
-        return min(candidates, key=lambda row: (self.last_use[row], -self.depth[row]), default=None)
+each_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
-def test_leaf_used_longest_ago_goes_first() -> None:
-    tree = Tree(8)
-    for row in range(4):
-        tree.add(row, None)
-    tree.touch(0)
-    assert [tree.take() for _ in range(5)] == [1, 2, 3, 0, None]
+def forest_of(policy: PolicyName, *chains: list[int]) -> Forest:
+    """Each chain stored as a request of its own, a while after the one before."""
+    forest = Forest(64, policy)
+    for rows in chains:
+        forest.clock_s += 10
+        forest.add(rows)
+    return forest
 
 
-def test_chain_used_together_goes_from_its_end() -> None:
-    tree = Tree(8)
-    for row in range(4):
-        tree.add(row, row - 1 if row else None)
-    tree.add(7, None)
-    tree.touch(3)
-    assert [tree.take() for _ in range(5)] == [7, 3, 2, 1, 0]
+@each_policy
+def test_what_nothing_is_known_of_goes_by_age(policy: PolicyName) -> None:
+    forest = forest_of(policy, [0], [1], [2], [3])
+    forest.clock_s += 10
+    forest.touch(0)
+    assert [forest.take() for _ in range(5)] == [1, 2, 3, 0, NO_ROW]
 
 
-def test_of_leaves_used_together_the_deepest_goes_first() -> None:
-    policy = LeafLru(4)
-    leaves = Leaves(policy, 4, lambda row: row < 4)
-    for row, depth in enumerate((1, 3, 0, 2)):
-        policy.inserted(row, depth, tick=5)
-        leaves.offer(row)
-    assert [leaves.take() for _ in range(4)] == [1, 3, 0, 2]
+@each_policy
+def test_chain_used_together_goes_from_its_end(policy: PolicyName) -> None:
+    forest = forest_of(policy, [7], [0, 1, 2, 3])
+    assert [forest.take() for _ in range(5)] == [7, 3, 2, 1, 0]
 
 
-def test_block_that_cannot_go_now_is_passed_over_until_it_is_offered_again() -> None:
-    tree = Tree(4)
-    tree.add(0, None)
-    tree.add(1, None)
-    tree.busy.add(0)
-    assert tree.take() == 1
-    tree.busy.clear()
-    assert tree.take() is None
-    tree.leaves.offer(0)
-    assert tree.take() == 0
+@each_policy
+def test_of_leaves_used_together_the_deepest_goes_first(policy: PolicyName) -> None:
+    forest = forest_of(policy, [0])
+    forest.add([1, 2], 0)
+    forest.add([3], 0)
+    assert [forest.take() for _ in range(4)] == [2, 1, 3, 0]
 
 
-def test_nothing_of_a_rank_or_above_is_taken() -> None:
-    tree = Tree(4)
-    for row in range(3):
-        tree.add(row, None)
-    limit = tree.policy.rank(1)
-    assert tree.leaves.take(below=limit) == 0
-    assert tree.leaves.take(below=limit) is None
-    assert tree.leaves.take() == 1
+@each_policy
+def test_block_that_cannot_go_now_is_passed_over_until_it_is_offered_again(
+    policy: PolicyName,
+) -> None:
+    forest = forest_of(policy, [0], [1])
+    forest.busy.add(0)
+    assert forest.take() == 1
+    forest.busy.clear()
+    assert forest.take() == NO_ROW
+    forest.order.offer(0)
+    assert forest.take() == 0
 
 
-def test_row_given_to_another_block_keeps_no_place_in_the_order() -> None:
-    tree = Tree(4)
-    for row in range(2):
-        tree.add(row, None)
-    del tree.parent[0]  # dropped by force
-    tree.policy.removed(0)
-    tree.add(0, None)
-    assert [tree.take() for _ in range(3)] == [1, 0, None]
+@each_policy
+def test_nothing_as_worth_keeping_as_a_row_is_taken(policy: PolicyName) -> None:
+    forest = forest_of(policy, [0], [1], [2])
+    assert forest.take(than=1) == 0
+    assert forest.take(than=1) == NO_ROW
+    assert forest.take() == 1
 
 
-def test_each_row_is_in_the_order_once_however_often_it_is_used() -> None:
-    tree = Tree(8)
-    for row in range(8):
-        tree.add(row, None)
+@each_policy
+def test_of_one_prompt_nothing_goes_for_what_comes_after_it(policy: PolicyName) -> None:
+    forest = forest_of(policy, [0, 1, 2], [5])
+    forest.clock_s += 10
+    forest.touch(2)
+    forest.busy.add(2)
+    forest.children[1] = 0  # as if 2 were in the other tier only
+    forest.order.offer(1)
+    assert forest.take(than=2) == 5
+    assert forest.take(than=2) == NO_ROW
+
+
+@each_policy
+def test_row_given_to_another_block_keeps_no_place_in_the_order(policy: PolicyName) -> None:
+    forest = forest_of(policy, [0], [1])
+    forest.drop(0)
+    forest.clock_s += 10
+    forest.add([0])
+    assert [forest.take() for _ in range(3)] == [1, 0, NO_ROW]
+
+
+@each_policy
+def test_each_row_is_in_the_order_once_however_often_it_is_used(policy: PolicyName) -> None:
+    forest = forest_of(policy, *([row] for row in range(8)))
     for _ in range(100):
         for row in range(8):
-            tree.touch(row)
-            tree.leaves.offer(row)
-    assert len(tree.leaves) == 8
+            forest.touch(row)
+            forest.order.offer(row)
+    assert len(forest.order) == 8
+
+
+@each_policy
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_only_leaves_go_and_each_row_once(policy: PolicyName, data: st.DataObject) -> None:
+    forest = Forest(64, policy, capacity=8)
+    for _ in range(60):
+        forest.clock_s += data.draw(st.sampled_from([0.0, 0.1, 5.0, 1000.0]))
+        free = sorted(set(range(64)) - forest.stored)
+        step = data.draw(st.sampled_from(["add", "add", "touch", "take", "drop"]))
+        if step == "add" and free:
+            parent = data.draw(st.sampled_from([NO_ROW, *sorted(forest.stored)]))
+            forest.add(free[: data.draw(st.integers(1, 6))], parent)
+        elif step == "touch" and forest.stored:
+            forest.touch(data.draw(st.sampled_from(sorted(forest.stored))))
+        elif step == "drop" and (leaves := [row for row in forest.stored if forest.may_go(row)]):
+            forest.drop(data.draw(st.sampled_from(sorted(leaves))))
+        elif step == "take":
+            was_empty = not forest.stored
+            assert (forest.take() == NO_ROW) == was_empty
+    taken = [forest.take() for _ in range(len(forest.stored))]
+    assert NO_ROW not in taken
+    assert not forest.stored
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.data())
-def test_order_is_that_of_a_search_through_all_leaves(data: st.DataObject) -> None:
-    tree = Tree(64)
+@given(data=st.data())
+def test_leaf_lru_is_a_search_through_all_leaves(data: st.DataObject) -> None:
+    forest = Forest(64, "lru")
+    last_use: dict[int, int] = {}
+
+    def expected() -> int:
+        leaves = [row for row in forest.stored if forest.may_go(row)]
+        return min(leaves, key=lambda row: (last_use[row], -forest.depth[row]))
+
     for row in range(64):
+        forest.clock_s += JOIN_S + 1  # so that what is stored is used later than its parent
         draw = data.draw(st.integers(0, 9))
-        if draw < 7 or not tree.parent:
-            stored = [*tree.parent]
-            parent = data.draw(st.sampled_from([None, *stored]))
-            tree.add(row, parent)
+        if draw < 7 or not forest.stored:
+            forest.add([row], data.draw(st.sampled_from([NO_ROW, *forest.stored])))
+            last_use[row] = row
         elif draw < 9:
-            tree.touch(data.draw(st.sampled_from([*tree.parent])))
+            each = data.draw(st.sampled_from([*forest.stored]))
+            forest.touch(each)
+            while each != NO_ROW:
+                last_use[each] = row
+                each = forest.parent[each]
         else:
-            assert tree.expected() == tree.take()
-    while tree.parent:
-        assert tree.expected() == tree.take()
-    assert tree.take() is None
+            assert expected() == forest.take()
+    while forest.stored:
+        assert expected() == forest.take()

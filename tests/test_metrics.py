@@ -13,7 +13,7 @@ from kvist.cachesvc import dashboard
 from kvist.cachesvc.dashboard import stats_document
 from kvist.cachesvc.metrics import TIER_STATES, Metrics
 from kvist.cachesvc.placement import Counts
-from kvist.cachesvc.report import TierUse
+from kvist.cachesvc.report import EvictionUse, TierUse
 from kvist.cachesvc.store import StoreStats
 from kvist.proto.errors import Detached
 from kvist.proto.shm import COUNTERS, MISS_REASONS, TIERS
@@ -35,6 +35,7 @@ def stats(**changes: object) -> StoreStats:
         blocks=420,
         counters={name: number for number, name in enumerate(COUNTERS)},
         events=dataclasses.asdict(Counts(sinks_dropped=7, flash_corrupt=8)),
+        eviction=(EvictionUse("dram", 1000, 310, 280, 2.5, False, 1),),
     )
     return dataclasses.replace(full, **changes)  # type: ignore[arg-type]
 
@@ -65,6 +66,16 @@ def test_every_figure_of_the_store_is_shown() -> None:
     assert seen["kvist_corrupt_blocks_total", "flash"] == 8
     assert seen["kvist_sink_dropped_total", "no_room"] == 7
     assert seen["kvist_build_info", "1.2.3"] == 1
+
+
+def test_points_won_over_leaf_lru_are_shown() -> None:
+    seen = scrape(stats())
+    assert seen["kvist_eviction_hit_blocks_total", "dram"] == 310
+    assert seen["kvist_eviction_lru_hit_blocks_total", "dram"] == 280
+    assert seen["kvist_eviction_asked_blocks_total", "dram"] == 1000
+    assert seen["kvist_eviction_points_over_lru", "dram"] == 2.5
+    assert seen["kvist_eviction_falls_total", "dram"] == 1
+    assert seen["kvist_eviction_is_lru", "dram"] == 0
 
 
 def test_a_tier_is_in_exactly_one_state() -> None:

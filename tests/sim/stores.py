@@ -222,9 +222,10 @@ def check(bench: Bench) -> None:
         assert blocks.dram_children[row] == in_dram[row]
         assert blocks.flash_children[row] == on_flash[row]
         if placement.may_leave_dram(row):
-            assert placement._dram_leaves._is_in[row], "a leaf that eviction does not know"
+            assert row in placement._dram_leaves, "a leaf that eviction does not know"
         if placement.may_leave_flash(row):
-            assert placement._flash_leaves._is_in[row], "a leaf that eviction does not know"
+            assert placement._flash_leaves is not None
+            assert row in placement._flash_leaves, "a leaf that eviction does not know"
     held = [each for session in bench.store._sessions.each() for each in session.reserved.values()]
     awaited = Counter(each.parent for each in held if each.parent != NO_KEY)
     assert bench.store._sessions._awaited == awaited
