@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from kvist.cachesvc.control import KEYS_MAX, PROTOCOL_VERSION, SLOTS_MAX
 from kvist.cachesvc.store import Store
@@ -138,7 +139,11 @@ class Answers:
             hit_tokens=stats.hit_tokens,
             miss_tokens=stats.miss_tokens,
             blocks=stats.blocks,
+            eviction=[cache_pb2.EvictionStats(**asdict(use)) for use in stats.eviction],
         )
+        for name, estimates in stats.what_if.items():
+            for estimate in estimates:
+                reply.what_if.add(tier=name, **asdict(estimate))
         for tier in stats.tiers:
             reply.tiers.add(
                 tier=tier.tier,

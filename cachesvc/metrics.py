@@ -57,6 +57,7 @@ class Metrics(Collector):
         yield from self._workers(stats)
         yield from self._tiers(stats)
         yield from self._eviction(stats)
+        yield from self._what_if(stats)
         yield from self._events(stats)
         yield from self._wear(stats)
         yield _counter(
@@ -159,6 +160,17 @@ class Metrics(Collector):
         yield _counters("kvist_eviction_falls", text, "tier", falls)
         is_lru = {tier: float(use.is_lru) for tier, use in tiers.items()}
         yield _gauges("kvist_eviction_is_lru", "1 while that is so.", "tier", is_lru)
+
+    def _what_if(self, stats: StoreStats) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "kvist_what_if_hit_ratio",
+            "Share of blocks asked for that leaf-LRU would hit in a tier of another size.",
+            labels=["tier", "multiple"],
+        )
+        for tier, estimates in stats.what_if.items():
+            for estimate in estimates:
+                family.add_metric([tier, f"{estimate.multiple:g}"], estimate.hit_ratio)
+        yield family
 
     def _events(self, stats: StoreStats) -> Iterator[Metric]:
         for name, text, label, labels in (

@@ -22,6 +22,7 @@ from kvist.cachesvc.flashio import Rise, Sink
 from kvist.cachesvc.index import IndexWriter, Location
 from kvist.cachesvc.shadow import Shadow
 from kvist.cachesvc.uses import Uses
+from kvist.cachesvc.whatif import Estimate, WhatIf
 from kvist.proto.errors import KvistError, TierFull
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import checksum
@@ -106,7 +107,9 @@ class Placement:
         flash_slots = flash.slots if flash else 0
         capacity = max(dram.slots, flash_slots)
         self.policy = make_policy(self.blocks, history, capacity)
-        self.uses = Uses(self.blocks, history, (self.policy,), now)
+        sizes = [dram.slots, capacity] if flash else [dram.slots]
+        self._what_if = WhatIf(self.blocks, index.rows, sizes)
+        self.uses = Uses(self.blocks, history, (self.policy, self._what_if), now)
         self.jobs: dict[int, Sink | Rise] = {}
         self.unlisted: list[BlockKey] = []
         self.counts = Counts()
@@ -139,6 +142,12 @@ class Placement:
     def shadows(self) -> dict[str, Shadow]:
         """How the policy fares against leaf-LRU, by tier; empty if it is leaf-LRU."""
         return dict(zip(("dram", "flash"), self.policy.shadows, strict=False))
+
+    @property
+    def what_if(self) -> dict[str, tuple[Estimate, ...]]:
+        """What other sizes of a tier would hit, by tier."""
+        curves = zip(("dram", "flash"), self._what_if.curves, strict=False)
+        return {tier: curve.estimates() for tier, curve in curves}
 
     def offer(self, row: int) -> None:
         """A block's children, jobs or awaited children have changed: it may go now, perhaps."""

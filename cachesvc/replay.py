@@ -25,6 +25,7 @@ from kvist.cachesvc.eviction import History, PolicyName, Rows
 from kvist.cachesvc.rgg import make_policy
 from kvist.cachesvc.trace import Trace
 from kvist.cachesvc.uses import Uses
+from kvist.cachesvc.whatif import Estimate, WhatIf
 
 # Tokens before a token that cost as much as its own share of the weights: 2 * 8.0e9 operations
 # for the parameters of a Llama 3 8B, 4 * 4096 * 32 for each token attended to.
@@ -43,6 +44,7 @@ class Score:
         blocks, tokens, work: percent of those asked for. work counts the operations of a
             prefill, which grow with the tokens before a block; see EVEN_TOKENS.
         shadow: percent of blocks that the policy says leaf-LRU had hit; None if it does not say.
+        what_if: of leaf-LRU at multiples of the capacity, as estimated on the way; () for opt.
         seconds: of processor time that it took.
     """
 
@@ -52,6 +54,7 @@ class Score:
     tokens: float
     work: float
     shadow: float | None
+    what_if: tuple[Estimate, ...]
     seconds: float
 
 
@@ -68,6 +71,7 @@ class PolicyCache:
 
     Attributes:
         policy: see eviction.Policy.
+        what_if: the curve of this one tier.
     """
 
     def __init__(self, trace: Trace, capacity: int, policy: PolicyName, seed: int) -> None:
@@ -76,7 +80,9 @@ class PolicyCache:
         history = History(trace.distinct)
         self.policy = make_policy(policy, self, history, capacity, seed)
         self._now_s = 0.0
-        self._uses = Uses(self, history, (self.policy,), lambda: self._now_s)
+        self.what_if = WhatIf(self, trace.distinct, [capacity])
+        learners = (self.policy, self.what_if)
+        self._uses = Uses(self, history, learners, lambda: self._now_s)
         self._is_in = np.zeros(trace.distinct, np.bool_)
         self._is_in_of = self._is_in.data
         self._children = np.zeros(trace.distinct, np.int32)
@@ -264,7 +270,8 @@ def replay_policy(
     before = np.arange(int(lengths.max()) + 1) * block_tokens
     # work[n]: of the first n blocks, in blocks that have nothing before them.
     work = np.concatenate([[0.0], np.cumsum(1 + before / EVEN_TOKENS)])
-    shadows = cache.policy.shadows if isinstance(cache, PolicyCache) else ()
+    ours = cache if isinstance(cache, PolicyCache) else None
+    shadows = ours.policy.shadows if ours else ()
     return Score(
         policy=policy,
         capacity=capacity,
@@ -272,6 +279,7 @@ def replay_policy(
         tokens=_percent(hit_tokens, trace.tokens),
         work=_percent(work[hits], work[lengths]),
         shadow=100 * shadows[0].hits / shadows[0].asked if shadows else None,
+        what_if=ours.what_if.curves[0].estimates() if ours else (),
         seconds=seconds,
     )
 

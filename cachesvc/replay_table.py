@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kvist.cachesvc.replay import Contender, Score, replay_policy
 from kvist.cachesvc.trace import Trace, read_trace
+from kvist.cachesvc.whatif import MULTIPLES
 from kvist.proto.errors import ConfigInvalid
 
 _PROGRESS_S = 0.2
@@ -109,7 +110,7 @@ def as_table(trace: Trace, rows: Sequence[Sequence[Score]]) -> str:
         lru = next(score for score in scores if score.policy == "lru")
         for score in scores:
             is_first = score is scores[0]
-            percent = f"{100 * score.capacity / trace.distinct:.3g} %"
+            percent = f"{100 * score.capacity / trace.distinct:.1f} %"
             size = f"{percent:>7} {score.capacity:10}" if is_first else ""
             won = f"{score.blocks - lru.blocks:+.2f}" if score is not lru else ""
             event_us = 1e6 * score.seconds / max(1, len(trace.blocks))
@@ -117,6 +118,11 @@ def as_table(trace: Trace, rows: Sequence[Sequence[Score]]) -> str:
                 f"{size:18}  {score.policy:6}{score.blocks:8.2f}{score.tokens:10.2f}"
                 f"{score.work:9.2f}{won:>11}{event_us:9.2f}"
             )
+    lines += ["", "What if: block hits of lru in other sizes, as the service tells while it runs."]
+    lines.append("   cache in blocks" + "".join(f"{f'x {each:g}':>10}" for each in MULTIPLES))
+    for scores in rows:
+        ratios = "".join(f"{100 * point.hit_ratio:8.2f} %" for point in scores[0].what_if)
+        lines.append(f"{scores[0].capacity:18}{ratios}")
     return "\n".join(lines)
 
 

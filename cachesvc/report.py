@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from kvist.cachesvc.budget import Wear
 from kvist.cachesvc.moves import Moves
 from kvist.cachesvc.placement import Placement
 from kvist.cachesvc.sessions import Sessions
+from kvist.cachesvc.whatif import Estimate
 from kvist.proto.shm import MISS_REASONS, TIERS
 
 
@@ -54,6 +55,7 @@ class StoreStats:
 
     Attributes:
         eviction: by tier; empty when the policy is leaf-LRU itself.
+        what_if: by tier, the hit ratio of leaf-LRU at multiples of its size.
         counters: totals of all workers, by name of proto.shm.COUNTERS.
         events: placement.Counts.
         wear: of flash; None without it.
@@ -72,6 +74,7 @@ class StoreStats:
     events: dict[str, int]
     wear: Wear | None = None
     eviction: tuple[EvictionUse, ...] = ()
+    what_if: dict[str, tuple[Estimate, ...]] = field(default_factory=dict)
 
 
 def tier_uses(placement: Placement, moves: Moves) -> tuple[TierUse, ...]:
@@ -129,4 +132,5 @@ def store_stats(
         counters=counters,
         events=asdict(placement.counts) if placement else {},
         eviction=eviction_uses(placement) if placement else (),
+        what_if=placement.what_if if placement else {},
     )

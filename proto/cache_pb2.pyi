@@ -477,6 +477,82 @@ class TierStats(_message.Message):
 Global___TierStats: _TypeAlias = TierStats  # noqa: Y015
 
 @_typing.final
+class EvictionStats(_message.Message):
+    """How eviction from a tier fares against leaf-LRU; counts are blocks that requests asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    ASKED_BLOCKS_FIELD_NUMBER: _builtins.int
+    HIT_BLOCKS_FIELD_NUMBER: _builtins.int
+    LRU_HIT_BLOCKS_FIELD_NUMBER: _builtins.int
+    POINTS_OVER_LRU_FIELD_NUMBER: _builtins.int
+    IS_LRU_FIELD_NUMBER: _builtins.int
+    FALLS_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    asked_blocks: _builtins.int
+    hit_blocks: _builtins.int
+    """held by the tier; for flash, by any tier"""
+    lru_hit_blocks: _builtins.int
+    """that leaf-LRU in a tier of that size would have held"""
+    points_over_lru: _builtins.float
+    """points of hit ratio, lately"""
+    is_lru: _builtins.bool
+    """leaf-LRU decides for a while, as the policy has lost"""
+    falls: _builtins.int
+    """times that this came to be so"""
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        asked_blocks: _builtins.int = ...,
+        hit_blocks: _builtins.int = ...,
+        lru_hit_blocks: _builtins.int = ...,
+        points_over_lru: _builtins.float = ...,
+        is_lru: _builtins.bool = ...,
+        falls: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_blocks", b"asked_blocks", "falls", b"falls", "hit_blocks", b"hit_blocks", "is_lru", b"is_lru", "lru_hit_blocks", b"lru_hit_blocks", "points_over_lru", b"points_over_lru", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictionStats: _TypeAlias = EvictionStats  # noqa: Y015
+
+@_typing.final
+class WhatIf(_message.Message):
+    """What leaf-LRU would hit in a tier of another size, estimated from a sample of the blocks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    MULTIPLE_FIELD_NUMBER: _builtins.int
+    CAPACITY_BLOCKS_FIELD_NUMBER: _builtins.int
+    HIT_RATIO_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    multiple: _builtins.float
+    """of the tier's size"""
+    capacity_blocks: _builtins.int
+    hit_ratio: _builtins.float
+    """of blocks asked for, 0 to 1"""
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        multiple: _builtins.float = ...,
+        capacity_blocks: _builtins.int = ...,
+        hit_ratio: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_blocks", b"capacity_blocks", "hit_ratio", b"hit_ratio", "multiple", b"multiple", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WhatIf: _TypeAlias = WhatIf  # noqa: Y015
+
+@_typing.final
 class StatsReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -529,6 +605,8 @@ class StatsReply(_message.Message):
     HIT_TOKENS_FIELD_NUMBER: _builtins.int
     MISS_TOKENS_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    EVICTION_FIELD_NUMBER: _builtins.int
+    WHAT_IF_FIELD_NUMBER: _builtins.int
     boot_epoch: _builtins.bytes
     uptime_s: _builtins.float
     sessions: _builtins.int
@@ -545,6 +623,12 @@ class StatsReply(_message.Message):
     def miss_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """reason -> tokens"""
 
+    @_builtins.property
+    def eviction(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvictionStats]:
+        """empty when leaf-LRU is the policy"""
+
+    @_builtins.property
+    def what_if(self) -> _containers.RepeatedCompositeFieldContainer[Global___WhatIf]: ...
     def __init__(
         self,
         *,
@@ -557,10 +641,12 @@ class StatsReply(_message.Message):
         hit_tokens: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         miss_tokens: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         blocks: _builtins.int = ...,
+        eviction: _abc.Iterable[Global___EvictionStats] | None = ...,
+        what_if: _abc.Iterable[Global___WhatIf] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "boot_epoch", b"boot_epoch", "hit_tokens", b"hit_tokens", "miss_tokens", b"miss_tokens", "requested_tokens", b"requested_tokens", "reserved_slots", b"reserved_slots", "sessions", b"sessions", "tiers", b"tiers", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "boot_epoch", b"boot_epoch", "eviction", b"eviction", "hit_tokens", b"hit_tokens", "miss_tokens", b"miss_tokens", "requested_tokens", b"requested_tokens", "reserved_slots", b"reserved_slots", "sessions", b"sessions", "tiers", b"tiers", "uptime_s", b"uptime_s", "what_if", b"what_if"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from kvist.cachesvc.metrics import TIER_STATES, Metrics
 from kvist.cachesvc.placement import Counts
 from kvist.cachesvc.report import EvictionUse, TierUse
 from kvist.cachesvc.store import StoreStats
+from kvist.cachesvc.whatif import Estimate
 from kvist.proto.errors import Detached
 from kvist.proto.shm import COUNTERS, MISS_REASONS, TIERS
 
@@ -35,6 +37,7 @@ def stats(**changes: object) -> StoreStats:
         blocks=420,
         counters={name: number for number, name in enumerate(COUNTERS)},
         events=dataclasses.asdict(Counts(sinks_dropped=7, flash_corrupt=8)),
+        what_if={"dram": (Estimate(0.5, 50, 0.21), Estimate(8.0, 800, 0.4))},
         eviction=(EvictionUse("dram", 1000, 310, 280, 2.5, False, 1),),
     )
     return dataclasses.replace(full, **changes)  # type: ignore[arg-type]
@@ -76,6 +79,14 @@ def test_points_won_over_leaf_lru_are_shown() -> None:
     assert seen["kvist_eviction_points_over_lru", "dram"] == 2.5
     assert seen["kvist_eviction_falls_total", "dram"] == 1
     assert seen["kvist_eviction_is_lru", "dram"] == 0
+
+
+def test_what_if_curve_is_shown() -> None:
+    seen = scrape(stats())
+    assert seen["kvist_what_if_hit_ratio", "0.5", "dram"] == 0.21
+    assert seen["kvist_what_if_hit_ratio", "8", "dram"] == 0.4
+    document = stats_document(stats(), "1")
+    assert json.loads(json.dumps(document))["what_if"]["dram"][0]["capacity_blocks"] == 50
 
 
 def test_a_tier_is_in_exactly_one_state() -> None:

@@ -15,6 +15,7 @@ from sim.traces import chat_lines, write_trace
 from kvist.cachesvc.replay import OptCache, PolicyCache, replay
 from kvist.cachesvc.replay_table import parse_capacities
 from kvist.cachesvc.trace import Trace, read_trace
+from kvist.cachesvc.whatif import MULTIPLES
 from kvist.engine.cli import main
 from kvist.proto.errors import ConfigInvalid
 
@@ -143,7 +144,6 @@ def test_command_prints_a_table_for_people(tmp_path: Path, capsys: Capture) -> N
     assert main(["cache", "replay", str(path), "--capacity", "10%,300"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("chats.jsonl: 200 requests, ")
-    assert [row.split()[-1 if "%" not in row else 0] != "" for row in out if row]
     assert sum(" rgg " in row for row in out) == sum(" opt " in row for row in out) == 2
     assert max(map(len, out)) <= 80
 
@@ -156,6 +156,9 @@ def test_command_prints_json_for_scripts(tmp_path: Path, capsys: Capture) -> Non
     (size,) = document["sizes"]
     assert document["requests"] == 200
     assert set(size["policies"]) == {"lru", "opt"}
+    curve = size["policies"]["lru"]["what_if"]
+    assert [point["multiple"] for point in curve] == list(MULTIPLES)
+    assert curve[1]["hit_ratio"] == pytest.approx(size["policies"]["lru"]["blocks"] / 100, abs=1e-4)
     assert 0 < size["policies"]["lru"]["blocks"] <= size["policies"]["opt"]["blocks"] <= 100
 
 
