@@ -41,6 +41,10 @@ class Ranks(Protocol):
         """The same for one row."""
         ...
 
+    def are_alike(self, row: int, other: int) -> bool:
+        """Whether two rows are worth the same at all times; one may have gone."""
+        ...
+
 
 class SampledOrder:
     """Candidates in an array, of which a few taken at random are ranked at each take.
@@ -69,9 +73,9 @@ class SampledOrder:
         self._history = ranks.history
         self._parent, self._depth = ranks.tree.parent, ranks.tree.depth
         self._place = np.zeros(len(self._history.request), np.int32).data  # + 1
-        self._rows = np.zeros(SAMPLE, np.int64)
+        self._rows = np.zeros(SAMPLE, np.int32)
         self._count = 0
-        self._next = NO_ROW
+        self._next = self._gone = NO_ROW
         self._bound = 0.0
         self._sampled_at = 0
 
@@ -107,7 +111,7 @@ class SampledOrder:
             if than != NO_ROW and not self._is_worth_more(than, row, at):
                 return NO_ROW
             self._withdraw(row)
-            self._next = self._parent[row]
+            self._gone, self._next = row, self._parent[row]
             return row
         return NO_ROW
 
@@ -130,15 +134,17 @@ class SampledOrder:
         row = self._next
         if row == NO_ROW or not self._place[row]:
             return NO_ROW
-        if at - self._sampled_at & TICK_MASK > _SAMPLE_TICKS or self._worth(row, at) > self._bound:
-            self._next = NO_ROW
+        if at - self._sampled_at & TICK_MASK > _SAMPLE_TICKS:
             return NO_ROW
-        return row
+        if self._ranks.are_alike(row, self._gone) or self._worth(row, at) <= self._bound:
+            return row
+        return NO_ROW
 
     def _sampled(self, at: int) -> int:
         """The lowest of a few; of equals the one used longest ago, then the deepest."""
         step = max(1, self._count // SAMPLE)
-        rows = self._rows[self._random.randrange(step) : self._count : step]
+        start = self._random.randrange(step)
+        rows = self._rows[start : self._count : step].astype(np.int64)
         ages = np.uint32(at) - self._history.at[rows]
         worths = (
             -ages.astype(np.float64) if self._shadow.is_losing else self._ranks.worths(rows, at)

@@ -63,7 +63,7 @@ class Uses:
         learners: Sequence[Learner],
         now: Callable[[], float],
     ) -> None:
-        self._tree: Final = tree
+        self._parent: Final = tree.parent
         self._history = history
         self._learners = learners
         self._now = now
@@ -105,7 +105,7 @@ class Uses:
     def used(self, row: int) -> None:
         """Somebody uses a block by itself, after the one before it."""
         at = self.clock()
-        request = self._request_on(self._tree.parent[row], at)
+        request = self._request_on(self._parent[row], at)
         if request > self._history.request_of[row]:
             self._tell_found(np.array([row], np.int64), request, at)
         else:
@@ -121,7 +121,7 @@ class Uses:
 
     def tell_stored(self) -> None:
         """What was stored goes on with requests, chain by chain."""
-        new, parent, at = self._new, self._tree.parent, self.clock()
+        new, parent, at = self._new, self._parent, self.clock()
         self._new = []
         starts = [i for i, row in enumerate(new) if not i or parent[row] != new[i - 1]]
         for start, stop in pairwise([*starts, len(new)]):
@@ -153,7 +153,7 @@ class Uses:
 
     def _chain(self, row: int) -> Rows:
         """A block and all before it, first block first. About 0.1 us a block."""
-        rows, parent = [], self._tree.parent
+        rows, parent = [], self._parent
         while row != NO_ROW:
             rows.append(row)
             row = parent[row]

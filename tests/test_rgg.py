@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sim.forest import Forest
 from sim.traces import chat_trace
 
+from kvist.cachesvc import rgg
 from kvist.cachesvc.ghosts import NO_GHOST, Ghosts
 from kvist.cachesvc.gittins import BUCKETS, CLASSES, WIDTHS_S, Estimator, Table, hazards, worths
 from kvist.cachesvc.replay import PolicyCache, replay, replay_policy
@@ -106,6 +107,28 @@ def test_kind_that_comes_back_is_kept_over_one_that_does_not() -> None:
     forest.add([once])
     forest.clock_s += 20
     assert forest.take() == once, "used later, but its like does not return"
+
+
+def test_short_and_long_chains_are_learned_from_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state after the same uses, one row at a time or all together."""
+    states = []
+    for few in (0, 1000):
+        monkeypatch.setattr(rgg, "_FEW", few)
+        forest = Forest(64, "rgg")
+        forest.add([*range(40)])
+        forest.add([*range(40, 50)], 20)
+        for gap_s in (0.01, 3.0, 700.0, 0.3, 10.0**6, 40.0):
+            for row in (39, 49, 5):
+                forest.clock_s += gap_s
+                forest.touch(row)
+        policy = forest.policy
+        assert isinstance(policy, Gittins)
+        states.append(
+            (policy._uses, policy._rhythm, policy._tail, policy._kind, policy._estimator._events)
+        )
+    for one, other in zip(*states, strict=True):
+        assert one.any()
+        assert np.array_equal(one, other)
 
 
 def trace_of(folder: Path) -> Trace:
