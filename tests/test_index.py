@@ -180,6 +180,23 @@ def test_copies_on_flash_are_offered_only_while_flash_is_ready(
     assert reader.miss_reason(keys[3]) == "flash_rebuilding"
 
 
+@pytest.mark.parametrize("state", [FLASH_FAILED, FLASH_REBUILDING])
+def test_prefix_ends_at_a_block_that_flash_cannot_give_now(
+    writer: IndexWriter, reader: IndexReader, state: int
+) -> None:
+    prompt = [key(number) for number in range(4)]
+    writer.insert(prompt[0], 0, None)
+    writer.insert(prompt[1], None, 1)
+    writer.insert(prompt[2], 2, None)
+    writer.set_flash_state(FLASH_READY)
+    assert reader.longest_prefix(prompt) == 3
+    writer.set_flash_state(state)
+    assert reader.longest_prefix(prompt) == 1
+    assert reader.longest_prefix(prompt[:1]) == 1
+    assert reader.longest_prefix(prompt[1:]) == 0
+    assert reader.longest_prefix([]) == 0
+
+
 def test_file_that_is_no_index_is_refused(writer: IndexWriter) -> None:
     path = writer.path
     whole = path.read_bytes()
