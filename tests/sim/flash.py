@@ -38,9 +38,9 @@ def load(tier: FlashTier, slot: int, block: Block) -> bool:
     return True
 
 
-def filled(path: Path, blocks: int = 8) -> dict[int, Block]:
+def filled(path: Path, blocks: int = 8, disk: DiskIo | None = None) -> dict[int, Block]:
     """A closed directory with blocks in it; slot -> block."""
-    tier = open_tier(path)
+    tier = open_tier(path, disk)
     stored = {store(tier, block): block for block in map(make_block, range(blocks))}
     tier.close()
     return stored

@@ -1,0 +1,203 @@
+"""What must hold of a store between any two steps, and the plain model it is compared with.
+
+The model is a dict: key -> what was committed under it. In DESIGN.md's words: a read never gives
+bytes other than those (1); nothing is visible that is not in it (2); a block leaves only for a
+reason that is counted; every slot is free, held, or in exactly one row (5); the parent of what is
+stored is stored, and likewise on flash. What the index shows on flash is on the medium, record
+and index entry, unless the world itself has damaged it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kvist.cachesvc.blocks import NO_ROW
+from kvist.cachesvc.parts import Parts
+from kvist.cachesvc.store import Store
+from kvist.proto.errors import BlockCorrupt, FormatRefused
+from kvist.proto.keys import NO_KEY, BlockKey
+from kvist.proto.record import PAGE_BYTES, checksum, unpack_header
+from kvist.proto.shm import BUCKET_ROWS
+from kvist.proto.slot import payload_of
+from sim.world.forest import BLOCKS, PAYLOADS, SLOT_BYTES, name_of
+from sim.world.medium import Medium
+from sim.world.worker import SimClient
+
+_KEY = slice(24, 40)
+_WORD = struct.Struct("<Q")
+_REASONS = ("dram_evicted", "flash_evicted", "dram_corrupt", "flash_corrupt")
+
+
+class Model:
+    """What was committed, and what the world did to it.
+
+    Attributes:
+        committed: keys that were ever committed, in any life.
+        spoiled: keys whose copy in DRAM the world, or a worker, has damaged at some time.
+        spoiled_slots: slot of the arena -> its generation when that happened.
+        present: keys that were stored at the last look.
+    """
+
+    def __init__(self, medium: Medium) -> None:
+        self.committed: set[BlockKey] = set()
+        self.spoiled: set[BlockKey] = set()
+        self.spoiled_slots: dict[int, int] = {}
+        self.present: set[BlockKey] = set()
+        self._medium = medium
+        self._reasons = [0] * len(_REASONS)
+
+    def new_life(self, parts: Parts | None) -> None:
+        """What was in memory is gone; what a life begins with was committed before."""
+        self.spoiled_slots.clear()
+        self._reasons = [0] * len(_REASONS)
+        self.present = set()
+        if parts is not None:
+            self.present = {parts.index.key(row) for row in rows_of(parts)}
+            self._reasons = [getattr(parts.placement.counts, name) for name in _REASONS]
+
+    def space(self, key: BlockKey) -> bytes:
+        """Digest of a block's namespace."""
+        return BLOCKS[key].header.namespace
+
+    def check_record(self, key: BlockKey, record: memoryview) -> None:
+        """What a remote reader got, if it is whole, is what was committed."""
+        try:
+            header = unpack_header(record)
+            is_whole = checksum(payload_of(record, header)) == header.checksum
+        except (BlockCorrupt, FormatRefused):
+            is_whole = False
+        if is_whole:
+            assert header == replace(BLOCKS[key].header, created_s=header.created_s)
+            assert payload_of(record, header).tobytes() == PAYLOADS[key]
+        else:
+            assert key in self.spoiled, f"{name_of(key)} was sent damaged"
+
+    def check(self, store: Store, clients: Sequence[SimClient], cleared: bool = False) -> None:
+        """Between two steps of the sidecar's thread. cleared: the last one was Clear."""
+        parts = store._parts
+        if parts is None:
+            return
+        rows = rows_of(parts)
+        keys = {row: parts.index.key(row) for row in rows}
+        assert len(rows) == len(parts.placement.blocks)
+        check_closures(parts, rows)
+        check_slots(store, parts, rows)
+        check_holders(store, clients)
+        self._check_dram(parts, keys)
+        self._check_flash(parts, keys)
+        self._check_gone(parts, set(keys.values()), cleared)
+
+    def _check_dram(self, parts: Parts, keys: dict[int, BlockKey]) -> None:
+        """Readable slots hold what the index says, and no other slot can be read."""
+        dram, view = parts.dram, parts.dram._view
+        shown = {}
+        for row, key in keys.items():
+            slot = parts.index.dram(row)
+            if slot is not None:
+                shown[slot] = key
+        for slot in range(dram.slots):
+            at = slot * SLOT_BYTES
+            (generation,) = _WORD.unpack_from(view, at)
+            key = shown.get(slot)
+            assert (generation & 1 == 0) == (key is not None), f"slot {slot} of {key}"
+            if key is None or self.spoiled_slots.get(slot) == generation:
+                continue
+            payload = PAYLOADS[key]
+            start = at + PAGE_BYTES
+            is_right = view[at + 24 : at + 40] == key
+            is_right = is_right and view[start : start + len(payload)] == payload
+            assert is_right, f"slot {slot} does not hold {name_of(key)}"
+
+    def _check_flash(self, parts: Parts, keys: dict[int, BlockKey]) -> None:
+        medium = self._medium
+        for row, key in keys.items():
+            slot = parts.index.flash(row)
+            if slot is None:
+                continue
+            entry = medium.rows.get(key)
+            assert entry is not None, f"{name_of(key)} is not in the flash index"
+            assert entry.slot == slot, f"{name_of(key)} is elsewhere in the flash index"
+            if slot not in medium.damaged and key not in self.spoiled:
+                at = slot * SLOT_BYTES
+                assert medium.data[at + 24 : at + 40] == key, f"{name_of(key)} is not on flash"
+
+    def _check_gone(self, parts: Parts, now: set[BlockKey], cleared: bool) -> None:
+        counts = parts.placement.counts
+        reasons = [getattr(counts, name) for name in _REASONS]
+        grown = [new - old for new, old in zip(reasons, self._reasons, strict=True)]
+        gone = self.present - now
+        if gone and not cleared and not any(grown[2:]):
+            names = sorted(map(name_of, gone))
+            assert len(gone) <= sum(grown), f"{names} went, {grown} blocks for a reason"
+        strange = sorted(map(name_of, now - self.committed))
+        assert not strange, f"{strange} are visible and were never committed"
+        self._reasons, self.present = reasons, now
+
+
+def rows_of(parts: Parts) -> list[int]:
+    """Rows in use."""
+    index, rows = parts.index, []
+    for bucket in range(index.buckets):
+        first = index._position(bucket * BUCKET_ROWS)
+        words = index._words[first : first + BUCKET_ROWS].tolist()
+        rows += [bucket * BUCKET_ROWS + way for way, word in enumerate(words) if word]
+    return rows
+
+
+def check_closures(parts: Parts, rows: Sequence[int]) -> None:
+    """Parents are there, children are counted, eviction knows every leaf."""
+    placement, blocks, index = parts.placement, parts.placement.blocks, parts.index
+    in_dram, on_flash = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
+    for row in rows:
+        parent, header = blocks.parent[row], BLOCKS[index.key(row)].header
+        assert blocks.depth[row] == header.depth
+        assert blocks.namespace(row) == header.namespace
+        if parent == NO_ROW:
+            assert header.parent == NO_KEY
+            continue
+        assert parent in in_dram, "a block without the one before it"
+        assert index.key(parent) == header.parent
+        reaches = blocks.reaches_flash(row)
+        assert not reaches or blocks.reaches_flash(parent), "a block on flash without its parent"
+        in_dram[parent] += index.dram(row) is not None
+        on_flash[parent] += reaches
+    for row in rows:
+        assert blocks.dram_children[row] == in_dram[row]
+        assert blocks.flash_children[row] == on_flash[row]
+        if placement.may_leave_dram(row):
+            assert placement._dram_leaves._is_in[row], "a leaf that eviction does not know"
+        if placement.may_leave_flash(row):
+            assert placement._flash_leaves._is_in[row], "a leaf that eviction does not know"
+
+
+def check_slots(store: Store, parts: Parts, rows: Sequence[int]) -> None:
+    """Every slot is free, held, on a move, or in exactly one row."""
+    index, moves = parts.index, parts.moves
+    dram = [slot for row in rows if (slot := index.dram(row)) is not None]
+    dram += [slot for session in store._sessions.each() for slot in session.reserved]
+    free = parts.dram._free
+    assert len(set(dram)) == len(dram), "a DRAM slot is used twice"
+    assert all(free._used[slot] for slot in dram), "a DRAM slot in use counts as free"
+    used = parts.dram.slots - free.count
+    assert used == len(dram) + moves._rising, f"{used} DRAM slots taken, {len(dram)} in use"
+    if parts.flash is None:
+        return
+    flash = [slot for row in rows if (slot := index.flash(row)) is not None]
+    flash += [job.flash_slot for job in moves._sinking]
+    free = parts.flash._free
+    assert len(set(flash)) == len(flash), "a flash slot is used twice"
+    assert all(free._used[slot] for slot in flash), "a flash slot in use counts as free"
+    used = parts.flash.slots - free.count
+    assert used == len(flash), f"{used} flash slots taken, {len(flash)} in use"
+
+
+def check_holders(store: Store, clients: Sequence[SimClient]) -> None:
+    """A slot that a living worker may write is in no other hands, session open or not."""
+    for client in clients:
+        if client.held and client.life is not None:
+            session = store._sessions._sessions.get(client.life.session)
+            assert session is not None, f"{client.name} lives and its session is gone"
+            reserved = {slot: each.key for slot, each in session.reserved.items()}
+            assert reserved == client.held, f"{client.name} may write {client.held}"

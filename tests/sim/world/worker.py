@@ -1,0 +1,253 @@
+"""Simulated workers: the real client, whose calls travel when the seed says so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event
+from typing import Any, Protocol
+
+import numpy as np
+
+from kvist.cachesvc import life as life_module
+from kvist.cachesvc.client import CacheClient
+from kvist.cachesvc.life import Life
+from kvist.cachesvc.log import Log
+from kvist.cachesvc.storing import StoreItem
+from kvist.proto import cache_pb2
+from kvist.proto import slot as slot_module
+from kvist.proto.errors import Detached, KvistError
+from kvist.proto.record import BlockHeader
+from sim.world.forest import FOREST, ITEMS, KEYS, SPACES, name_of
+from sim.world.scheduler import Scheduler, Task
+
+
+class Call:
+    """A call on its way to the sidecar, or its answer on the way back.
+
+    Attributes:
+        sender: who made it.
+        task: who waits for it.
+        reply: the answer; None before.
+        error: what the sidecar answered instead.
+    """
+
+    def __init__(self, sender: SimClient, task: Task, method: str, request: Any) -> None:
+        self.sender = sender
+        self.task = task
+        self.method = method
+        self.request = request
+        self.reply: Any = None
+        self.error: KvistError | None = None
+
+
+class Network(Protocol):
+    """What a worker needs of the world."""
+
+    scheduler: Scheduler
+    clock_s: float
+
+    def send(self, sender: SimClient, method: str, request: Any) -> Any:
+        """Make a call; by a task, which waits for the answer. Raises: KvistError."""
+        ...
+
+    def connection_ended(self, session: str) -> None:
+        """The sidecar will see soon that a session's stream has ended."""
+        ...
+
+
+class SimControl:
+    """Control of a worker over the world's network; see control.Control."""
+
+    def __init__(self, world: Network, client: SimClient) -> None:
+        self.calls = 0
+        self._world = world
+        self._client = client
+
+    def attach(self, request: cache_pb2.AttachRequest) -> cache_pb2.AttachReply:
+        """See Control."""
+        reply: cache_pb2.AttachReply = self._world.send(self._client, "attach", request)
+        return reply
+
+    def reserve(self, request: cache_pb2.ReserveRequest) -> cache_pb2.ReserveReply:
+        """See Control."""
+        reply: cache_pb2.ReserveReply = self._world.send(self._client, "reserve", request)
+        return reply
+
+    def commit(self, request: cache_pb2.CommitRequest) -> cache_pb2.CommitReply:
+        """See Control."""
+        reply: cache_pb2.CommitReply = self._world.send(self._client, "commit", request)
+        return reply
+
+    def abort(self, request: cache_pb2.AbortRequest) -> cache_pb2.AbortReply:
+        """See Control; the client never calls it."""
+        raise AssertionError(request)
+
+    def hang_up(self) -> None:
+        """See Control."""
+        self._client.lose_connection()
+
+    def wait_ended(self) -> str:
+        """See Control; the world says when."""
+        raise AssertionError
+
+    def close(self) -> None:
+        """See Control."""
+
+
+class SimClient:
+    """One process with an engine in it.
+
+    Attributes:
+        held: slots that it was given and may write, by what it knows the sidecar knows; key.
+        session: that its stream stands for, as the sidecar knows; "" when there is none.
+        cache: the real client.
+    """
+
+    def __init__(self, world: Network, name: str, space: int, log: Log) -> None:
+        self.name = name
+        self.space = space
+        self.held: dict[int, bytes] = {}
+        self.session = ""
+        self._world = world
+        self._scheduler = world.scheduler
+        self._control = SimControl(world, self)
+        self.cache = CacheClient(
+            self._control, SPACES[space], name, log, now=lambda: world.clock_s, wall=lambda: 0.0
+        )
+        self.life: Life | None = None
+        self._tasks: list[Task] = []
+
+    @property
+    def busy(self) -> int:
+        """Tasks under way."""
+        self._tasks = [task for task in self._tasks if not task.done]
+        return len(self._tasks)
+
+    def _begin(self, work: Callable[[], None], name: str) -> None:
+        self._tasks.append(self._scheduler.start(work, f"{self.name} {name}", self))
+
+    # Its session.
+
+    def attach(self) -> None:
+        """Begin to attach."""
+        assert self.life is None
+        self._begin(self._attach, "attach")
+
+    def _attach(self) -> None:
+        try:
+            reply = self._control.attach(self.cache._request)
+            life = Life(reply)
+        except (KvistError, OSError):
+            self.lose_connection()
+            return
+        self.life = self.cache._life = life
+
+    def lose_connection(self) -> None:
+        """The stream has ended, by whatever cause; the process does not know it yet, perhaps."""
+        if self.session:
+            self._world.connection_ended(self.session)
+            self.session = ""
+
+    @property
+    def connected(self) -> bool:
+        """Whether it is in the session that its stream stands for."""
+        return self.life is not None and self.life.session == self.session
+
+    def leave_session(self) -> None:
+        """What the client's own thread does when the stream has ended, and nobody is inside."""
+        assert not self.busy
+        if self.life is not None:
+            self.cache._life = None
+            self.life.end()
+            self.life = None
+        self.held.clear()
+
+    def die(self) -> None:
+        """The process is gone; the kernel closes what it had open."""
+        self._scheduler.kill(self)
+        self.cache._life = None
+        if self.life is not None:
+            for close in self.life._closers:
+                close()
+            self.life = None
+        self.lose_connection()
+        self.held.clear()
+
+    # What it does.
+
+    def store(self, number: int, first: int) -> None:
+        """Begin to store a block and those before it from some depth on."""
+        items = ITEMS[number][first:]
+        self._begin(lambda: self._store(items), f"store {name_of(items[-1].key)}")
+
+    def _store(self, items: list[StoreItem]) -> None:
+        result = self.cache.store(items)
+        total = result.stored + result.present + sum(result.dropped.values())
+        assert total == len(items), f"{result} of {len(items)} blocks"
+
+    def load(self, number: int) -> None:
+        """Begin to load a block; what comes must be right."""
+        self._begin(lambda: self._load(number), f"load b{number}")
+
+    def _load(self, number: int) -> None:
+        block = FOREST[number]
+        out = np.full(block.header.payload_bytes, 0xEE, np.uint8)
+        reason = self.cache.load(block.wanted, out, 0.0)
+        if reason is None:
+            assert np.array_equal(out, block.payload), f"wrong bytes for b{number}"
+        tokens = len(block.header.tokens) // 4
+        hits = {"dram": tokens} if reason is None else {}
+        self.cache.count(tokens, hits, {} if reason is None else {reason: tokens})
+
+    def look_up(self, number: int) -> int:
+        """Find the longest prefix; must be what looking at each block finds."""
+        keys = KEYS[number]
+        found = self.cache.lookup(keys)
+        if self.life is not None and not self.life.ended:
+            offered = [self.life.index.offered(key) for key in keys]
+            first_gap = [*offered, False].index(False)
+            assert found.blocks == first_gap, f"found {found.blocks} of {offered}"
+            assert (found.blocks == len(keys)) == (not found.reason)
+        return found.blocks
+
+    def counts(self) -> Counter[str]:
+        """What it counted while no ring was there to take it."""
+        return self.cache._uncounted
+
+
+class _NoPrefault:
+    """Stands for the thread that maps pages early, which changes nothing that can be seen."""
+
+    def join(self) -> None:
+        """It has ended."""
+
+
+@contextmanager
+def stepped_copies(scheduler: Scheduler) -> Iterator[None]:
+    """Let others come between the pieces of a copy into or out of a slot of the arena."""
+    checksum, pack_header = slot_module.checksum, slot_module.pack_header
+    start_prefault = life_module._start_prefault
+
+    def stepped_checksum(payload: Any) -> int:
+        scheduler.pause()
+        return checksum(payload)
+
+    def stepped_pack(header: BlockHeader, slot: memoryview) -> None:
+        pack_header(header, slot)
+        scheduler.pause()
+
+    slot_module.checksum, slot_module.pack_header = stepped_checksum, stepped_pack
+    life_module._start_prefault = lambda _: (Event(), _NoPrefault())  # type: ignore
+    try:
+        yield
+    finally:
+        slot_module.checksum, slot_module.pack_header = checksum, pack_header
+        life_module._start_prefault = start_prefault
+
+
+def lost(call: Call) -> None:
+    """The answer will never come."""
+    call.error = Detached("the sidecar is gone")
+    call.task.ready = True
