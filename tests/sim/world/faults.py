@@ -7,7 +7,7 @@ import struct
 import numpy as np
 
 from kvist.proto import cache_pb2
-from kvist.proto.keys import BlockKey
+from kvist.proto.keys import NO_KEY, BlockKey
 from kvist.proto.record import PAGE_BYTES
 from kvist.proto.slot import pack_header
 from sim.world.forest import FOREST, IN_SPACE, SLOT_BYTES, name_of
@@ -78,7 +78,8 @@ def kill_worker(world: World) -> str:
 
 def break_connection(world: World) -> str:
     """A worker's stream ends while the process goes on, and may be amid a copy."""
-    client = world.random.choice(world.clients)
+    storing = [client for client in world.clients if client.held]
+    client = world.random.choice(storing or world.clients)
     client.lose_connection()
     if client.life is not None and world.random.random() < 0.5:
         client.life.ended = True
@@ -118,8 +119,10 @@ def flip_on_flash(world: World) -> str:
     """A bit of a record on flash changes."""
     if not world.medium.data:
         return "no flash"
-    slot = world.random.randrange(len(world.medium.data) // SLOT_BYTES)
+    slots = world.random.choice((list(world.on_flash().values()), []))
+    slot = world.random.choice(slots or range(len(world.medium.data) // SLOT_BYTES))
     world.medium.flip(slot, _place(world))
+    world.forget_damaged()
     return f"bit flipped in flash slot {slot}"
 
 
@@ -153,7 +156,15 @@ def commit_wrongly(world: World) -> str:
     client = world.random.choice(world.clients)
     if client.life is None or not client.connected or client.busy or client.life.ended:
         return f"{client.name} is busy"
-    block = FOREST[world.random.choice(IN_SPACE[client.space])]
+    present = world.model.present
+    storable = [
+        each
+        for each in (FOREST[number] for number in IN_SPACE[client.space])
+        if each.header.key not in present and {each.header.parent} <= {NO_KEY, *present}
+    ]
+    if not storable:
+        return "all is stored"
+    block = world.random.choice(storable)
     header = block.header
     name = cache_pb2.BlockName(key=header.key, parent=header.parent)
     session = client.life.session

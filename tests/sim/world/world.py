@@ -83,6 +83,8 @@ class World:
             slot_bytes=SLOT_BYTES,
             io_threads=random.choice((1, 2, 3)),
             flash_queue_blocks=random.choice((2, 8)),
+            flash_admission=random.choice(("always", "always", "second_use")),
+            flash_write_bytes_per_day=random.choice((None, None, 20 * SLOT_BYTES)),
             reservation_share=random.choice((0.3, 1.0)),
             prefault=False,
         )
@@ -123,10 +125,14 @@ class World:
             return
         self.answers = Answers(self.store)
         self.model.new_life(self.parts)
-        if self.state == "rebuilding":  # the index is lost: the records themselves must tell
+        self.forget_damaged()
+        self.check()
+
+    def forget_damaged(self) -> None:
+        """A rebuild has only the records themselves; what is damaged cannot come back by it."""
+        if self.state == "rebuilding":
             whole = self.medium.whole_records()
             self.expected = {key for key in self.expected if whole.issuperset(LINES[key])}
-        self.check()
 
     @property
     def parts(self) -> Parts:
@@ -149,8 +155,10 @@ class World:
 
     def crash(self, power: bool) -> None:
         """The sidecar dies where it stands; with the power its host does."""
-        if self.parts.flash is not None and self.config.flash_path is not None:
-            self.expected = set() if power else self.survivors()
+        if power:
+            self.expected = set()
+        elif self.parts.flash is not None:
+            self.expected = self.survivors()
         self.disk.life.dead = True
         self.scheduler.kill(self.disk.life)
         with suppress(Exception):  # it is dead; this only gives back what the kernel would
