@@ -10,6 +10,7 @@ from kvist.proto import cache_pb2
 from kvist.proto.keys import NO_KEY, BlockKey
 from kvist.proto.record import PAGE_BYTES
 from kvist.proto.slot import pack_header
+from sim.blocks import number_of
 from sim.world.forest import FOREST, IN_SPACE, SLOT_BYTES, name_of
 from sim.world.invariants import rows_of
 from sim.world.worker import SimClient
@@ -119,10 +120,15 @@ def flip_on_flash(world: World) -> str:
     """A bit of a record on flash changes."""
     if not world.medium.data:
         return "no flash"
-    slots = world.random.choice((list(world.on_flash().values()), []))
-    slot = world.random.choice(slots or range(len(world.medium.data) // SLOT_BYTES))
+    shown = list(world.on_flash().items())
+    if shown and world.random.random() < 0.8:
+        key, slot = world.random.choice(shown)
+        world.reads.append((key, world.parts.moves.read(key)))
+    else:
+        slot = world.random.randrange(len(world.medium.data) // SLOT_BYTES)
     world.medium.flip(slot, _place(world))
     world.forget_damaged()
+    world.check()
     return f"bit flipped in flash slot {slot}"
 
 
@@ -136,8 +142,12 @@ def flip_in_dram(world: World) -> str:
     slot = index.dram(row)
     assert slot is not None
     dram.slot_view(slot)[_place(world)] ^= 1 << world.random.randrange(8)
-    _spoil(world, slot, index.key(row))
-    return f"bit flipped in DRAM slot {slot}, {name_of(index.key(row))}"
+    key = index.key(row)
+    _spoil(world, slot, key)
+    for client in world.clients:
+        if client.connected and number_of(key) in IN_SPACE[client.space] and not client.busy:
+            client.load(number_of(key))
+    return f"bit flipped in DRAM slot {slot}, {name_of(key)}"
 
 
 def _place(world: World) -> int:

@@ -12,6 +12,7 @@ from kvist.proto import cache_pb2
 from kvist.proto.errors import BlockCorrupt, FormatRefused
 from kvist.proto.record import PAGE_BYTES
 from kvist.proto.slot import fill_slot
+from sim.blocks import number_of
 from sim.world.faults import FAULTS
 from sim.world.forest import FOREST, IN_SPACE, KEYS, PATHS, name_of
 from sim.world.invariants import rows_of
@@ -19,7 +20,7 @@ from sim.world.scheduler import Killed
 from sim.world.worker import SimClient
 from sim.world.world import World
 
-STEPS = 90
+STEPS = 70
 # Worlds differ in what goes wrong in them: share of steps in which some fault does.
 MOODS = (0.0, 0.03, 0.08)
 
@@ -66,22 +67,22 @@ def _step(world: World) -> str:
     """Somebody who can goes on, or something new begins."""
     random = world.random
     draw = random.random()
+    if draw < 0.1:
+        done = world.tick(random.choice((0.002, 0.05, 0.3, 1.1)))
+        world.check()
+        return done
     if draw < 0.25:
+        return world.rush()
+    if draw < 0.45:
         task = world.scheduler.step()
         if task is not None:
             return f"{task.name} goes on"
-    if draw < 0.5:
+    if draw < 0.65:
         act = world.waiting()
         if act is not None:
             done = act()
             world.check()
             return done
-    if draw < 0.6:
-        done = world.tick(random.choice((0.002, 0.05, 0.3, 1.1)))
-        world.check()
-        return done
-    if draw < 0.75:
-        return world.rush()
     return _begin(world, random)
 
 
@@ -95,8 +96,20 @@ def _begin(world: World, random: Random) -> str:
         client.leave_session()
         client.attach()
         return f"{client.name} attaches"
+    act = random.choice((_store, _store, _load, _use))
     number = random.choice(IN_SPACE[client.space])
-    return random.choice((_store, _store, _load, _use))(client, number, random)
+    if act is not _store:
+        number = _sunk(world, random, number, client.space)
+    return act(client, number, random)
+
+
+def _sunk(world: World, random: Random, number: int, space: int | None = None) -> int:
+    """Half of the time a block that is on flash only, if there is one, instead of another."""
+    index = world.parts.index
+    rows = [row for row in rows_of(world.parts) if index.dram(row) is None]
+    sunk = [number_of(index.key(row)) for row in rows]
+    sunk = [each for each in sunk if space is None or each in IN_SPACE[space]]
+    return random.choice(sunk) if sunk and random.random() < 0.5 else number
 
 
 def _store(client: SimClient, number: int, random: Random) -> str:
@@ -130,13 +143,14 @@ def _use(client: SimClient, number: int, random: Random) -> str:
 def _remote(world: World, random: Random) -> str:
     """A client that shares no memory, or an operator."""
     number = random.randrange(len(FOREST))
-    key = FOREST[number].header.key
     draw = random.random()
-    if draw < 0.5:
+    if draw < 0.4:
+        number = _sunk(world, random, number)
+        key = FOREST[number].header.key
         world.reads.append((key, world.parts.moves.read(key)))
         world.check()
         return f"remote reads b{number}"
-    if draw < 0.7:
+    if draw < 0.65:
         return _put(world, random, number)
     if draw < 0.95:
         offered = world.answers.lookup(cache_pb2.LookupRequest(keys=KEYS[number])).blocks

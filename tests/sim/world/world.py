@@ -72,7 +72,7 @@ class World:
         self.folder = Path(tempfile.mkdtemp(prefix="kvist-sim-", dir=memory))
         self.undo.callback(shutil.rmtree, self.folder)
         self.undo.enter_context(stepped_copies(self.scheduler))
-        dram_slots, flash_slots = random.randint(3, 8), random.choice((0, 3, 6, 10, 16, 20))
+        dram_slots, flash_slots = random.randint(2, 7), random.choice((0, 3, 6, 10, 16, 20))
         self.medium = Medium(flash_slots, SLOT_BYTES, random)
         self.config = StoreConfig(
             run_dir=self.folder,
@@ -84,7 +84,7 @@ class World:
             io_threads=random.choice((1, 2, 3)),
             flash_queue_blocks=random.choice((2, 8)),
             flash_admission=random.choice(("always", "always", "second_use")),
-            flash_write_bytes_per_day=random.choice((None, None, 20 * SLOT_BYTES)),
+            flash_write_bytes_per_day=random.choice((None,) * 5 + (20 * SLOT_BYTES,)),
             reservation_share=random.choice((0.3, 1.0)),
             prefault=False,
         )
