@@ -147,17 +147,22 @@ class Maker:
         claims = Claims(index.claims)
         admission = self._admission(placement, moves)
         intake = Intake(placement, moves, admission, sessions, claims, share)
+        self._begin(placement, moves)
+        return Parts(index, dram, flash, placement, moves, admission, intake, claims, share)
+
+    def _begin(self, placement: Placement, moves: Moves) -> None:
+        """Take over what is on flash, touch the arena, say what there is."""
+        dram, flash = placement.dram, placement.flash
         if flash is not None:
             moves.start()
-        elif config.flash_path is not None:
+        elif self._config.flash_path is not None:
             moves.lost_at_start()
-        if config.prefault:
+        if self._config.prefault:
             self._prefault(dram)
         self._log.info(
-            "store ready", slot_bytes=slot_bytes, dram_slots=slots, flash=moves.state,
-            flash_slots=flash_slots, blocks=len(placement.blocks),
+            "store ready", slot_bytes=dram.slot_bytes, dram_slots=dram.slots, flash=moves.state,
+            flash_slots=flash.slots if flash else 0, blocks=len(placement.blocks),
         )  # fmt: skip
-        return Parts(index, dram, flash, placement, moves, admission, intake, claims, share)
 
     def _admission(self, placement: Placement, moves: Moves) -> Admission:
         config = self._config

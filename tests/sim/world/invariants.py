@@ -167,9 +167,9 @@ def check_closures(parts: Parts, rows: Sequence[int]) -> None:
         assert blocks.dram_children[row] == in_dram[row]
         assert blocks.flash_children[row] == on_flash[row]
         if placement.may_leave_dram(row):
-            assert placement._dram_leaves._is_in[row], "a leaf that eviction does not know"
+            assert row in placement._dram_leaves, "a leaf that eviction does not know"
         if placement.may_leave_flash(row):
-            assert placement._flash_leaves._is_in[row], "a leaf that eviction does not know"
+            assert row in placement._flash_leaves, "a leaf that eviction does not know"
 
 
 def check_slots(store: Store, parts: Parts, rows: Sequence[int]) -> None:
