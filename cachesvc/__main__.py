@@ -154,6 +154,8 @@ def store_config(config: SidecarConfig, arena_folder: Path) -> StoreConfig:
         flash_write_burst_bytes=config.flash_write_burst_bytes,
         io_threads=config.io_threads,
         flash_queue_blocks=config.flash_queue_blocks,
+        tenants=config.tenants,
+        pin_bytes=config.pin_bytes,
         reservation_share=config.reservation_share,
         eviction=config.eviction,
     )

@@ -26,10 +26,11 @@ class Admission:
     """Decides what sinks, and has moves do it. One thread.
 
     Attributes:
+        moves: what brings blocks to flash.
         written_bytes: given to flash to write, in this life; whole slots.
 
     Args:
-        placement: the blocks. moves: what brings them to flash.
+        placement: the blocks.
         mode: see the top of the file.
         budget: of writes.
         book: what earlier lives wrote into the folder; None without a flash tier.
@@ -47,7 +48,7 @@ class Admission:
         self._budget = budget
         self._book = book
         self._placement = placement
-        self._moves = moves
+        self.moves = moves
         self._mode = mode
 
     @property
@@ -69,7 +70,7 @@ class Admission:
 
     def stored(self, row: int) -> None:
         """A block has just been stored, for the first time or anew."""
-        if self._moves.state == "off":
+        if self.moves.state == "off" or self._has_ttl(row):
             return
         if not self._is_worth_it(row):
             self._placement.counts.sinks_first_use += 1
@@ -79,8 +80,13 @@ class Admission:
 
     def used(self, row: int) -> None:
         """A block was found by a worker, and so all before it: they sink if they have not."""
-        if self._moves.state == "ready" and not self._placement.blocks.reaches_flash(row):
+        reaches = self._placement.blocks.reaches_flash(row)
+        if self.moves.state == "ready" and not reaches and not self._has_ttl(row):
             self._sink(row)
+
+    def _has_ttl(self, row: int) -> bool:
+        group = self._placement.group(row)
+        return group is not None and group.limits.ttl is not None
 
     def _is_worth_it(self, row: int) -> bool:
         flash = self._placement.flash
@@ -102,7 +108,7 @@ class Admission:
         slot_bytes, left = self._placement.dram.slot_bytes, self._budget.left_bytes
         paid = len(missing) if left is None else min(len(missing), left // slot_bytes)
         if paid:
-            self._moves.sink(missing[-paid])
+            self.moves.sink(missing[-paid])
             begun = sum(blocks.reaches_flash(each) for each in missing[-paid:])
             self._budget.spend(begun * slot_bytes)
             self.written_bytes += begun * slot_bytes

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from kvist.cachesvc.control import KEYS_MAX, PROTOCOL_VERSION, SLOTS_MAX
+from kvist.cachesvc.pins import STRENGTH_DEFAULT, STRENGTH_MAX, TTL_DEFAULT_S, TTL_MAX_S
+from kvist.cachesvc.sessions import First
 from kvist.cachesvc.store import Store
 from kvist.proto import cache_pb2
 from kvist.proto.errors import FormatRefused, KvistError
@@ -17,6 +19,7 @@ NAMESPACE_TEXT_BYTES_MAX = 4096
 PAYLOAD_BYTES_MAX = 1 << 30
 BLOCK_TOKENS_MAX = 65536
 SESSION_BYTES_MAX = 64
+TENANT_BYTES_MAX = 128
 
 _OUTCOMES = {
     "reserved": cache_pb2.Reservation.RESERVED,
@@ -86,16 +89,15 @@ class Answers:
         _check_length("session", request.session.encode(), 1, SESSION_BYTES_MAX)
         _check_count("blocks", len(request.blocks), SLOTS_MAX)
         names = []
-        origins = {}
+        firsts = {}
         for block in request.blocks:
             _check_length("blocks.key", block.key, KEY_BYTES, KEY_BYTES)
             _check_length("blocks.parent", block.parent, KEY_BYTES, KEY_BYTES)
             names.append((BlockKey(block.key), BlockKey(block.parent)))
-            if block.origin:
-                _check_length("blocks.origin", block.origin, ORIGIN_BYTES, ORIGIN_BYTES)
-                origins[BlockKey(block.key)] = block.origin
+            if block.HasField("first"):
+                firsts[BlockKey(block.key)] = _checked_first(block.first)
         reply = cache_pb2.ReserveReply()
-        for answer in self._store.reserve(request.session, names, origins):
+        for answer in self._store.reserve(request.session, names, firsts):
             reply.reservations.add(
                 outcome=_OUTCOMES[answer.outcome], slot=answer.slot or 0, reason=answer.reason
             )
@@ -126,6 +128,18 @@ class Answers:
             _check_digest("namespace", request.namespace)
         dropped = self._store.clear(request.namespace or None)
         return cache_pb2.ClearReply(dropped_blocks=dropped)
+
+    def pin(self, request: cache_pb2.PinRequest) -> cache_pb2.PinReply:
+        """Pin the cached blocks of a prompt."""
+        _check_range("ttl_s", request.ttl_s, 0, TTL_MAX_S)
+        _check_range("strength", request.strength, 0, STRENGTH_MAX)
+        ttl_s, strength = request.ttl_s or TTL_DEFAULT_S, request.strength or STRENGTH_DEFAULT
+        pinned = self._store.pin(checked_keys(request.keys), ttl_s, strength)
+        return cache_pb2.PinReply(pinned=pinned)
+
+    def unpin(self, request: cache_pb2.UnpinRequest) -> cache_pb2.UnpinReply:
+        """End the pins of a prompt."""
+        return cache_pb2.UnpinReply(unpinned=self._store.unpin(checked_keys(request.keys)))
 
     def stats(self, _: cache_pb2.StatsRequest) -> cache_pb2.StatsReply:
         """What the service holds and has done."""
@@ -167,6 +181,14 @@ def checked_keys(keys: Sequence[bytes]) -> list[BlockKey]:
     for key in keys:
         _check_length("keys", key, KEY_BYTES, KEY_BYTES)
     return [BlockKey(key) for key in keys]
+
+
+def _checked_first(first: cache_pb2.FirstBlock) -> First:
+    if first.origin:
+        _check_length("blocks.first.origin", first.origin, ORIGIN_BYTES, ORIGIN_BYTES)
+    _check_digest("blocks.first.namespace", first.namespace)
+    _check_length("blocks.first.tenant", first.tenant.encode(), 0, TENANT_BYTES_MAX)
+    return First(first.origin, first.namespace, first.tenant)
 
 
 def _check_digest(field: str, value: bytes) -> None:

@@ -16,9 +16,11 @@ There is none for DRAM: a long conversation may be continued although its beginn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvist.cachesvc.index import IndexWriter, Location
 from kvist.proto.keys import BlockKey
@@ -39,6 +41,9 @@ class Blocks:
         dram_children: children with a copy in DRAM.
         flash_children: children with a copy on flash or on the way there.
         depth: blocks before this one.
+        spaces: number of a namespace that has blocks -> its digest.
+        spaces_version: grows whenever spaces changes.
+        copies: tier -> number of a namespace -> its copies there; on flash those under way count.
     """
 
     def __init__(self, index: IndexWriter) -> None:
@@ -53,7 +58,9 @@ class Blocks:
         self.depth: Final = _per_row(index.rows, 0)
         self._space = _per_row(index.rows, _NO_SPACE)
         self._sinking = bytearray(index.rows)
-        self._spaces: dict[int, bytes] = {}
+        self.spaces: dict[int, bytes] = {}
+        self.spaces_version = 0
+        self.copies: dict[str, dict[int, int]] = {"dram": {}, "flash": {}}
         self._space_ids: dict[bytes, int] = {}
         self._space_blocks: dict[int, int] = {}
         self._spaces_seen = 0
@@ -100,7 +107,11 @@ class Blocks:
 
     def namespace(self, row: int) -> bytes:
         """Digest of a block's namespace."""
-        return self._spaces[self._space[row]]
+        return self.spaces[self._space[row]]
+
+    def namespaces(self) -> list[bytes]:
+        """Digests of the namespaces that have blocks."""
+        return list(self.spaces.values())
 
     def in_namespace(self, namespace: bytes | None) -> list[int]:
         """Rows of the stored blocks of a namespace, or of all with None; children first."""
@@ -111,6 +122,10 @@ class Blocks:
             rows = np.flatnonzero(spaces == self._space_ids.get(namespace, _NO_SPACE - 1))
         deepest_first = np.argsort(-np.asarray(self.depth)[rows], kind="stable")
         return [int(row) for row in rows[deepest_first]]
+
+    def in_spaces(self, numbers: Sequence[int]) -> NDArray[np.int64]:
+        """Rows of the stored blocks of some namespaces, given by their numbers in spaces."""
+        return np.flatnonzero(np.isin(np.asarray(self._space), numbers))
 
     def chain(self, row: int) -> list[int]:
         """A block and all before it, itself first."""
@@ -187,6 +202,9 @@ class Blocks:
         return slot
 
     def _count(self, children: memoryview, row: int, change: int) -> None:
+        copies = self.copies["dram" if children is self.dram_children else "flash"]
+        space = self._space[row]
+        copies[space] = copies.get(space, 0) + change
         parent = self.parent[row]
         if parent != NO_ROW:
             children[parent] += change
@@ -210,9 +228,10 @@ class Blocks:
         space = self._space_ids.get(namespace)
         if space is None:
             space = self._space_ids[namespace] = self._spaces_seen
-            self._spaces[space] = namespace
+            self.spaces[space] = namespace
             self._space_blocks[space] = 0
             self._spaces_seen += 1
+            self.spaces_version += 1
         self._space_blocks[space] += 1
         return space
 
@@ -222,7 +241,10 @@ class Blocks:
         self._space_blocks[space] -= 1
         if not self._space_blocks[space]:
             del self._space_blocks[space]
-            del self._space_ids[self._spaces.pop(space)]
+            self.spaces_version += 1
+            for copies in self.copies.values():
+                copies.pop(space, None)
+            del self._space_ids[self.spaces.pop(space)]
 
 
 def _per_row(rows: int, value: int) -> memoryview:

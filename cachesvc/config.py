@@ -14,7 +14,9 @@ from pathlib import Path
 
 from kvist.cachesvc.budget import ADMISSIONS, AdmissionMode
 from kvist.cachesvc.eviction import POLICIES, PolicyName
+from kvist.cachesvc.folders import home_folders
 from kvist.cachesvc.log import FORMATS, LEVELS, Format, Level
+from kvist.cachesvc.tenancy import Limits, check_floors, parse_tenants
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.record import PAGE_BYTES
 from kvist.proto.sizes import format_bytes, parse_bytes
@@ -136,19 +138,6 @@ def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
-def home_folders(user: int, environment: Mapping[str, str]) -> tuple[str, str]:
-    """Where a user's sidecar lives when nothing is said.
-
-    Returns:
-        folder of the socket, the lock and the bell; folder of arena, index and rings.
-    """
-    if user == 0:
-        return "/run/kvist", "/dev/shm/kvist"
-    runtime = environment.get("XDG_RUNTIME_DIR", "")
-    run = f"{runtime}/kvist" if runtime.startswith("/") else f"/tmp/kvist-{user}"
-    return run, f"/dev/shm/kvist-{user}"
-
-
 _RUN_DIR, _SHM_DIR = home_folders(os.geteuid(), os.environ)
 
 SETTINGS: tuple[Setting, ...] = (
@@ -217,6 +206,19 @@ SETTINGS: tuple[Setting, ...] = (
         "drops what was used longest ago.",
         _one_of(POLICIES),
     ),
+    Setting(
+        "tenants",
+        "",
+        "What tenants may have, like: acme quota=4GiB floor=1GiB ttl=24h; * quota=1GiB. Also "
+        "flash_quota, flash_floor; cachesvc/tenancy.py says it all.",
+        parse_tenants,
+    ),
+    Setting(
+        "pin_bytes",
+        "auto",
+        "Bytes of blocks that may be pinned at once; auto: a quarter of dram_bytes.",
+        bytes_or("auto"),
+    ),
     Setting("log_level", "info", f"Least level to log: {', '.join(LEVELS)}.", _one_of(LEVELS)),
     Setting("log_format", "text", f"Form of a log line: {', '.join(FORMATS)}.", _one_of(FORMATS)),
 )
@@ -257,6 +259,8 @@ class SidecarConfig:
     flash_queue_blocks: int
     reservation_share: float
     eviction: PolicyName
+    tenants: Mapping[str, Limits]
+    pin_bytes: int | None
     log_level: Level
     log_format: Format
 
@@ -266,6 +270,7 @@ class SidecarConfig:
                 f"slot_bytes: {format_bytes(self.slot_bytes)} is more than dram_bytes, "
                 f"{format_bytes(self.dram_bytes)}; raise dram_bytes"
             )
+        check_floors(self.tenants, self.dram_bytes, self.flash_bytes)
         taken = self.listen and not self.listen.endswith(":0")  # any free port, each its own
         if taken and self.listen == self.http_listen:
             raise ConfigInvalid(f"http_listen: {self.listen} is also listen; give it another port")

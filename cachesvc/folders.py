@@ -1,4 +1,4 @@
-"""Folders that belong to one living process, and what dead ones left behind."""
+"""Folders: a user's own, those of one living process, and what dead ones left behind."""
 
 from __future__ import annotations
 
@@ -6,11 +6,25 @@ import contextlib
 import fcntl
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from kvist.proto.errors import ConfigInvalid
 
 LOCK_NAME = "lock"
+
+
+def home_folders(user: int, environment: Mapping[str, str]) -> tuple[str, str]:
+    """Where a user's sidecar lives when nothing is said.
+
+    Returns:
+        folder of the socket, the lock and the bell; folder of arena, index and rings.
+    """
+    if user == 0:
+        return "/run/kvist", "/dev/shm/kvist"
+    runtime = environment.get("XDG_RUNTIME_DIR", "")
+    run = f"{runtime}/kvist" if runtime.startswith("/") else f"/tmp/kvist-{user}"
+    return run, f"/dev/shm/kvist-{user}"
 
 
 class OwnedFolder:

@@ -8,16 +8,17 @@ and committed only on top of one that is stored.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvist.cachesvc.admission import Admission
 from kvist.cachesvc.blocks import NO_ROW
 from kvist.cachesvc.claims import Claims
+from kvist.cachesvc.expiry import Expiry
 from kvist.cachesvc.index import Location
-from kvist.cachesvc.moves import Moves
 from kvist.cachesvc.placement import Placement
-from kvist.cachesvc.sessions import Reservation, Session, Sessions
+from kvist.cachesvc.sessions import First, Reservation, Session, Sessions
+from kvist.cachesvc.tenancy import Group
 from kvist.proto.errors import BlockCorrupt, KvistError, TierFull
 from kvist.proto.keys import NO_KEY, BlockKey
 from kvist.proto.record import BlockHeader, Bytes, checksum, unpack_header
@@ -52,16 +53,17 @@ class Intake:
     def __init__(
         self,
         placement: Placement,
-        moves: Moves,
         admission: Admission,
+        expiry: Expiry,
         sessions: Sessions,
         claims: Claims,
         share: int,
     ) -> None:
         self._admission = admission
+        self._expiry = expiry
         self._claims = claims
         self._placement = placement
-        self._moves = moves
+        self._tenancy = placement.tenancy
         self._sessions = sessions
         self._share = share
 
@@ -69,23 +71,46 @@ class Intake:
         self,
         session: Session,
         blocks: Sequence[tuple[BlockKey, BlockKey]],
-        origins: Mapping[BlockKey, bytes],
+        firsts: Mapping[BlockKey, First],
     ) -> list[Reserved]:
         """Slots for blocks that are about to be stored.
 
         Args:
             blocks: (key, parent's key or NO_KEY), parents before their children.
-            origins: of first blocks, by key, where they were told.
+            firsts: of first blocks, by key, where they were told.
 
         Returns: one answer per block, same order.
         """
-        return [
-            self._reserve_one(session, key, parent, origins.get(key, b"")) for key, parent in blocks
-        ]
+        for told in firsts.values():
+            self._tenancy.introduce(told.namespace, told.tenant)
+        groups: dict[BlockKey, Group | None] = {}
+        answers = []
+        for key, parent in blocks:
+            first = firsts.get(key)
+            namespace = session.namespace if first is None else first.namespace
+            groups[key] = self._group(groups, parent, namespace)
+            origin = b"" if first is None else first.origin
+            wanted = Reservation(key, parent, -1, origin, groups[key])
+            answers.append(self._reserve_one(session, wanted))
+        return answers
 
-    def _reserve_one(
-        self, session: Session, key: BlockKey, parent: BlockKey, origin: bytes
-    ) -> Reserved:
+    def _group(
+        self, groups: Mapping[BlockKey, Group | None], parent: BlockKey, namespace: bytes
+    ) -> Group | None:
+        """Whose a block is: as its parent, which is stored or was named before it in this call.
+
+        Args:
+            namespace: of a first block.
+        """
+        if parent in groups:
+            return groups[parent]
+        row = self._placement.index.locate(parent)
+        if row is not None:
+            return self._tenancy.group(self._placement.blocks.namespace(row))
+        return self._tenancy.group(namespace)
+
+    def _reserve_one(self, session: Session, wanted: Reservation) -> Reserved:
+        key, parent = wanted.key, wanted.parent
         if self._is_here(key) or self._sessions.holder(key) is not None:
             return Reserved("present")
         if not self._stands(session, parent):
@@ -94,12 +119,12 @@ class Intake:
             return self._refused(key, "share")
         self._sessions.await_child(parent)  # first, so that its parent is not what is evicted
         try:
-            slot = self._placement.allocate_dram()
+            slot = self._placement.allocate_dram(wanted.group)
         except TierFull:
             self._sessions.forget_child(parent)
             self._offer_parent(parent)
             return self._refused(key, "full")
-        self._sessions.reserve(session, Reservation(key, parent, slot, origin))
+        self._sessions.reserve(session, replace(wanted, slot=slot))
         return Reserved("reserved", slot)
 
     def _limit(self) -> int:
@@ -122,7 +147,7 @@ class Intake:
         row = index.locate(key)
         if row is None:
             return False
-        return index.dram(row) is not None or self._moves.state == "ready"
+        return index.dram(row) is not None or self._admission.moves.state == "ready"
 
     def _stands(self, session: Session, parent: BlockKey) -> bool:
         if parent == NO_KEY or self._sessions.holder(parent) == session.id:
@@ -164,7 +189,7 @@ class Intake:
         except KvistError:
             self._placement.counts.commits_refused += 1
             self._claims.settle(reservation.key)
-            self._placement.dram.free(slot)
+            self._placement.free_dram(slot, reservation.group)
             self._offer_parent(reservation.parent)
             return False
 
@@ -183,6 +208,7 @@ class Intake:
             location = Location(slot, None)
             row = placement.insert(header.key, parent, header.namespace, location)
             placement.uses.stored(row)
+            self._expiry.stored(row)
         elif placement.index.dram(row) is None:
             blocks.gain_dram(row, slot)
             placement.uses.used(row)
@@ -211,7 +237,7 @@ class Intake:
             reservation = self._sessions.release(session, slot)
             if reservation is not None:
                 self._claims.settle(reservation.key)
-                self._placement.dram.free(slot)
+                self._placement.free_dram(slot, reservation.group)
                 self._offer_parent(reservation.parent)
 
     def put_record(self, record: memoryview) -> Literal["stored", "present", "refused"]:
@@ -245,7 +271,7 @@ class Intake:
         self._parent(header)
         self._sessions.await_child(header.parent)
         try:
-            slot = placement.allocate_dram()
+            slot = placement.allocate_dram(self._tenancy.group(header.namespace))
         finally:
             self._sessions.forget_child(header.parent)
         try:

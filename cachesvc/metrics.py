@@ -65,12 +65,21 @@ class Metrics(Collector):
             "Times that the flash index was missing or wrong and was made anew.",
             stats.events.get("flash_rebuilds", 0),
         )
+        for event, text in (
+            ("expired", "Blocks dropped because their tenant's TTL was over."),
+            ("slots_wiped", "Slots overwritten when they were freed."),
+        ):
+            yield _counter(f"kvist_{event}", text, stats.events.get(event, 0))
         yield _counters("kvist_grpc_calls", "Calls begun.", "method", dict(self._calls))
         yield _gauge("kvist_sessions", "Workers attached.", stats.sessions)
         yield _gauge(
             "kvist_reserved_slots", "Slots that workers are filling.", stats.reserved_slots
         )
         yield _gauge("kvist_blocks", "Blocks held, in whatever tier.", stats.blocks)
+        yield _gauge("kvist_pinned_blocks", "Blocks pinned.", stats.pinned_blocks)
+        yield _counter(
+            "kvist_spared_blocks", "Pinned blocks passed over by eviction.", stats.spared_blocks
+        )
         yield _gauge("kvist_uptime_seconds", "Seconds since the start.", stats.uptime_s)
         info = GaugeMetricFamily("kvist_build_info", "Always 1.", labels=["version"])
         info.add_metric([self._version], 1)

@@ -155,7 +155,7 @@ class Moves:
         assert dram_slot is not None
         placement.blocks.begin_sink(row)  # first, so that its parent is not what is evicted
         try:
-            flash_slot = placement.allocate_flash()
+            flash_slot = placement.allocate_flash(placement.group(row))
         except (TierFull, TierOffline):
             placement.blocks.cancel_sink(row)
             placement.offer(placement.blocks.parent[row])
@@ -271,7 +271,7 @@ class Moves:
         if self.state != "ready" or self._io is None:
             raise TierOffline("flash is not ready")
         try:
-            dram_slot = placement.allocate_dram(than=row)
+            dram_slot = placement.allocate_dram(placement.group(row), than=row)
         except TierFull:
             placement.counts.rises_refused += 1
             raise

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +13,19 @@ from kvist.cachesvc.admission import Admission
 from kvist.cachesvc.budget import AdmissionMode, WearBook, WriteBudget
 from kvist.cachesvc.claims import Claims
 from kvist.cachesvc.eviction import History, Policy, PolicyName, Tree
+from kvist.cachesvc.expiry import Expiry
 from kvist.cachesvc.flashio import Post
 from kvist.cachesvc.host import Host
 from kvist.cachesvc.index import IndexWriter
 from kvist.cachesvc.intake import Intake
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.moves import Moves
+from kvist.cachesvc.pins import BUDGET_SHARE, Pins
 from kvist.cachesvc.placement import Placement
 from kvist.cachesvc.rgg import make_policy
 from kvist.cachesvc.sessions import Sessions
+from kvist.cachesvc.tenancy import Limits, Tenancy
+from kvist.cachesvc.wards import Rules
 from kvist.proto.errors import TierOffline
 from kvist.tiers.dram import DramTier
 from kvist.tiers.flash import FlashTier
@@ -47,6 +51,8 @@ class StoreConfig:
         flash_write_bytes_per_day: None is no limit. flash_write_burst_bytes: None is an hour's.
         io_threads: that read and write flash.
         flash_queue_blocks: blocks that may wait to sink.
+        tenants: rules of what a tenant may have, see cachesvc/tenancy.py.
+        pin_bytes: of blocks that may be pinned at once; None is a quarter of dram_bytes.
         reservation_share: of the DRAM slots, that one session may hold reserved.
         eviction: policy by which blocks go from either tier.
         prefault: touch the arena's memory in the background, so that no copy waits for it.
@@ -63,6 +69,8 @@ class StoreConfig:
     flash_write_burst_bytes: int | None = None
     io_threads: int = 2
     flash_queue_blocks: int = 256
+    tenants: Mapping[str, Limits] = field(default_factory=dict)
+    pin_bytes: int | None = None
     reservation_share: float = 0.25
     eviction: PolicyName = "rgg"
     prefault: bool = True
@@ -78,6 +86,7 @@ class Parts:
     placement: Placement
     moves: Moves
     admission: Admission
+    expiry: Expiry
     intake: Intake
     claims: Claims
     reservation_limit: int
@@ -136,33 +145,43 @@ class Maker:
         index = IndexWriter(path, slots, flash_slots, slot_bytes, boot_epoch)
         undo.callback(path.unlink, missing_ok=True)
         undo.callback(index.close)
-        make_policy = partial(self._make_policy, seed=int.from_bytes(boot_epoch))
-        placement = Placement(index, dram, flash, make_policy, sessions.is_awaited, self._now)
+        placement = self._placement(index, dram, flash, sessions)
+        moves = self._moves(placement)
+        share = max(1, int(slots * config.reservation_share))
+        claims = Claims(index.claims)
+        admission = self._admission(placement, moves)
+        expiry = Expiry(placement, self._now)
+        intake = Intake(placement, admission, expiry, sessions, claims, share)
+        if flash is not None:
+            moves.start()
+        elif config.flash_path is not None:
+            moves.lost_at_start()
+        if config.prefault:
+            self._prefault(dram)
+        self._log.info(
+            "store ready", slot_bytes=slot_bytes, dram_slots=slots, flash=moves.state,
+            flash_slots=flash_slots, blocks=len(placement.blocks),
+        )  # fmt: skip
+        return Parts(index, dram, flash, placement, moves, admission, expiry, intake, claims, share)
+
+    def _placement(
+        self, index: IndexWriter, dram: DramTier, flash: FlashTier | None, sessions: Sessions
+    ) -> Placement:
+        config = self._config
+        make_policy = partial(self._make_policy, seed=int.from_bytes(index.boot_epoch))
+        pin_bytes = config.pin_bytes or config.dram_bytes // BUDGET_SHARE
+        pins = Pins(index.rows, pin_bytes // dram.slot_bytes, self._now)
+        rules = Rules(Tenancy(config.tenants), pins)
+        return Placement(index, dram, flash, make_policy, sessions.is_awaited, self._now, rules)
+
+    def _moves(self, placement: Placement) -> Moves:
+        config = self._config
         moves = Moves(
             placement, self._host.threads, config.io_threads, config.flash_queue_blocks,
             self._post, self._log,
         )  # fmt: skip
-        undo.callback(moves.close)
-        share = max(1, int(slots * config.reservation_share))
-        claims = Claims(index.claims)
-        admission = self._admission(placement, moves)
-        intake = Intake(placement, moves, admission, sessions, claims, share)
-        self._begin(placement, moves)
-        return Parts(index, dram, flash, placement, moves, admission, intake, claims, share)
-
-    def _begin(self, placement: Placement, moves: Moves) -> None:
-        """Take over what is on flash, touch the arena, say what there is."""
-        dram, flash = placement.dram, placement.flash
-        if flash is not None:
-            moves.start()
-        elif self._config.flash_path is not None:
-            moves.lost_at_start()
-        if self._config.prefault:
-            self._prefault(dram)
-        self._log.info(
-            "store ready", slot_bytes=dram.slot_bytes, dram_slots=dram.slots, flash=moves.state,
-            flash_slots=flash.slots if flash else 0, blocks=len(placement.blocks),
-        )  # fmt: skip
+        self._undo.callback(moves.close)
+        return moves
 
     def _admission(self, placement: Placement, moves: Moves) -> Admission:
         config = self._config

@@ -15,13 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from kvist.cachesvc.blocks import NO_ROW, Blocks
 from kvist.cachesvc.eviction import History, Policy, Tree
 from kvist.cachesvc.flashio import Rise, Sink
 from kvist.cachesvc.index import IndexWriter, Location
 from kvist.cachesvc.shadow import Shadow
+from kvist.cachesvc.tenancy import Group
 from kvist.cachesvc.uses import Uses
+from kvist.cachesvc.wards import Rules, Wards
 from kvist.cachesvc.whatif import Estimate, WhatIf
 from kvist.proto.errors import KvistError, TierFull
 from kvist.proto.keys import BlockKey
@@ -48,6 +51,7 @@ class Counts:
         orphans_dropped: found on flash at the start without the block before them.
         index_refused: no room in the index.
         flash_rebuilds: times that the flash index was missing or wrong and was made anew.
+        expired: blocks dropped because their time was over; slots_wiped: overwritten when freed.
         commits_refused: the record was not what had been reserved, or its parent was gone.
     """
 
@@ -68,6 +72,8 @@ class Counts:
     orphans_dropped: int = 0
     index_refused: int = 0
     commits_refused: int = 0
+    expired: int = 0
+    slots_wiped: int = 0
     flash_rebuilds: int = 0
 
 
@@ -87,9 +93,10 @@ class Placement:
         make_policy: gets the blocks, who used them last, and how many fit.
         is_awaited: whether somebody has reserved a child of the block.
         now: seconds, of a clock that does not jump.
+        rules: whose blocks are limited, and which are passed over.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - it joins what these are
         self,
         index: IndexWriter,
         dram: DramTier,
@@ -97,6 +104,7 @@ class Placement:
         make_policy: Callable[[Tree, History, int], Policy],
         is_awaited: Callable[[BlockKey], bool],
         now: Callable[[], float],
+        rules: Rules,
     ) -> None:
         self.index = index
         self.blocks = Blocks(index)
@@ -113,12 +121,19 @@ class Placement:
         self.jobs: dict[int, Sink | Rise] = {}
         self.unlisted: list[BlockKey] = []
         self.counts = Counts()
+        self.tenancy, self.pins = rules.tenancy, rules.pins
         self.passed_over = bytearray(index.rows)
         self._is_awaited = is_awaited
         self._dram_leaves = self.policy.order(self.may_leave_dram, index.count_dram, dram.slots)
         self._flash_leaves = (
             self.policy.order(self.may_leave_flash, len, capacity) if flash else None
         )
+        wards = partial(
+            Wards, blocks=self.blocks, rules=rules, slot_bytes=dram.slot_bytes,
+            last_use=lambda rows: history.request[rows],
+        )  # fmt: skip
+        self._dram_wards = wards("dram", slots=dram.slots, may_go=self.may_leave_dram)
+        self._flash_wards = wards("flash", slots=flash_slots, may_go=self.may_leave_flash)
 
     def may_leave_dram(self, row: int) -> bool:
         """Whether a block's copy in DRAM may be dropped to make room."""
@@ -156,36 +171,44 @@ class Placement:
             if self._flash_leaves is not None:
                 self._flash_leaves.offer(row)
 
+    @property
+    def spared(self) -> int:
+        """How often a pinned block was passed over."""
+        return self._dram_wards.spared + self._flash_wards.spared
+
     # Slots.
 
-    def allocate_dram(self, than: int = NO_ROW) -> int:
+    def allocate_dram(self, group: Group | None, than: int = NO_ROW) -> int:
         """A free DRAM slot, made by eviction if need be.
 
         Args:
+            group: what limits the owner of the block that it is for.
             than: a row; evict no block that is as worth keeping as that one.
 
         Raises: TierFull when nothing may go.
         """
         while True:
-            if self.dram.free_slots:
+            if self.dram.free_slots and not self._dram_wards.is_full(group):
                 # It may lack memory, when others fill /dev/shm; one just evicted has it.
                 with suppress(TierFull):
                     return self.dram.allocate()
-            row = self._dram_leaves.take(self.uses.clock(), than)
+            take = partial(self._dram_leaves.take, self.uses.clock(), than)
+            row = self._dram_wards.take(group, take, self._dram_leaves.offer)
             if row == NO_ROW:
                 raise TierFull("nothing in DRAM may go")
             self.counts.dram_evicted += 1
             self.drop_dram(row, "not_admitted" if self.passed_over[row] else "evicted")
 
-    def allocate_flash(self) -> int:
-        """A free flash slot, made by eviction if need be.
+    def allocate_flash(self, group: Group | None) -> int:
+        """A free flash slot, made by eviction if need be; group as in allocate_dram.
 
         Raises: TierFull when nothing may go. TierOffline.
         """
         assert self.flash is not None
         assert self._flash_leaves is not None
-        while not self.flash.free_slots:
-            row = self._flash_leaves.take(self.uses.clock())
+        while not self.flash.free_slots or self._flash_wards.is_full(group):
+            take = partial(self._flash_leaves.take, self.uses.clock())
+            row = self._flash_wards.take(group, take, self._flash_leaves.offer)
             if row == NO_ROW:
                 raise TierFull("nothing on flash may go")
             self.counts.flash_evicted += 1
@@ -220,11 +243,23 @@ class Placement:
             why: one of proto.shm.DEPARTURES, what misses of the block will say.
         """
         parent, key = self.blocks.parent[row], self.index.key(row)
+        group = self.group(row)
         if self.index.flash(row) is None:
             self.uses.removed(row)
         slot = self.blocks.lose_dram(row)
-        self.dram.free(slot)
+        self.free_dram(slot, group)
         self._settle(row, parent, key, why)
+
+    def group(self, row: int) -> Group | None:
+        """What limits a block's owner; None when nothing does."""
+        return self.tenancy.group(self.blocks.namespace(row)) if self.tenancy.rules else None
+
+    def free_dram(self, slot: int, group: Group | None) -> None:
+        """Give a slot back; what was in it is overwritten if its owner's blocks have a TTL."""
+        self.dram.free(slot)
+        if group is not None and group.limits.ttl is not None:
+            self.dram.wipe(slot)
+            self.counts.slots_wiped += 1
 
     def drop_flash(self, row: int, why: str = "evicted") -> None:
         """Drop a flash copy with no child on flash. If it is the last one, nothing stands on it."""
@@ -238,6 +273,7 @@ class Placement:
 
     def _settle(self, row: int, parent: int, key: BlockKey, why: str) -> None:
         if self.index.is_free(row):
+            self.pins.forget(row)
             self.index.departed.note(key, why)
         self.offer(row)
         self.offer(parent)

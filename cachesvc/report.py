@@ -59,6 +59,7 @@ class StoreStats:
         counters: totals of all workers, by name of proto.shm.COUNTERS.
         events: placement.Counts.
         wear: of flash; None without it.
+        pinned_blocks: now; spared_blocks: how often one was passed over.
     """
 
     boot_epoch: bytes
@@ -75,6 +76,8 @@ class StoreStats:
     wear: Wear | None = None
     eviction: tuple[EvictionUse, ...] = ()
     what_if: dict[str, tuple[Estimate, ...]] = field(default_factory=dict)
+    pinned_blocks: int = 0
+    spared_blocks: int = 0
 
 
 def tier_uses(placement: Placement, moves: Moves) -> tuple[TierUse, ...]:
@@ -133,4 +136,6 @@ def store_stats(
         events=asdict(placement.counts) if placement else {},
         eviction=eviction_uses(placement) if placement else (),
         what_if=placement.what_if if placement else {},
+        pinned_blocks=placement.pins.count if placement else 0,
+        spared_blocks=placement.spared if placement else 0,
     )

@@ -177,6 +177,16 @@ class CacheService(cache_pb2_grpc.CacheServicer):
         """Drop the blocks of one namespace, or all."""
         return await self._reply(self._answers.clear, request, context)
 
+    async def Pin(self, request: cache_pb2.PinRequest, context: Context) -> cache_pb2.PinReply:
+        """Have blocks go later than others."""
+        return await self._reply(self._answers.pin, request, context)
+
+    async def Unpin(
+        self, request: cache_pb2.UnpinRequest, context: Context
+    ) -> cache_pb2.UnpinReply:
+        """End that."""
+        return await self._reply(self._answers.unpin, request, context)
+
     async def Read(
         self, request: cache_pb2.ReadRequest, context: Context
     ) -> AsyncIterator[cache_pb2.Chunk]:

@@ -18,8 +18,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvist.cachesvc.ring import RingReader, make_ring
+from kvist.cachesvc.tenancy import Group
 from kvist.proto.errors import SessionUnknown
 from kvist.proto.keys import NO_KEY, BlockKey
+
+
+@dataclass(frozen=True, slots=True)
+class First:
+    """What a worker knows of the prompt that begins with a block; see cache.proto.
+
+    Attributes:
+        origin: b"" when it was not told.
+        namespace: digest.
+        tenant: "" for the common pool.
+    """
+
+    origin: bytes
+    namespace: bytes
+    tenant: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +47,14 @@ class Reservation:
         parent: block before it, or NO_KEY.
         slot: of the arena.
         origin: of a first block, see proto.keys.origin_of; b"" when it was not told.
+        group: whose quota it counts against; None: nobody's.
     """
 
     key: BlockKey
     parent: BlockKey
     slot: int
     origin: bytes = b""
+    group: Group | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -147,6 +165,8 @@ class Sessions:
         assert reservation.key not in self._holders
         session.reserved[reservation.slot] = reservation
         self._holders[reservation.key] = session.id
+        if reservation.group is not None:
+            reservation.group.reserved += 1
 
     def release(self, session: Session, slot: int) -> Reservation | None:
         """Take a slot back, whose worker writes it no more; None when it does not hold it."""
@@ -154,6 +174,8 @@ class Sessions:
         if reservation is not None:
             del self._holders[reservation.key]
             self.forget_child(reservation.parent)
+            if reservation.group is not None:
+                reservation.group.reserved -= 1
         return reservation
 
     def take_gone(self) -> list[Session]:

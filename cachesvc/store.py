@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -28,7 +29,7 @@ from kvist.cachesvc.log import Log
 from kvist.cachesvc.parts import ARENA_NAME, INDEX_NAME, Maker, Parts, StoreConfig
 from kvist.cachesvc.report import StoreStats, store_stats
 from kvist.cachesvc.ring import Entry
-from kvist.cachesvc.sessions import RING_PREFIX, Session, Sessions
+from kvist.cachesvc.sessions import RING_PREFIX, First, Session, Sessions
 from kvist.proto.errors import BlockCorrupt, BlockMissing, ConfigInvalid
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import PAGE_BYTES, RecordShape, unpack_header
@@ -39,7 +40,7 @@ __all__ = ["Reserved", "SessionInfo", "Store", "StoreConfig", "StoreStats"]
 EPOCH_BYTES = 16
 BELL_NAME = "bell"
 LOCK_NAME = "store.lock"
-NO_ORIGINS: Mapping[BlockKey, bytes] = MappingProxyType({})
+NO_FIRSTS: Mapping[BlockKey, First] = MappingProxyType({})
 
 # Stands for the session of a client that has none.
 _ELSEWHERE = 0
@@ -198,11 +199,11 @@ class Store:
         self,
         session: str,
         blocks: Sequence[tuple[BlockKey, BlockKey]],
-        origins: Mapping[BlockKey, bytes] = NO_ORIGINS,
+        firsts: Mapping[BlockKey, First] = NO_FIRSTS,
     ) -> list[Reserved]:
         """See Intake.reserve. Raises: SessionUnknown."""
         holder = self._sessions.get(session)
-        return self._made.intake.reserve(holder, blocks, origins)
+        return self._made.intake.reserve(holder, blocks, firsts)
 
     def commit(self, session: str, slots: Sequence[int]) -> list[bool]:
         """See Intake.commit. Raises: SessionUnknown."""
@@ -279,6 +280,21 @@ class Store:
         """Longest record that may fit a slot."""
         return self._parts.dram.slot_bytes if self._parts else self._config.dram_bytes
 
+    def pin(self, keys: Sequence[BlockKey], ttl_s: int, strength: int) -> int:
+        """Pin the cached prefix of a prompt; how many blocks are pinned. See cachesvc/pins.py."""
+        rows = self._rows(keys)
+        return self._made.placement.pins.pin(rows, ttl_s, strength) if rows else 0
+
+    def unpin(self, keys: Sequence[BlockKey]) -> int:
+        """End the pins of a prompt's blocks; how many there were."""
+        rows = self._rows(keys)
+        return self._made.placement.pins.unpin(rows) if rows else 0
+
+    def _rows(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Rows of a prompt's blocks, up to the first that is not stored."""
+        locate = self._parts.index.locate if self._parts else (lambda _key: None)
+        return list(takewhile(lambda row: row is not None, map(locate, keys)))  # type: ignore[arg-type]
+
     def clear(self, namespace: bytes | None) -> int:
         """Drop every block, or every block of one namespace; how many that were."""
         if self._parts is None:
@@ -321,6 +337,7 @@ class Store:
             self._parts.index.set_sessions(len(self._sessions))
             self._log.info("session ended", session=session.id, reserved_slots=len(slots))
         self._parts.claims.expire(now_s)
+        self._parts.expiry.tick(now_s)
         self._parts.moves.poll(now_s)
         self._parts.admission.tick(now_s, self._host.threads)
         return busy or bool(self._parts.placement.jobs)

@@ -27,6 +27,7 @@ class StoreItem:
         tokens: the block's own token ids as little-endian uint32 bytes.
         payload: shape (payload_bytes,), uint8; must not change until store returns.
         origin: of a first block, see proto.keys.origin_of; b"" tells nothing.
+        tenant: of a first block, see proto.keys.tenant_of.
     """
 
     key: BlockKey
@@ -36,6 +37,7 @@ class StoreItem:
     tokens: bytes
     payload: Bytes
     origin: bytes = b""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +116,7 @@ class Storer:
         """See _store_batch. Raises: Detached, SessionUnknown; blocks not in seen are lost."""
         if life.ended:
             raise Detached("the session has ended")
-        names = [
-            cache_pb2.BlockName(key=item.key, parent=item.parent, origin=item.origin)
-            for item in batch
-        ]
+        names = [_name(item) for item in batch]
         reply = self._control.reserve(cache_pb2.ReserveRequest(session=life.session, blocks=names))
         if len(reply.reservations) != len(batch):
             raise Detached("the sidecar answered for another number of blocks")
@@ -165,6 +164,13 @@ class Storer:
             seen.note(item, "stored" if committed else "torn")
             stored_bytes += item.payload.nbytes * committed
         life.add({"stored_bytes": stored_bytes})
+
+
+def _name(item: StoreItem) -> cache_pb2.BlockName:
+    if item.depth:
+        return cache_pb2.BlockName(key=item.key, parent=item.parent)
+    first = cache_pb2.FirstBlock(origin=item.origin, namespace=item.namespace, tenant=item.tenant)
+    return cache_pb2.BlockName(key=item.key, parent=item.parent, first=first)
 
 
 class _Batches:

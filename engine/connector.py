@@ -23,7 +23,7 @@ from kvist.engine.pages import Pages
 from kvist.engine.request import CACHE_BYPASS
 from kvist.engine.sequence import Sequence, State
 from kvist.engine.tally import Tally, outcome
-from kvist.proto.keys import BlockKey
+from kvist.proto.keys import BlockKey, tenant_of
 from kvist.proto.record import Bytes, Wanted
 from kvist.proto.shm import STORABLE
 
@@ -298,6 +298,7 @@ class Connector:
             tokens=sequence.block_tokens_bytes(block),
             payload=self._page_bytes(page),
             origin=b"" if block else sequence.origin(),
+            tenant="" if block else tenant_of(sequence.request.cache_salt),
         )
 
     def _count(self, sequence: Sequence, loaded: int, reason: str) -> None:

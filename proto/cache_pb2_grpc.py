@@ -74,6 +74,16 @@ class CacheStub:
                 request_serializer=kvist_dot_proto_dot_cache__pb2.ClearRequest.SerializeToString,
                 response_deserializer=kvist_dot_proto_dot_cache__pb2.ClearReply.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/kvist.v1.Cache/Pin',
+                request_serializer=kvist_dot_proto_dot_cache__pb2.PinRequest.SerializeToString,
+                response_deserializer=kvist_dot_proto_dot_cache__pb2.PinReply.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/kvist.v1.Cache/Unpin',
+                request_serializer=kvist_dot_proto_dot_cache__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=kvist_dot_proto_dot_cache__pb2.UnpinReply.FromString,
+                _registered_method=True)
         self.Read = channel.unary_stream(
                 '/kvist.v1.Cache/Read',
                 request_serializer=kvist_dot_proto_dot_cache__pb2.ReadRequest.SerializeToString,
@@ -146,6 +156,21 @@ class CacheServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Makes the cached blocks of a prompt go later than others: a priority that decays, never a
+        promise. See cachesvc/pins.py.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Ends the pins of a prompt's blocks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Read(self, request, context):
         """Blocks as a stream of chunks, for clients that cannot share memory.
         """
@@ -202,6 +227,16 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.Clear,
                     request_deserializer=kvist_dot_proto_dot_cache__pb2.ClearRequest.FromString,
                     response_serializer=kvist_dot_proto_dot_cache__pb2.ClearReply.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=kvist_dot_proto_dot_cache__pb2.PinRequest.FromString,
+                    response_serializer=kvist_dot_proto_dot_cache__pb2.PinReply.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=kvist_dot_proto_dot_cache__pb2.UnpinRequest.FromString,
+                    response_serializer=kvist_dot_proto_dot_cache__pb2.UnpinReply.SerializeToString,
             ),
             'Read': grpc.unary_stream_rpc_method_handler(
                     servicer.Read,
@@ -430,6 +465,60 @@ class Cache:
             '/kvist.v1.Cache/Clear',
             kvist_dot_proto_dot_cache__pb2.ClearRequest.SerializeToString,
             kvist_dot_proto_dot_cache__pb2.ClearReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvist.v1.Cache/Pin',
+            kvist_dot_proto_dot_cache__pb2.PinRequest.SerializeToString,
+            kvist_dot_proto_dot_cache__pb2.PinReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvist.v1.Cache/Unpin',
+            kvist_dot_proto_dot_cache__pb2.UnpinRequest.SerializeToString,
+            kvist_dot_proto_dot_cache__pb2.UnpinReply.FromString,
             options,
             channel_credentials,
             insecure,

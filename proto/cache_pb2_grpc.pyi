@@ -54,6 +54,12 @@ class CacheStub:
     """What the service holds and has done."""
     Clear: _grpc.UnaryUnaryMultiCallable[_cache_pb2.ClearRequest, _cache_pb2.ClearReply]
     """Drops every block, or every block of one namespace."""
+    Pin: _grpc.UnaryUnaryMultiCallable[_cache_pb2.PinRequest, _cache_pb2.PinReply]
+    """Makes the cached blocks of a prompt go later than others: a priority that decays, never a
+    promise. See cachesvc/pins.py.
+    """
+    Unpin: _grpc.UnaryUnaryMultiCallable[_cache_pb2.UnpinRequest, _cache_pb2.UnpinReply]
+    """Ends the pins of a prompt's blocks."""
     Read: _grpc.UnaryStreamMultiCallable[_cache_pb2.ReadRequest, _cache_pb2.Chunk]
     """Blocks as a stream of chunks, for clients that cannot share memory."""
     Write: _grpc.StreamUnaryMultiCallable[_cache_pb2.Chunk, _cache_pb2.WriteReply]
@@ -80,6 +86,12 @@ class CacheAsyncStub(CacheStub):
     """What the service holds and has done."""
     Clear: _aio.UnaryUnaryMultiCallable[_cache_pb2.ClearRequest, _cache_pb2.ClearReply]  # type: ignore[assignment]
     """Drops every block, or every block of one namespace."""
+    Pin: _aio.UnaryUnaryMultiCallable[_cache_pb2.PinRequest, _cache_pb2.PinReply]  # type: ignore[assignment]
+    """Makes the cached blocks of a prompt go later than others: a priority that decays, never a
+    promise. See cachesvc/pins.py.
+    """
+    Unpin: _aio.UnaryUnaryMultiCallable[_cache_pb2.UnpinRequest, _cache_pb2.UnpinReply]  # type: ignore[assignment]
+    """Ends the pins of a prompt's blocks."""
     Read: _aio.UnaryStreamMultiCallable[_cache_pb2.ReadRequest, _cache_pb2.Chunk]  # type: ignore[assignment]
     """Blocks as a stream of chunks, for clients that cannot share memory."""
     Write: _aio.StreamUnaryMultiCallable[_cache_pb2.Chunk, _cache_pb2.WriteReply]  # type: ignore[assignment]
@@ -151,6 +163,24 @@ class CacheServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cache_pb2.ClearReply, _abc.Awaitable[_cache_pb2.ClearReply]]:
         """Drops every block, or every block of one namespace."""
+
+    @_abc_1.abstractmethod
+    def Pin(
+        self,
+        request: _cache_pb2.PinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cache_pb2.PinReply, _abc.Awaitable[_cache_pb2.PinReply]]:
+        """Makes the cached blocks of a prompt go later than others: a priority that decays, never a
+        promise. See cachesvc/pins.py.
+        """
+
+    @_abc_1.abstractmethod
+    def Unpin(
+        self,
+        request: _cache_pb2.UnpinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cache_pb2.UnpinReply, _abc.Awaitable[_cache_pb2.UnpinReply]]:
+        """Ends the pins of a prompt's blocks."""
 
     @_abc_1.abstractmethod
     def Read(

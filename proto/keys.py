@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import NewType
 
@@ -25,6 +26,7 @@ KEY_BYTES = 16
 DIGEST_BYTES = 32
 FORMAT_VERSION = 1
 ORIGIN_BYTES = 8
+_TENANT = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 BlockKey = NewType("BlockKey", bytes)
 Tokens = npt.NDArray[np.uint32]
@@ -157,3 +159,16 @@ def origin_of(salt: str, tokens: bytes) -> bytes:
         hasher.update(len(part).to_bytes(4, "little"))
         hasher.update(part)
     return hasher.digest()[:ORIGIN_BYTES].replace(bytes(ORIGIN_BYTES), b"\1" * ORIGIN_BYTES)
+
+
+def tenant_of(salt: str) -> str:
+    """Name the tenant that a salt stands for; the name tells nothing of the secret in it.
+
+    Returns:
+        "" for the common pool; the part before the first colon, if it is a name, as in
+        "acme:3f9a..."; else "salt-" and 16 hex digits of a hash of the salt.
+    """
+    name, colon, _ = salt.partition(":")
+    if not salt or (colon and _TENANT.fullmatch(name)):
+        return name
+    return "salt-" + hashlib.sha256(b"kvist.tenant" + salt.encode()).hexdigest()[:16]

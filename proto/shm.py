@@ -104,6 +104,7 @@ DEPARTURES = (
     "",  # it is not known that the block ever was there
     "evicted",  # dropped to make room for others
     "not_admitted",  # a tier did not take it: no room, first use, write budget
+    "expired",  # its tenant's TTL was over
     "cleared",  # dropped by Clear
     "corrupt",  # checksum, tokens or namespace differed, of this block or of one before it
 )

@@ -16,7 +16,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sim.sidecar import KVISTD, Prompt, Sidecar, load_all, wait_until
 
-from kvist.cachesvc.config import SETTINGS, home_folders
+from kvist.cachesvc.config import SETTINGS
+from kvist.cachesvc.folders import home_folders
 from kvist.cachesvc.log import BURST_LINES, Log
 
 WITHOUT_TORCH = """
