@@ -19,9 +19,11 @@ from pathlib import Path
 import uvloop
 from prometheus_client import CollectorRegistry
 
+from kvist.cachesvc.answers import Answers
 from kvist.cachesvc.beat import Beat, call_on
 from kvist.cachesvc.config import SidecarConfig, add_flags, as_toml, load_config
 from kvist.cachesvc.dashboard import Dashboard
+from kvist.cachesvc.desk import Desk
 from kvist.cachesvc.folders import OwnedFolder, sweep
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.metrics import Metrics
@@ -119,10 +121,13 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
         beat = Beat(loop, store, fail)
         beat.start(store.bell_path)
         stack.callback(beat.stop)
+        desk = Desk(loop, Answers(store), beat, fail)
+        desk.start(store.calls_path)
+        stack.callback(desk.stop)
         server = Server(CacheService(store, beat, fail), config.socket, config.listen)
         await server.start()
         stack.push_async_callback(server.stop)
-        Metrics(registry, read, server.calls, version("kvist"))
+        Metrics(registry, read, {"grpc": server.calls, "packet": desk.calls}, version("kvist"))
         page_url = ""
         if config.http_listen:
             page = Dashboard(config.http_listen, read, registry, version("kvist"))
@@ -158,6 +163,8 @@ def store_config(config: SidecarConfig, arena_folder: Path) -> StoreConfig:
         pin_bytes=config.pin_bytes,
         reservation_share=config.reservation_share,
         eviction=config.eviction,
+        dram_verify=config.dram_verify,
+        flash_verify=config.flash_verify,
     )
 
 

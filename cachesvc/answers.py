@@ -77,6 +77,7 @@ class Answers:
             dram_slots=info.dram_slots,
             reservation_limit=info.reservation_limit,
             number=info.number,
+            calls_path=str(info.calls_path),
         )
 
     def lookup(self, request: cache_pb2.LookupRequest) -> cache_pb2.LookupReply:

@@ -107,14 +107,11 @@ class Beat:
         return True
 
 
-def call_on(
-    loop: asyncio.AbstractEventLoop, function: Callable[[], Result], timeout_s: float
-) -> Result:
-    """Run a function on a loop's thread and wait for it; called from any other thread.
+def begin_on(loop: asyncio.AbstractEventLoop, function: Callable[[], Result]) -> Future[Result]:
+    """Have a function run on a loop's thread; called from any other thread.
 
     Raises:
-        Detached: the loop has stopped, or was busy for longer than timeout_s.
-        whatever the function raises.
+        Detached: the loop has stopped.
     """
     future: Future[Result] = Future()
 
@@ -130,8 +127,25 @@ def call_on(
         loop.call_soon_threadsafe(run)
     except RuntimeError:
         raise Detached("the store has stopped") from None
+    return future
+
+
+def finish(future: Future[Result], timeout_s: float) -> Result:
+    """Wait for what begin_on began.
+
+    Raises:
+        Detached: the loop was busy for longer than timeout_s.
+        whatever the function raises.
+    """
     try:
         return future.result(timeout_s)
     except FutureTimeout:
         future.cancel()
         raise Detached(f"the store did not answer within {timeout_s} s") from None
+
+
+def call_on(
+    loop: asyncio.AbstractEventLoop, function: Callable[[], Result], timeout_s: float
+) -> Result:
+    """Run a function on a loop's thread and wait for it. Raises: as begin_on and finish."""
+    return finish(begin_on(loop, function), timeout_s)

@@ -20,6 +20,7 @@ from kvist.cachesvc.tenancy import Limits, check_floors, parse_tenants
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.record import PAGE_BYTES
 from kvist.proto.sizes import format_bytes, parse_bytes
+from kvist.proto.verify import VERIFY, Verify, checked_dram_verify
 
 DEFAULT_FILE = Path("/etc/kvist/kvistd.toml")
 VARIABLE_PREFIX = "KVIST_"
@@ -219,6 +220,13 @@ SETTINGS: tuple[Setting, ...] = (
         "Bytes of blocks that may be pinned at once; auto: a quarter of dram_bytes.",
         bytes_or("auto"),
     ),
+    Setting(
+        "dram_verify",
+        "always",
+        f"Whether the checksum of a block read from DRAM is compared: {', '.join(VERIFY)}.",
+        _one_of(VERIFY),
+    ),
+    Setting("flash_verify", "always", "The same for a block read from flash.", _one_of(VERIFY)),
     Setting("log_level", "info", f"Least level to log: {', '.join(LEVELS)}.", _one_of(LEVELS)),
     Setting("log_format", "text", f"Form of a log line: {', '.join(FORMATS)}.", _one_of(FORMATS)),
 )
@@ -261,10 +269,13 @@ class SidecarConfig:
     eviction: PolicyName
     tenants: Mapping[str, Limits]
     pin_bytes: int | None
+    dram_verify: Verify
+    flash_verify: Verify
     log_level: Level
     log_format: Format
 
     def __post_init__(self) -> None:
+        checked_dram_verify(self.dram_verify)
         if self.slot_bytes is not None and self.slot_bytes > self.dram_bytes:
             raise ConfigInvalid(
                 f"slot_bytes: {format_bytes(self.slot_bytes)} is more than dram_bytes, "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, Protocol
+import re
+from pathlib import Path
+from typing import NoReturn, Protocol
 
 import grpc
-from google.protobuf.message import Message
 
+from kvist.cachesvc.calls import COMMIT, RESERVE, CallSocket, Pending
 from kvist.proto import cache_pb2
 from kvist.proto.cache_pb2_grpc import CacheStub
 from kvist.proto.errors import (
@@ -30,6 +32,8 @@ SLOTS_MAX = 1024
 # longer is as good as gone, and a store that waits for it holds up other stores.
 CALL_TIMEOUT_S = 5.0
 
+_HOST_PORT = re.compile(r"[^/:]+:\d+|\[[0-9a-fA-F:.]+\]:\d+")
+
 _CHANNEL_OPTIONS = (
     # gRPC's own waits between connection attempts start at 1 s and grow to 2 minutes; a client
     # must be back within 1 s of the sidecar's restart.
@@ -45,9 +49,9 @@ _CHANNEL_OPTIONS = (
 class Control(Protocol):
     """The few calls that a worker makes. Requests and replies are those of cache.proto.
 
-    Threads: attach and wait_ended are called by one thread, reserve, commit and abort by one
-    other; hang_up and close by any. All may block, none for longer than CALL_TIMEOUT_S but
-    attach and wait_ended, which hang_up ends.
+    Threads: attach and wait_ended are called by one thread, reserve and commit by one other;
+    hang_up and close by any. All may block, none for longer than CALL_TIMEOUT_S but attach and
+    wait_ended, which hang_up ends. Calls are answered in the order in which they were begun.
 
     Attributes:
         calls: how many were made so far.
@@ -74,16 +78,12 @@ class Control(Protocol):
         """End the session, if there is one."""
         ...
 
-    def reserve(self, request: cache_pb2.ReserveRequest) -> cache_pb2.ReserveReply:
-        """Ask for slots. Raises: Detached, SessionUnknown."""
+    def reserve(self, request: cache_pb2.ReserveRequest) -> Pending[cache_pb2.ReserveReply]:
+        """Begin to ask for slots. Raises: Detached."""
         ...
 
-    def commit(self, request: cache_pb2.CommitRequest) -> cache_pb2.CommitReply:
-        """Make filled slots visible. Raises: Detached, SessionUnknown."""
-        ...
-
-    def abort(self, request: cache_pb2.AbortRequest) -> cache_pb2.AbortReply:
-        """Give slots back. Raises: Detached, SessionUnknown."""
+    def commit(self, request: cache_pb2.CommitRequest) -> Pending[cache_pb2.CommitReply]:
+        """Begin to make filled slots visible. Raises: Detached."""
         ...
 
     def close(self) -> None:
@@ -105,8 +105,28 @@ def _raise(error: grpc.RpcError) -> NoReturn:
     raise _ERRORS.get(code, Detached)(f"{details} ({code.name})") from None
 
 
+def local_address(address: str) -> str:
+    """The address of a sidecar on this host as gRPC writes it, from unix:PATH or PATH.
+
+    Raises:
+        ConfigInvalid: the address is of another host, or none at all.
+    """
+    path = address.removeprefix("unix:")
+    if _HOST_PORT.fullmatch(address):
+        raise ConfigInvalid(
+            f"cache address {address}: a worker maps the sidecar's memory and so needs one on its "
+            "own host; give the path of its socket, like /run/kvist/kvistd.sock"
+        )
+    if not path.startswith("/"):
+        raise ConfigInvalid(
+            f"cache address {address!r}: give the absolute path of the sidecar's socket, like "
+            "/run/kvist/kvistd.sock"
+        )
+    return f"unix:{path}"
+
+
 class GrpcControl:
-    """Control over gRPC.
+    """Control of a sidecar: the session over gRPC, its calls over the socket that Attach names.
 
     Args:
         address: as gRPC writes it, like unix:/run/kvist/kvistd.sock.
@@ -117,6 +137,7 @@ class GrpcControl:
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = CacheStub(self._channel)
         self._stream: grpc.CallIterator[cache_pb2.AttachReply] | None = None
+        self._calls: CallSocket | None = None
 
     def attach(self, request: cache_pb2.AttachRequest) -> cache_pb2.AttachReply:
         """See Control.attach."""
@@ -128,16 +149,12 @@ class GrpcControl:
             _raise(error)
         except (StopIteration, ValueError):  # ended before its reply; channel closed
             raise Detached("the session ended before it had begun") from None
-        return reply
-
-    def _call(self, method: grpc.UnaryUnaryMultiCallable, request: Message) -> Any:
-        self.calls += 1
         try:
-            return method(request, timeout=CALL_TIMEOUT_S)
-        except grpc.RpcError as error:
-            _raise(error)
-        except ValueError:
-            raise Detached("the channel is closed") from None
+            self._calls = CallSocket(Path(reply.calls_path), CALL_TIMEOUT_S)
+        except OSError as error:
+            self.hang_up()
+            raise Detached(f"{reply.calls_path} takes no calls: {error.strerror}") from None
+        return reply
 
     def wait_ended(self) -> str:
         """See Control.wait_ended."""
@@ -151,23 +168,25 @@ class GrpcControl:
 
     def hang_up(self) -> None:
         """See Control.hang_up."""
+        calls = self._calls
+        if calls is not None:
+            calls.end()
         if self._stream is not None:
             self._stream.cancel()
 
-    def reserve(self, request: cache_pb2.ReserveRequest) -> cache_pb2.ReserveReply:
+    def _connected(self) -> CallSocket:
+        self.calls += 1
+        if self._calls is None:
+            raise Detached("no session was opened")
+        return self._calls
+
+    def reserve(self, request: cache_pb2.ReserveRequest) -> Pending[cache_pb2.ReserveReply]:
         """See Control.reserve."""
-        reply: cache_pb2.ReserveReply = self._call(self._stub.Reserve, request)
-        return reply
+        return self._connected().send(RESERVE, request, cache_pb2.ReserveReply)
 
-    def commit(self, request: cache_pb2.CommitRequest) -> cache_pb2.CommitReply:
+    def commit(self, request: cache_pb2.CommitRequest) -> Pending[cache_pb2.CommitReply]:
         """See Control.commit."""
-        reply: cache_pb2.CommitReply = self._call(self._stub.Commit, request)
-        return reply
-
-    def abort(self, request: cache_pb2.AbortRequest) -> cache_pb2.AbortReply:
-        """See Control.abort."""
-        reply: cache_pb2.AbortReply = self._call(self._stub.Abort, request)
-        return reply
+        return self._connected().send(COMMIT, request, cache_pb2.CommitReply)
 
     def close(self) -> None:
         """See Control.close."""

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from kvist.cachesvc.answers import Answers
-from kvist.cachesvc.beat import Beat, call_on
+from kvist.cachesvc.beat import Beat, begin_on, call_on, finish
+from kvist.cachesvc.calls import Pending
 from kvist.cachesvc.client import CacheClient
 from kvist.cachesvc.control import CALL_TIMEOUT_S
 from kvist.cachesvc.folders import OwnedFolder, sweep
@@ -32,6 +33,18 @@ FOLDER_PREFIX = "kvist-embedded-"
 OPEN_TIMEOUT_S = 60.0
 
 Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+class _Begun(Generic[Result_co]):
+    """See calls.Pending."""
+
+    def __init__(self, future: Future[Result_co]) -> None:
+        self._future = future
+
+    def result(self) -> Result_co:
+        """See calls.Pending.result."""
+        return finish(self._future, CALL_TIMEOUT_S)
 
 
 class DirectControl:
@@ -93,18 +106,18 @@ class DirectControl:
         self._loop.stop()
         self._ended.set()
 
-    def _call(self, function: Callable[[], Result]) -> Result:
+    def _begin(self, function: Callable[[], Result]) -> _Begun[Result]:
         def active() -> Result:
             self._beat.active()
             return function()
 
         self.calls += 1
-        return call_on(self._loop, active, CALL_TIMEOUT_S)
+        return _Begun(begin_on(self._loop, active))
 
     def attach(self, request: cache_pb2.AttachRequest) -> cache_pb2.AttachReply:
         """See Control.attach."""
         self._ended = threading.Event()
-        reply = self._call(lambda: self._answers.attach(request))
+        reply = self._begin(lambda: self._answers.attach(request)).result()
         self._session = reply.session
         if self._closing:  # close came in between and found no session to end
             self.hang_up()
@@ -125,17 +138,13 @@ class DirectControl:
                 self._log.debug("session not closed", reason=str(error))
         self._ended.set()
 
-    def reserve(self, request: cache_pb2.ReserveRequest) -> cache_pb2.ReserveReply:
+    def reserve(self, request: cache_pb2.ReserveRequest) -> Pending[cache_pb2.ReserveReply]:
         """See Control.reserve."""
-        return self._call(lambda: self._answers.reserve(request))
+        return self._begin(lambda: self._answers.reserve(request))
 
-    def commit(self, request: cache_pb2.CommitRequest) -> cache_pb2.CommitReply:
+    def commit(self, request: cache_pb2.CommitRequest) -> Pending[cache_pb2.CommitReply]:
         """See Control.commit."""
-        return self._call(lambda: self._answers.commit(request))
-
-    def abort(self, request: cache_pb2.AbortRequest) -> cache_pb2.AbortReply:
-        """See Control.abort."""
-        return self._call(lambda: self._answers.abort(request))
+        return self._begin(lambda: self._answers.commit(request))
 
     def close(self) -> None:
         """See Control.close; also closes the store and removes its folder."""

@@ -20,7 +20,8 @@ import numpy as np
 from kvist.cachesvc.host import Threads
 from kvist.proto.errors import BlockCorrupt, BlockMissing, FormatRefused, KvistError, TierOffline
 from kvist.proto.keys import BlockKey
-from kvist.proto.record import BlockHeader
+from kvist.proto.record import BlockHeader, seal
+from kvist.proto.slot import payload_of
 from kvist.tiers.dram import DramTier
 from kvist.tiers.flash import FlashEntry, FlashTier
 
@@ -74,8 +75,10 @@ class Rise:
 def give(waiters: list[Record], dram: DramTier, slot: int) -> None:
     """Answer with a copy of the record in a DRAM slot, or with BlockCorrupt."""
     try:
-        length = dram.header(slot).shape.record_bytes
-        record = np.frombuffer(dram.slot_view(slot)[:length], np.uint8).copy().data
+        header = dram.header(slot)
+        view = dram.slot_view(slot)[: header.shape.record_bytes]
+        record = np.frombuffer(view, np.uint8).copy().data
+        seal(header, payload_of(record, header), record)
     except KvistError as error:
         refuse(waiters, error)
         return

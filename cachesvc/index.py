@@ -12,7 +12,6 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
 from typing import Final
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from kvist.cachesvc.claims import ClaimTable
 from kvist.cachesvc.departed import Departed, Origins, departed_buckets
+from kvist.cachesvc.location import Location, pack_location, unpack_location
 from kvist.proto.errors import ConfigInvalid, FormatRefused, TierFull
 from kvist.proto.keys import KEY_BYTES, BlockKey
 from kvist.proto.shm import (
@@ -45,7 +45,11 @@ from kvist.proto.shm import (
     ORIGIN_BUCKETS,
     SESSIONS_OFFSET,
     SHM_VERSION,
+    VERIFY_OFFSET,
 )
+from kvist.proto.verify import VERIFY, Verify
+
+__all__ = ["Location", "pack_location", "unpack_location"]
 
 ROWS_PER_SLOT = 2
 
@@ -54,32 +58,6 @@ _FREE_KEY = bytes(KEY_BYTES)
 _BUCKET_WORDS = BUCKET_BYTES // 8
 _KEYS_WORDS = BUCKET_KEYS_BYTES // 8
 _HEADER_WORDS = HEADER_BYTES // 8
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Where the copies of a block are: slot numbers, or None where there is no copy.
-
-    Attributes:
-        dram: slot of the arena.
-        flash: slot of the flash tier; whether it can be read now says IndexReader.flash_state.
-    """
-
-    dram: int | None
-    flash: int | None
-
-
-def unpack_location(word: int) -> Location | None:
-    """Read a location word; None is a free row."""
-    if not word:
-        return None
-    low, high = word & LOW_HALF, word >> 32
-    return Location(low - 1 if low else None, high - 1 if high else None)
-
-
-def pack_location(dram: int | None, flash: int | None) -> int:
-    """Write a location word; 0, a free row, when both are None."""
-    return (0 if dram is None else dram + 1) | (0 if flash is None else flash + 1) << 32
 
 
 class _Table:
@@ -115,6 +93,14 @@ class _Table:
         return int(self._words[SESSIONS_OFFSET // 8])
 
     @property
+    def dram_verify(self) -> Verify:
+        """What of a block in DRAM its reader checks. Raises: FormatRefused: none that we know."""
+        number = int.from_bytes(self._map[VERIFY_OFFSET : VERIFY_OFFSET + 4], "little")
+        if number >= len(VERIFY):
+            raise FormatRefused(f"dram_verify {number} is unknown; run one version of Kvist")
+        return VERIFY[number]
+
+    @property
     def heartbeat_ns(self) -> int:
         """CLOCK_MONOTONIC of the sidecar's last sign of life."""
         return int(self._words[HEARTBEAT_OFFSET // 8])
@@ -143,6 +129,12 @@ class _Table:
         """Where a block is, or None when no tier holds it. About 2 us."""
         word_at = self._word_at(key)
         return unpack_location(self._words[word_at]) if word_at else None
+
+    def dram_slot(self, key: BlockKey) -> int | None:
+        """DRAM slot of a block, or None when it has no copy there: find for those in a hurry."""
+        word_at = self._word_at(key)
+        low = self._words[word_at] & LOW_HALF if word_at else 0
+        return low - 1 if low else None
 
     def offered(self, key: BlockKey) -> bool:
         """Whether a copy can be read now: in DRAM, or on flash while flash is ready."""
@@ -373,6 +365,11 @@ class IndexWriter(_Table):
     def set_sessions(self, count: int) -> None:
         """Tell workers how many there are."""
         self._words[SESSIONS_OFFSET // 8] = count
+
+    def set_dram_verify(self, mode: Verify) -> None:
+        """Tell readers what to check; before anybody attaches."""
+        number = VERIFY.index(mode)
+        self._map[VERIFY_OFFSET : VERIFY_OFFSET + 4] = number.to_bytes(4, "little")
 
     def beat(self, now_ns: int) -> None:
         """Leave a sign of life."""

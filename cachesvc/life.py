@@ -12,6 +12,7 @@ from kvist.cachesvc.ring import RingWriter
 from kvist.proto import cache_pb2
 from kvist.proto.errors import FormatRefused
 from kvist.proto.keys import BlockKey
+from kvist.proto.verify import Verifier
 from kvist.transfer.shm import ArenaMap
 
 
@@ -28,6 +29,7 @@ class Life:
         reservation_limit: slots that may be held reserved at once, >= 1.
         index: the shared index.
         arena: the shared slots.
+        verify: says what of a block is checked.
         ended: True once nobody new gets in.
 
     Raises:
@@ -55,6 +57,7 @@ class Life:
             # The last to open and the last to close: its lock says that slots may be written.
             self._ring = RingWriter(Path(reply.ring_path))
             closers.append(self._ring.close)
+            self.verify = Verifier(self.index.dram_verify)
             if self.index.boot_epoch != self.boot_epoch:
                 raise FormatRefused("the index is of another life of the sidecar")
             self._stop_prefault, self._prefault = _start_prefault(self.arena)
@@ -98,6 +101,11 @@ class Life:
         with self._ring_lock:
             for counter, count in counts.items():
                 self._ring.add(counter, count)
+
+    def add_one(self, counter: str, count: int) -> None:
+        """The same for one counter."""
+        with self._ring_lock:
+            self._ring.add(counter, count)
 
     def ring_bell(self) -> bool:
         """Wake the sidecar; False when it did not take the call, it looks by itself soon."""

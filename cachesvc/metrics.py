@@ -30,7 +30,7 @@ class Metrics(Collector):
     Args:
         registry: where to be found.
         read: the store's figures; called at each scrape, from the scraper's thread.
-        calls: gRPC calls so far, by method.
+        calls: calls so far by method, of each way: "grpc" and "packet" (cachesvc/calls.py).
         version: of the program.
     """
 
@@ -38,7 +38,7 @@ class Metrics(Collector):
         self,
         registry: CollectorRegistry,
         read: Callable[[], StoreStats],
-        calls: Mapping[str, int],
+        calls: Mapping[str, Mapping[str, int]],
         version: str,
     ) -> None:
         self._read = read
@@ -70,7 +70,9 @@ class Metrics(Collector):
             ("slots_wiped", "Slots overwritten when they were freed."),
         ):
             yield _counter(f"kvist_{event}", text, stats.events.get(event, 0))
-        yield _counters("kvist_grpc_calls", "Calls begun.", "method", dict(self._calls))
+        for way, text in (("grpc", "Calls begun."), ("packet", "Calls of workers, not by gRPC.")):
+            calls = dict(self._calls.get(way, {}))
+            yield _counters(f"kvist_{way}_calls", text, "method", calls)
         yield _gauge("kvist_sessions", "Workers attached.", stats.sessions)
         yield _gauge(
             "kvist_reserved_slots", "Slots that workers are filling.", stats.reserved_slots
@@ -113,6 +115,8 @@ class Metrics(Collector):
             ("slots", "Slots there are."),
             ("used_slots", "Slots in use."),
             ("slot_bytes", "Bytes of a slot."),
+            ("huge_bytes", "Bytes of the tier's memory in huge pages."),
+            ("quarantined_slots", "Slots that gave wrong bytes and are not used again."),
         ):
             values = {tier: getattr(use, field) for tier, use in tiers.items()}
             yield _gauges(f"kvist_tier_{field}", text, "tier", values)

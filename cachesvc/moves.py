@@ -195,6 +195,7 @@ class Moves:
             parent = blocks.parent[job.row]
             if job.problem is not None:
                 placement.counts.dram_corrupt += 1
+                placement.dram.quarantine(job.dram_slot)
                 self._log.warning("block corrupt", tier="dram", reason=str(job.problem))
                 placement.drop_tree(job.row, "corrupt")
             else:
@@ -335,8 +336,10 @@ class Moves:
             self._fail(str(error))
             return
         placement.counts.flash_corrupt += 1
-        lost = placement.drop_flash_tree(job.row)
-        self._log.warning("block corrupt", tier="flash", reason=str(error), dropped_blocks=lost)
+        lost, why = placement.drop_flash_tree(job.row), str(error)
+        self._log.warning(
+            "block corrupt", tier="flash", reason=why, slot=job.flash_slot, dropped_blocks=lost
+        )
 
     def _give(self, slot: int, waiters: list[Record]) -> None:
         if waiters:

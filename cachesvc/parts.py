@@ -27,6 +27,7 @@ from kvist.cachesvc.sessions import Sessions
 from kvist.cachesvc.tenancy import Limits, Tenancy
 from kvist.cachesvc.wards import Rules
 from kvist.proto.errors import TierOffline
+from kvist.proto.verify import Verify
 from kvist.tiers.dram import DramTier
 from kvist.tiers.flash import FlashTier
 
@@ -55,6 +56,7 @@ class StoreConfig:
         pin_bytes: of blocks that may be pinned at once; None is a quarter of dram_bytes.
         reservation_share: of the DRAM slots, that one session may hold reserved.
         eviction: policy by which blocks go from either tier.
+        dram_verify, flash_verify: what of a payload is checked, see proto/verify.py.
         prefault: touch the arena's memory in the background, so that no copy waits for it.
     """
 
@@ -74,6 +76,8 @@ class StoreConfig:
     reservation_share: float = 0.25
     eviction: PolicyName = "rgg"
     prefault: bool = True
+    dram_verify: Verify = "always"
+    flash_verify: Verify = "always"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,7 @@ class Maker:
         index = IndexWriter(path, slots, flash_slots, slot_bytes, boot_epoch)
         undo.callback(path.unlink, missing_ok=True)
         undo.callback(index.close)
+        index.set_dram_verify(config.dram_verify)
         placement = self._placement(index, dram, flash, sessions)
         moves = self._moves(placement)
         share = max(1, int(slots * config.reservation_share))
@@ -152,17 +157,18 @@ class Maker:
         admission = self._admission(placement, moves)
         expiry = Expiry(placement, self._now)
         intake = Intake(placement, admission, expiry, sessions, claims, share)
-        if flash is not None:
-            moves.start()
-        elif config.flash_path is not None:
-            moves.lost_at_start()
-        if config.prefault:
-            self._prefault(dram)
-        self._log.info(
-            "store ready", slot_bytes=slot_bytes, dram_slots=slots, flash=moves.state,
-            flash_slots=flash_slots, blocks=len(placement.blocks),
-        )  # fmt: skip
+        self._begin(placement, moves)
         return Parts(index, dram, flash, placement, moves, admission, expiry, intake, claims, share)
+
+    def _begin(self, placement: Placement, moves: Moves) -> None:
+        """Take over what is on flash, touch the arena, say what there is."""
+        if placement.flash is not None:
+            moves.start()
+        elif self._config.flash_path is not None:
+            moves.lost_at_start()
+        if self._config.prefault:
+            self._prefault(placement.dram)
+        self._say_ready(placement, moves)
 
     def _placement(
         self, index: IndexWriter, dram: DramTier, flash: FlashTier | None, sessions: Sessions
@@ -200,6 +206,15 @@ class Maker:
     def _make_policy(self, tree: Tree, history: History, capacity: int, seed: int) -> Policy:
         return make_policy(self._config.eviction, tree, history, capacity, seed)
 
+    def _say_ready(self, placement: Placement, moves: Moves) -> None:
+        flash, dram = placement.flash, placement.dram
+        self._log.info(
+            "store ready", slot_bytes=dram.slot_bytes, dram_slots=dram.slots, flash=moves.state,
+            flash_slots=flash.slots if flash else 0, blocks=len(placement.blocks),
+            flash_io=("direct" if flash.direct else "buffered") if flash else "off",
+            dram_verify=self._config.dram_verify, flash_verify=self._config.flash_verify,
+        )  # fmt: skip
+
     def _open_flash(self, slot_bytes: int | None) -> FlashTier | None:
         """None: there is to be none, or the folder is new and the size of its slots still open,
         or its device fails, which is logged: the store works without it.
@@ -214,13 +229,20 @@ class Maker:
             return None
         if flash is not None:
             self._undo.callback(flash.close)
+            flash.set_verify(self._config.flash_verify)
         return flash
 
     def _prefault(self, dram: DramTier) -> None:
         stop = threading.Event()
-        thread = threading.Thread(
-            target=dram.prefault, args=(stop,), name="kvist-prefault", daemon=True
-        )
+
+        def prefault() -> None:
+            whole = dram.prefault(stop)
+            self._log.info(
+                "arena populated" if whole else "arena not populated", pages=dram.pages,
+                huge_bytes=dram.huge_bytes, bytes=dram.slots * dram.slot_bytes,
+            )  # fmt: skip
+
+        thread = threading.Thread(target=prefault, name="kvist-prefault", daemon=True)
         thread.start()
         self._undo.callback(thread.join)
         self._undo.callback(stop.set)

@@ -28,7 +28,7 @@ from kvist.cachesvc.wards import Rules, Wards
 from kvist.cachesvc.whatif import Estimate, WhatIf
 from kvist.proto.errors import KvistError, TierFull
 from kvist.proto.keys import BlockKey
-from kvist.proto.record import checksum
+from kvist.proto.record import NOT_SUMMED, checksum
 from kvist.proto.slot import payload_of
 from kvist.tiers.dram import DramTier
 from kvist.tiers.flash import FlashTier
@@ -295,27 +295,31 @@ class Placement:
         return len(rows)
 
     def check_dram(self, row: int) -> bool:
-        """Look whether a block's copy in DRAM is sound, and drop it if not.
+        """Look whether a block's copy in DRAM is sound; drop it and quarantine its slot if not.
 
         A worker's report alone drops nothing, so that no broken worker can empty the cache.
         About 60 us for 1 MiB.
         """
         slot = self.index.dram(row)
-        if slot is None:
+        if slot is None or self._is_sound(row, slot):
             return True
-        try:
-            header = self.dram.header(slot)
-            payload = payload_of(self.dram.slot_view(slot), header)
-            if header.key == self.index.key(row) and checksum(payload) == header.checksum:
-                return True
-        except KvistError:
-            pass
         self.counts.dram_corrupt += 1
+        self.dram.quarantine(slot)
         if self.index.flash(row) is not None:
             self.drop_dram(row)
         else:
             self.drop_tree(row, "corrupt")
         return False
+
+    def _is_sound(self, row: int, slot: int) -> bool:
+        try:
+            header = self.dram.header(slot)
+            payload = payload_of(self.dram.slot_view(slot), header)
+            if header.key != self.index.key(row):
+                return False
+            return header.checksum in (NOT_SUMMED, checksum(payload))
+        except KvistError:
+            return False
 
     def drop_all(self, rows: Sequence[int], why: str) -> None:
         """Drop blocks altogether: children before their parents, and all children."""
@@ -329,12 +333,16 @@ class Placement:
             self.drop_dram(row, why)
 
     def drop_flash_tree(self, row: int) -> int:
-        """Drop the flash copies of a block, which is damaged, and of all that stand on it.
+        """Drop the flash copies of a block, which is damaged, and of all that stand on it; its
+        slot is quarantined.
 
         Blocks that lose their last copy go, and whatever stands on these; the others stay.
 
         Returns: how many went.
         """
+        slot = self.index.flash(row)
+        if self.flash is not None and slot is not None:
+            self.flash.quarantine(slot)
         rows = self.blocks.subtree(row)
         doomed: set[int] = set()
         for each in rows:

@@ -24,6 +24,8 @@ class TierUse:
     evicted_blocks: int
     written_blocks: int
     read_blocks: int
+    quarantined_slots: int = 0
+    huge_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +87,19 @@ def tier_uses(placement: Placement, moves: Moves) -> tuple[TierUse, ...]:
     counts, dram, flash = placement.counts, placement.dram, placement.flash
     uses = [
         TierUse(
-            "dram", "ready", dram.slots, dram.slots - dram.free_slots, dram.slot_bytes,
-            counts.dram_evicted, counts.dram_written, counts.dram_read,
+            "dram", "ready", dram.slots, dram.slots - dram.free_slots - dram.quarantined,
+            dram.slot_bytes, counts.dram_evicted, counts.dram_written, counts.dram_read,
+            dram.quarantined, dram.huge_bytes,
         )
     ]  # fmt: skip
     if flash is not None:
-        used = 0 if moves.state == "rebuilding" else flash.slots - flash.free_slots
+        used = flash.slots - flash.free_slots - flash.quarantined
+        used = 0 if moves.state == "rebuilding" else used
         uses.append(
             TierUse(
                 "flash", moves.state, flash.slots, used, flash.slot_bytes,
                 counts.flash_evicted, counts.flash_written, counts.flash_read,
+                flash.quarantined,
             )
         )  # fmt: skip
     elif moves.state == "failed":  # it could not even be opened

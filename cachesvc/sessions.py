@@ -39,6 +39,23 @@ class First:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """What a worker needs to know of its session; the fields of AttachReply in cache.proto."""
+
+    session: str
+    boot_epoch: bytes
+    index_path: Path
+    arena_path: Path
+    ring_path: Path
+    bell_path: Path
+    calls_path: Path
+    slot_bytes: int
+    dram_slots: int
+    reservation_limit: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Reservation:
     """A slot that a worker may write.
 

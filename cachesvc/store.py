@@ -15,7 +15,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -29,7 +29,7 @@ from kvist.cachesvc.log import Log
 from kvist.cachesvc.parts import ARENA_NAME, INDEX_NAME, Maker, Parts, StoreConfig
 from kvist.cachesvc.report import StoreStats, store_stats
 from kvist.cachesvc.ring import Entry
-from kvist.cachesvc.sessions import RING_PREFIX, First, Session, Sessions
+from kvist.cachesvc.sessions import RING_PREFIX, First, Session, SessionInfo, Sessions
 from kvist.proto.errors import BlockCorrupt, BlockMissing, ConfigInvalid
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import PAGE_BYTES, RecordShape, unpack_header
@@ -39,6 +39,7 @@ __all__ = ["Reserved", "SessionInfo", "Store", "StoreConfig", "StoreStats"]
 
 EPOCH_BYTES = 16
 BELL_NAME = "bell"
+CALLS_NAME = "calls"
 LOCK_NAME = "store.lock"
 NO_FIRSTS: Mapping[BlockKey, First] = MappingProxyType({})
 
@@ -46,22 +47,6 @@ NO_FIRSTS: Mapping[BlockKey, First] = MappingProxyType({})
 _ELSEWHERE = 0
 # Of one ring in one tick: a touch of a prompt of 100k tokens walks 1563 blocks, 0.2 ms.
 _DRAIN_ENTRIES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class SessionInfo:
-    """What a worker needs to know of its session; the fields of AttachReply in cache.proto."""
-
-    session: str
-    boot_epoch: bytes
-    index_path: Path
-    arena_path: Path
-    ring_path: Path
-    bell_path: Path
-    slot_bytes: int
-    dram_slots: int
-    reservation_limit: int
-    number: int
 
 
 class Store:
@@ -87,6 +72,7 @@ class Store:
     ) -> None:
         self.boot_epoch = random(EPOCH_BYTES)
         self.bell_path = config.run_dir / BELL_NAME
+        self.calls_path = config.run_dir / CALLS_NAME
         self._config = config
         self._post: Post = lambda call: post(partial(self._run_posted, call))
         self._broken: Exception | None = None
@@ -183,6 +169,7 @@ class Store:
             arena_path=parts.dram.path,
             ring_path=session.ring.path,
             bell_path=self.bell_path,
+            calls_path=self.calls_path,
             slot_bytes=parts.dram.slot_bytes,
             dram_slots=parts.dram.slots,
             reservation_limit=parts.reservation_limit,
@@ -369,8 +356,18 @@ class Store:
             self._made.admission.used(row)
         elif entry.kind == PREFETCH:
             self._rise(session, entry.key)
-        elif entry.kind == CORRUPT and not placement.check_dram(row):
-            self._log.warning("block corrupt", tier="dram", key=entry.key.hex())
+        elif entry.kind == CORRUPT:
+            self._check(row, entry.key)
+
+    def _check(self, row: int, key: BlockKey) -> None:
+        placement = self._made.placement
+        slot, blocks = placement.index.dram(row), len(placement.blocks)
+        if not placement.check_dram(row):
+            self._log.warning(
+                "block corrupt", tier="dram", key=key.hex(), slot=slot,
+                dropped_blocks=blocks - len(placement.blocks),
+                quarantined_slots=placement.dram.quarantined,
+            )  # fmt: skip
 
 
 @contextmanager

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from kvist.cachesvc.calls import Pending
 from kvist.cachesvc.control import SLOTS_MAX, Control
 from kvist.cachesvc.life import Life
 from kvist.cachesvc.log import Log
 from kvist.proto import cache_pb2
 from kvist.proto.errors import Detached, KvistError
 from kvist.proto.keys import BlockKey
-from kvist.proto.record import BlockHeader, Bytes, checksum
+from kvist.proto.record import NOT_SUMMED, BlockHeader, Bytes, checksum
+
+# Bytes of a step: 3 ms of copying, beside which its two calls (0.1 ms) are little.
+STEP_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,9 @@ class Storer:
     def store(self, life: Life | None, items: Sequence[StoreItem]) -> StoreResult:
         """Store what the index does not show yet.
 
+        The sidecar is never waited for but at both ends: the next step's slots are asked for
+        before this step's are filled, and commits are answered behind it.
+
         Args:
             life: the session, entered by the caller; None when detached.
             items: parents before their children.
@@ -81,67 +88,85 @@ class Storer:
         if life is None:
             return StoreResult(0, 0, {"detached": len(items)} if items else {})
         new = [item for item in items if not life.index.offered(item.key)]
-        batches = _Batches(present=len(items) - len(new))
-        step = min(SLOTS_MAX, life.reservation_limit)
-        for start in range(0, len(new), step):
-            rest = batches.without_orphans(new[start : start + step])
-            while rest:
-                left = self._store_batch(life, rest, batches)
-                if len(left) == len(rest):  # none went in, so none will
-                    batches.note_all(left, "share")
-                    break
-                rest = batches.without_orphans(left)
-        return batches.result()
-
-    def _store_batch(
-        self, life: Life, batch: Sequence[StoreItem], seen: _Batches
-    ) -> Sequence[StoreItem]:
-        """Store a batch; those of it that went over the session's share, from the first on."""
+        fates = _Fates(present=len(items) - len(new))
         try:
-            return self._reserve_fill_commit(life, batch, seen)
+            if new:
+                self._reserve_fill_commit(life, new, fates)
         except KvistError as error:
             # What the sidecar holds reserved for this session is unknown now: end it, so that
             # all its slots come back, and begin a new one.
             self._control.hang_up()
             self._log.debug("store dropped", reason=str(error))
-            seen.lose_the_rest(batch)
-            return ()
+            fates.lose_the_rest(new)
         except Exception:  # a mistake of ours must not leave slots reserved either
             self._control.hang_up()
             raise
+        return fates.result()
 
-    def _reserve_fill_commit(
-        self, life: Life, batch: Sequence[StoreItem], seen: _Batches
-    ) -> Sequence[StoreItem]:
-        """See _store_batch. Raises: Detached, SessionUnknown; blocks not in seen are lost."""
+    def _reserve_fill_commit(self, life: Life, new: Sequence[StoreItem], fates: _Fates) -> None:
+        """Raises: Detached, SessionUnknown; blocks without a fate by then are lost."""
+        rest = list(new)
+        step = _step_blocks(new, life.reservation_limit)
+        # Calls are answered in order: when the next step's slots are given out, the last step's
+        # are committed, so that two steps at most are reserved at once.
+        ahead = life.reservation_limit >= 2 * step
+        committing: deque[_Committing] = deque()
+        asked: _Asked | None = self._ask(life, _cut(rest, step), fates)
+        while asked is not None:
+            filled, over = self._take(life, asked, fates)
+            if over and not ahead and not filled:  # none went in, so none will
+                fates.note_all(over, "share")
+            elif over:  # the share is smaller than it was: from now on commit before the next
+                rest[:0] = over
+                step, ahead = max(1, len(filled)), False
+            asked = self._ask(life, _cut(rest, step), fates) if rest and ahead else None
+            for slot, item in filled:
+                self._fill(life, slot, item)
+            if filled:
+                committing.append(self._commit(life, filled))
+            while len(committing) > ahead:
+                self._settle(life, committing.popleft(), fates)
+            if rest and not ahead:
+                asked = self._ask(life, _cut(rest, step), fates)
+        while committing:
+            self._settle(life, committing.popleft(), fates)
+
+    def _ask(self, life: Life, step: Sequence[StoreItem], fates: _Fates) -> _Asked:
         if life.ended:
             raise Detached("the session has ended")
-        names = [_name(item) for item in batch]
-        reply = self._control.reserve(cache_pb2.ReserveRequest(session=life.session, blocks=names))
-        if len(reply.reservations) != len(batch):
+        step = fates.without_orphans(step)
+        names = [_name(item) for item in step]
+        request = cache_pb2.ReserveRequest(session=life.session, blocks=names)
+        return _Asked(step, self._control.reserve(request) if step else None)
+
+    def _take(
+        self, life: Life, asked: _Asked, fates: _Fates
+    ) -> tuple[list[tuple[int, StoreItem]], Sequence[StoreItem]]:
+        """The slots that were given, each with its block; and the blocks over the share."""
+        if asked.pending is None:
+            return [], ()
+        reply = asked.pending.result()
+        if len(reply.reservations) != len(asked.step):
             raise Detached("the sidecar answered for another number of blocks")
-        filled: list[tuple[int, StoreItem]] = []
-        # What is over the share now is not when this batch is committed.
+        given: list[tuple[int, StoreItem]] = []
+        # What is over the share now is not when the steps before it are committed.
         over = next(
             (at for at, one in enumerate(reply.reservations) if one.reason == "share"), None
         )
-        for item, reservation in zip(batch[:over], reply.reservations[:over], strict=True):
+        for item, reservation in zip(asked.step[:over], reply.reservations[:over], strict=True):
             if reservation.outcome == cache_pb2.Reservation.RESERVED:
-                self._fill(life, reservation.slot, item)
-                filled.append((reservation.slot, item))
+                if reservation.slot >= life.arena.slots:
+                    raise Detached(f"the sidecar gave slot {reservation.slot}, which is none")
+                given.append((reservation.slot, item))
             elif reservation.outcome == cache_pb2.Reservation.PRESENT:
-                seen.note(item, "present")
+                fates.note(item, "present")
             else:
-                seen.note(item, reservation.reason or "full")
-        if filled:
-            self._commit(life, filled, seen)
-        return () if over is None else batch[over:]
+                fates.note(item, reservation.reason or "full")
+        return given, () if over is None else asked.step[over:]
 
     def _fill(self, life: Life, slot: int, item: StoreItem) -> None:
         if life.ended:
             raise Detached("the session ended before the block was copied")
-        if slot >= life.arena.slots:
-            raise Detached(f"the sidecar gave slot {slot} of {life.arena.slots}")
         header = BlockHeader(
             key=item.key,
             parent=item.parent,
@@ -149,19 +174,23 @@ class Storer:
             depth=item.depth,
             tokens=item.tokens,
             payload_bytes=item.payload.nbytes,
-            checksum=checksum(item.payload),
+            checksum=checksum(item.payload) if life.verify.sums else NOT_SUMMED,
             created_s=int(self._wall()),
         )
         life.arena.fill(slot, header, item.payload)
 
-    def _commit(self, life: Life, filled: Sequence[tuple[int, StoreItem]], seen: _Batches) -> None:
+    def _commit(self, life: Life, filled: Sequence[tuple[int, StoreItem]]) -> _Committing:
         slots = [slot for slot, _ in filled]
-        reply = self._control.commit(cache_pb2.CommitRequest(session=life.session, slots=slots))
-        if len(reply.committed) != len(filled):
+        request = cache_pb2.CommitRequest(session=life.session, slots=slots)
+        return _Committing([item for _, item in filled], self._control.commit(request))
+
+    def _settle(self, life: Life, committing: _Committing, fates: _Fates) -> None:
+        reply = committing.pending.result()
+        if len(reply.committed) != len(committing.items):
             raise Detached("the sidecar answered for another number of slots")
         stored_bytes = 0
-        for (_, item), committed in zip(filled, reply.committed, strict=True):
-            seen.note(item, "stored" if committed else "torn")
+        for item, committed in zip(committing.items, reply.committed, strict=True):
+            fates.note(item, "stored" if committed else "torn")
             stored_bytes += item.payload.nbytes * committed
         life.add({"stored_bytes": stored_bytes})
 
@@ -173,7 +202,36 @@ def _name(item: StoreItem) -> cache_pb2.BlockName:
     return cache_pb2.BlockName(key=item.key, parent=item.parent, first=first)
 
 
-class _Batches:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A step whose slots were asked for; pending is None when there is nothing to ask."""
+
+    step: Sequence[StoreItem]
+    pending: Pending[cache_pb2.ReserveReply] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Committing:
+    """Blocks that are copied and whose commit was sent."""
+
+    items: Sequence[StoreItem]
+    pending: Pending[cache_pb2.CommitReply]
+
+
+def _step_blocks(items: Sequence[StoreItem], reservation_limit: int) -> int:
+    """Blocks of a step; if there is more than one step, two may be reserved at once."""
+    step = min(SLOTS_MAX, reservation_limit, max(1, STEP_BYTES // items[0].payload.nbytes))
+    return step if len(items) <= step else max(1, min(step, reservation_limit // 2))
+
+
+def _cut(rest: list[StoreItem], blocks: int) -> list[StoreItem]:
+    """Take the first blocks away."""
+    taken = rest[:blocks]
+    del rest[:blocks]
+    return taken
+
+
+class _Fates:
     """What became of the blocks so far, and which are not cached, so that no child is tried."""
 
     def __init__(self, present: int) -> None:
@@ -184,6 +242,10 @@ class _Batches:
         self._fates[item.key] = fate
         self._tally[fate] += 1
 
+    def note_all(self, items: Sequence[StoreItem], fate: str) -> None:
+        for item in items:
+            self.note(item, fate)
+
     def without_orphans(self, items: Sequence[StoreItem]) -> list[StoreItem]:
         """Those whose parent may be cached; the others are noted."""
         kept = []
@@ -193,10 +255,6 @@ class _Batches:
             else:
                 self.note(item, "no_parent")
         return kept
-
-    def note_all(self, items: Sequence[StoreItem], fate: str) -> None:
-        for item in items:
-            self.note(item, fate)
 
     def lose_the_rest(self, items: Sequence[StoreItem]) -> None:
         for item in items:

@@ -32,7 +32,7 @@ LOADERS = 2
 # that is not busy; 2 s cover one that is.
 LOAD_BASE_S = 2.0
 LOAD_BLOCK_S = 0.01
-STORE_BATCH = 32
+STORE_BATCH = 128
 # Pages pinned by stores are lost to requests meanwhile: a quarter of the pool at most.
 STORE_QUEUE_BLOCKS = 256
 STORE_POOL_SHARE = 4

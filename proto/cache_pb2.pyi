@@ -82,6 +82,7 @@ class AttachReply(_message.Message):
     DRAM_SLOTS_FIELD_NUMBER: _builtins.int
     RESERVATION_LIMIT_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
+    CALLS_PATH_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     boot_epoch: _builtins.bytes
     """16 bytes, new in each life of the sidecar"""
@@ -98,6 +99,8 @@ class AttachReply(_message.Message):
     """slots that the session may hold reserved at once"""
     number: _builtins.int
     """of the session in this life, names it in the claims of the index"""
+    calls_path: _builtins.str
+    """packet socket for Reserve and Commit, see cachesvc/calls.py"""
     def __init__(
         self,
         *,
@@ -111,10 +114,11 @@ class AttachReply(_message.Message):
         dram_slots: _builtins.int = ...,
         reservation_limit: _builtins.int = ...,
         number: _builtins.int = ...,
+        calls_path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_path", b"arena_path", "bell_path", b"bell_path", "boot_epoch", b"boot_epoch", "dram_slots", b"dram_slots", "index_path", b"index_path", "number", b"number", "reservation_limit", b"reservation_limit", "ring_path", b"ring_path", "session", b"session", "slot_bytes", b"slot_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_path", b"arena_path", "bell_path", b"bell_path", "boot_epoch", b"boot_epoch", "calls_path", b"calls_path", "dram_slots", b"dram_slots", "index_path", b"index_path", "number", b"number", "reservation_limit", b"reservation_limit", "ring_path", b"ring_path", "session", b"session", "slot_bytes", b"slot_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,6 +17,7 @@ bytes, then the origin buckets of 64 bytes, then the claim buckets of 128 bytes.
         56      8  heartbeat_ns   CLOCK_MONOTONIC of the sidecar's last sign of life
         64      8  departed       departed buckets, a power of two
         72      8  sessions       workers attached
+        80      4  dram_verify    position in proto.verify.VERIFY
 
     offset  bytes  bucket field
          0    128  8 keys of 16 bytes
@@ -64,7 +65,7 @@ from __future__ import annotations
 
 import struct
 
-SHM_VERSION = 2
+SHM_VERSION = 4
 HEADER_BYTES = 4096
 
 INDEX_MAGIC = b"KVISTIDX"
@@ -72,6 +73,7 @@ INDEX_HEADER = struct.Struct("<8sII16sQQQQQQ")
 FLASH_STATE_OFFSET = 12
 HEARTBEAT_OFFSET = 56
 SESSIONS_OFFSET = 72
+VERIFY_OFFSET = 80
 FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED = range(4)
 
 BUCKET_ROWS = 8

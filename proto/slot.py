@@ -11,6 +11,8 @@ and a multiple of 8 long; a cast to "Q" then reads and writes a word with one in
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import numpy as np
 
 from kvist.proto.errors import BlockCorrupt, BlockMissing, BlockTorn, FormatRefused
@@ -20,6 +22,8 @@ from kvist.proto.record import (
     Wanted,
     check_wanted,
     checksum,
+    header_length,
+    match,
     pack_header,
     unpack_header,
 )
@@ -60,19 +64,21 @@ def fill_slot(slot: memoryview, header: BlockHeader, payload: Bytes) -> None:
         payload: shape (header.payload_bytes,), uint8.
     """
     assert payload.nbytes == header.payload_bytes, "the header is not that of the payload"
-    assert header.shape.record_bytes <= len(slot), "the record is larger than the slot"
+    start = header_length(len(header.tokens))
+    assert start + payload.nbytes <= len(slot), "the record is larger than the slot"
     pack_header(header, slot)
     # Not a slice assignment of memoryviews: that would hold the interpreter's lock.
-    np.copyto(payload_of(slot, header), payload)
+    np.copyto(np.frombuffer(slot, np.uint8, payload.nbytes, start), payload)
 
 
-def read_slot(slot: memoryview, wanted: Wanted, out: Bytes) -> None:
+def read_slot(slot: memoryview, wanted: Wanted, out: Bytes, check_payload: bool = True) -> None:
     """Copy a block out, if it is what was asked, whole and unchanged.
 
     Args:
         slot: the slot's bytes; a writer may be at work in them.
         wanted: what the block must be.
         out: shape (wanted.payload_bytes,), uint8, writable; undefined after an error.
+        check_payload: compare the payload's checksum too; see proto/verify.py.
 
     Raises:
         BlockMissing: the slot is empty, freed or being written.
@@ -85,10 +91,11 @@ def read_slot(slot: memoryview, wanted: Wanted, out: Bytes) -> None:
     if generation & 1:
         raise BlockMissing("the slot holds no block")
     try:
-        header = unpack_header(slot)
-        check_wanted(header, wanted)
-        np.copyto(out, payload_of(slot, header))
-        if checksum(out) != header.checksum:
+        start, payload_check = match(slot, wanted) or _mismatch(slot, wanted)
+        if start + out.nbytes > len(slot):
+            raise BlockCorrupt(f"payload_bytes {out.nbytes} does not fit the slot")
+        np.copyto(out, np.frombuffer(slot, np.uint8, out.nbytes, start))
+        if check_payload and checksum(out) != payload_check:
             raise BlockCorrupt("payload checksum differs")
     except (BlockCorrupt, FormatRefused) as error:
         if words[0] != generation:
@@ -96,3 +103,9 @@ def read_slot(slot: memoryview, wanted: Wanted, out: Bytes) -> None:
         raise BlockCorrupt(str(error)) from None
     if words[0] != generation:
         raise BlockTorn("the slot changed while it was read")
+
+
+def _mismatch(slot: memoryview, wanted: Wanted) -> NoReturn:
+    """Say what is wrong. Raises: BlockCorrupt, FormatRefused."""
+    check_wanted(unpack_header(slot), wanted)
+    raise BlockCorrupt("the record's header is not as a writer of this version makes it")

@@ -87,8 +87,10 @@ def test_looking_up_and_loading_4000_cached_tokens_makes_no_grpc_call(three: Clu
 
 
 def calls(samples: dict[str, float]) -> dict[str, float]:
-    """gRPC calls that the sidecar has answered, by method."""
-    found = {name: n for name, n in samples.items() if name.startswith("kvist_grpc_calls_total")}
+    """Calls that the sidecar has answered, by way and method."""
+    ways = ("kvist_grpc_calls_total", "kvist_packet_calls_total")
+    found = {name: n for name, n in samples.items() if name.startswith(ways)}
+    assert found["kvist_packet_calls_total{method=Commit}"] >= 1
     assert found["kvist_grpc_calls_total{method=Attach}"] >= 2, "the counter itself must work"
     return found
 

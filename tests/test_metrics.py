@@ -45,7 +45,7 @@ def stats(**changes: object) -> StoreStats:
 
 def scrape(now: StoreStats) -> dict[tuple[str, ...], float]:
     registry = CollectorRegistry()
-    Metrics(registry, lambda: now, {"Attach": 2}, "1.2.3")
+    Metrics(registry, lambda: now, {"grpc": {"Attach": 2}, "packet": {"Commit": 3}}, "1.2.3")
     text = generate_latest(registry).decode()
     samples: dict[tuple[str, ...], float] = {}
     for family in text_string_to_metric_families(text):

@@ -9,6 +9,7 @@ import pytest
 from sim.sidecar import QUIET, Prompt, Sidecar, namespace, wait_until
 from sim.stores import Bench, chain, check, keys_of, store_settled, worker_of
 
+from kvist.cachesvc.calls import Pending
 from kvist.cachesvc.client import CacheClient
 from kvist.cachesvc.control import GrpcControl
 from kvist.proto import cache_pb2
@@ -63,7 +64,7 @@ class OddControl(GrpcControl):
             raise RuntimeError("a mistake")
         return super().attach(request)
 
-    def commit(self, request: cache_pb2.CommitRequest) -> cache_pb2.CommitReply:
+    def commit(self, request: cache_pb2.CommitRequest) -> Pending[cache_pb2.CommitReply]:
         """See Control.commit."""
         if self.spoil_commit:
             self.spoil_commit = False

@@ -11,7 +11,6 @@ fallocate is only a TierFull.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 from pathlib import Path
 from threading import Event
@@ -20,10 +19,10 @@ import numpy as np
 
 from kvist.proto import slot as protocol
 from kvist.proto.errors import BlockMissing, ConfigInvalid, TierFull
-from kvist.proto.memory import populate
+from kvist.proto.memory import HUGE_BYTES, collapse, map_shared, populate
 from kvist.proto.record import MAGIC, PAGE_BYTES, BlockHeader, Bytes, Wanted, unpack_header
 from kvist.proto.sizes import format_bytes
-from kvist.tiers.slots import FreeSlots
+from kvist.tiers.slots import FreeSlots, Quarantine
 
 GENERATION_BYTES = 8
 _MAGIC_BYTES = slice(8, 16)
@@ -31,13 +30,14 @@ _NO_MAGIC = bytes(len(MAGIC))
 _EMPTY_GENERATION = (1).to_bytes(8, "little")
 
 
-class DramTier:
+class DramTier(Quarantine):
     """A shared arena of slots; see base.Tier for the contract.
 
     Attributes:
         path: the file, for workers to map.
         slots: how many blocks fit.
         slot_bytes: bytes of a slot, a multiple of PAGE_BYTES.
+        huge_bytes: how much of the arena lies in huge pages, as far as prefault has come.
     """
 
     name = "dram"
@@ -61,18 +61,18 @@ class DramTier:
         self.path = path
         self.slots = slots
         self.slot_bytes = slot_bytes
+        self.huge_bytes = 0
         self._free = FreeSlots(slots)
         self._backed = bytearray(slots)
         path.unlink(missing_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             self._lay_out()
-            self._map = mmap.mmap(self._fd, slots * slot_bytes)
+            self._view = map_shared(self._fd, slots * slot_bytes)
         except BaseException:
             os.close(self._fd)
             path.unlink(missing_ok=True)
             raise
-        self._view = memoryview(self._map)
 
     def _lay_out(self) -> None:
         size = self.slots * self.slot_bytes
@@ -88,6 +88,14 @@ class DramTier:
                 f"dram_bytes: {self.path.parent} cannot hold an arena of {format_bytes(size)}"
                 f" ({error}); lower dram_bytes or give it more room (docker run --shm-size)"
             ) from error
+
+    @property
+    def pages(self) -> str:
+        """What the arena lies in: "huge", "plain", or "mixed" where not all could be had huge."""
+        if not self.huge_bytes:
+            return "plain"
+        whole = len(self._view) // HUGE_BYTES * HUGE_BYTES
+        return "huge" if self.huge_bytes == whole else "mixed"
 
     @property
     def free_slots(self) -> int:
@@ -167,11 +175,22 @@ class DramTier:
             Whether all memory is there now. False after stop, or when the file system ran out;
             the tier then works with what there is.
         """
+        self._collapse(stop)
         for slot in range(self.slots):
             if stop.is_set() or not self._back(slot):
                 return False
             populate(self.slot_view(slot), stop)
         return True
+
+    def _collapse(self, stop: Event) -> None:
+        """Put the arena into huge pages as far as the kernel does it; see proto/memory.py."""
+        for start in range(0, len(self._view) - HUGE_BYTES + 1, HUGE_BYTES):
+            if stop.is_set():
+                return
+            if collapse(self._view[start : start + HUGE_BYTES]):
+                self.huge_bytes += HUGE_BYTES
+            elif not start:  # a kernel that cannot says so at once
+                return
 
     def close(self) -> None:
         """Remove the file and let go of the memory, as soon as nobody reads from it."""
@@ -179,6 +198,4 @@ class DramTier:
             if self.path.stat().st_ino == os.fstat(self._fd).st_ino:
                 self.path.unlink()
         os.close(self._fd)
-        with contextlib.suppress(BufferError):
-            self._view.release()
-            self._map.close()
+        self._view.release()

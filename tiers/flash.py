@@ -32,15 +32,9 @@ from kvist.proto.errors import (
     TierOffline,
 )
 from kvist.proto.keys import BlockKey
-from kvist.proto.record import (
-    PAGE_BYTES,
-    BlockHeader,
-    Bytes,
-    Wanted,
-    check_wanted,
-    unpack_header,
-)
+from kvist.proto.record import PAGE_BYTES, BlockHeader, Bytes, Wanted, check_wanted, unpack_header
 from kvist.proto.slot import fill_slot, payload_of
+from kvist.proto.verify import Verifier, Verify
 from kvist.tiers.flash_index import FlashEntry, FlashIndex
 from kvist.tiers.flash_io import DEVICE_ERRORS, Device, RecordIo
 from kvist.tiers.segment import (
@@ -53,7 +47,7 @@ from kvist.tiers.segment import (
     slots_that_fit,
     write_superblock,
 )
-from kvist.tiers.slots import FreeSlots
+from kvist.tiers.slots import FreeSlots, Quarantine
 
 __all__ = ["FlashEntry", "FlashState", "FlashTier"]
 
@@ -63,7 +57,7 @@ FlashState = Literal["ready", "rebuilding", "failed", "off"]
 _SCAN_BATCH = 256
 
 
-class FlashTier:
+class FlashTier(Quarantine):
     """Slots on a disk; see base.Tier for the contract, and what follows for what is added to it.
 
     Attributes:
@@ -210,6 +204,10 @@ class FlashTier:
         """Slots that allocate could give out now."""
         return 0 if self.needs_rebuild else self._free.count
 
+    def set_verify(self, mode: Verify) -> None:
+        """What is checked of a payload that is read; "always" if this is not called."""
+        self._io.verify = Verifier(mode)
+
     def allocate(self) -> int:
         """Take a free slot.
 
@@ -248,7 +246,7 @@ class FlashTier:
         with self._io.buffer() as buffer:
             record = buffer[: header.shape.record_bytes]
             fill_slot(record, header, payload)
-            self._write(slot, record)
+            self._write(slot, header, record)
 
     def write_record(self, slot: int, record: memoryview) -> None:
         """Write a whole record straight from memory, such as a DRAM slot; for any thread.
@@ -262,15 +260,16 @@ class FlashTier:
             FormatRefused: a record of another version; nothing was written.
             TierOffline: the device failed; the slot stays the caller's.
         """
-        length = unpack_header(record).shape.record_bytes
+        header = unpack_header(record)
+        length = header.shape.record_bytes
         if length > min(len(record), self.slot_bytes):
             raise BlockCorrupt(f"a record of {length} bytes fits neither its memory nor a slot")
-        self._write(slot, record[:length])
+        self._write(slot, header, record[:length])
 
-    def _write(self, slot: int, record: memoryview) -> None:
+    def _write(self, slot: int, header: BlockHeader, record: memoryview) -> None:
         assert self._generations[slot] & 1, f"slot {slot} is written already"
         with self._device:
-            self._io.write(slot, record)
+            self._io.write(slot, header, record)
         self._pages[slot] = len(record) // PAGE_BYTES
         self._generations[slot] += 1
 

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import lmdb
 
 from kvist.proto.errors import BlockCorrupt, FormatRefused, TierOffline
-from kvist.proto.record import MAGIC, PAGE_BYTES, BlockHeader, checksum, unpack_header
+from kvist.proto.record import MAGIC, PAGE_BYTES, BlockHeader, checksum, seal, unpack_header
 from kvist.proto.slot import payload_of
+from kvist.proto.verify import Verifier
 from kvist.tiers.flash_index import FlashEntry
 from kvist.tiers.segment import Segments, aligned_buffer
 
@@ -51,6 +52,9 @@ class Device:
 class RecordIo:
     """Transfers of whole records, from any number of threads at once.
 
+    Attributes:
+        verify: says which payloads are checked when they are read.
+
     The first page of a record always goes by way of a page of our own, so that the generation
     word of a DRAM slot is neither written to the disk nor overwritten from it. The rest goes
     straight to and from DRAM slots. A detour through huge pages and a copy was as fast with 1.4 MiB
@@ -59,6 +63,7 @@ class RecordIo:
 
     def __init__(self, segments: Segments) -> None:
         """Read from and write to these segments, which the caller closes."""
+        self.verify = Verifier("always")
         self._segments = segments
         self._pages: list[memoryview] = []
         self._buffers: list[memoryview] = []
@@ -69,11 +74,12 @@ class RecordIo:
         with _lent(self._buffers, self._segments.slot_bytes) as buffer:
             yield buffer
 
-    def write(self, slot: int, record: memoryview) -> None:
-        """Write a record with generation 0.
+    def write(self, slot: int, header: BlockHeader, record: memoryview) -> None:
+        """Write a record with generation 0, and with a checksum whether it has one or not.
 
         Args:
             slot: where.
+            header: of the record.
             record: page-aligned memory, the record and no more.
 
         Raises:
@@ -82,6 +88,7 @@ class RecordIo:
         with _lent(self._pages, PAGE_BYTES) as page:
             page[_GENERATION] = _NO_GENERATION
             page[_REST_OF_PAGE] = record[_REST_OF_PAGE]
+            seal(header, payload_of(record, header), page)
             self._segments.write(slot, [page, record[PAGE_BYTES:]])
 
     def read(self, slot: int, record: memoryview) -> BlockHeader:
@@ -102,7 +109,8 @@ class RecordIo:
         if count < len(record):
             raise BlockCorrupt("the segment file ends inside the slot")
         header = unpack_header(record)
-        if checksum(payload_of(record, header)) != header.checksum:
+        payload = payload_of(record, header)
+        if self.verify.wanted() and checksum(payload) != header.checksum:
             raise BlockCorrupt("payload checksum differs")
         return header
 

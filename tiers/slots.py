@@ -6,6 +6,8 @@ from array import array
 
 from kvist.proto.errors import TierFull
 
+DOOMED_SHARE = 1 / 16
+
 
 class FreeSlots:
     """A stack of free slot numbers: what was freed last is given out first.
@@ -13,8 +15,13 @@ class FreeSlots:
     take leaves its slot on the stack, to be skipped when it comes up, because a search would
     make a start with n blocks cost n * n. One thread uses it. 5 bytes a slot.
 
+    A slot that gave back other bytes than it got is doomed: when it is freed it is not given out
+    again, in this life. At most DOOMED_SHARE of the slots are, so that a worker or a device that
+    damages everything cannot use a tier up; what comes after is reused.
+
     Attributes:
         count: slots that pop could give out now.
+        doomed: slots that are not given out again.
     """
 
     def __init__(self, slots: int) -> None:
@@ -22,6 +29,14 @@ class FreeSlots:
         self._stack = array("I", range(slots - 1, -1, -1))
         self._used = bytearray(slots)
         self.count = slots
+        self.doomed: set[int] = set()
+        self._doomed_max = max(1, int(slots * DOOMED_SHARE))
+
+    def doom(self, slot: int) -> bool:
+        """Give a slot that is in use to nobody any more once it is free; False: too many are."""
+        if len(self.doomed) < self._doomed_max:
+            self.doomed.add(slot)
+        return slot in self.doomed
 
     def pop(self) -> int:
         """Take any free slot.
@@ -47,8 +62,25 @@ class FreeSlots:
         return True
 
     def push(self, slot: int) -> None:
-        """Give a slot back."""
+        """Give a slot back; a doomed one stays in use for good."""
         assert self._used[slot], f"slot {slot} is free already"
+        if slot in self.doomed:
+            return
         self._used[slot] = 0
         self._stack.append(slot)
         self.count += 1
+
+
+class Quarantine:
+    """What a tier says about its doomed slots."""
+
+    _free: FreeSlots
+
+    @property
+    def quarantined(self) -> int:
+        """Slots that gave other bytes than they got, and are not given out again."""
+        return len(self._free.doomed)
+
+    def quarantine(self, slot: int) -> bool:
+        """The slot is not to be used again once it is free; False when too many are so."""
+        return self._free.doom(slot)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
 from pathlib import Path
 from threading import Event
 
 from kvist.proto.errors import BlockMissing, Detached, FormatRefused
-from kvist.proto.memory import populate
+from kvist.proto.memory import map_shared, populate
 from kvist.proto.record import BlockHeader, Bytes, Wanted
 from kvist.proto.slot import fill_slot, read_slot
 
@@ -43,10 +41,9 @@ class ArenaMap:
         try:
             if os.fstat(fd).st_size < size:
                 raise FormatRefused(f"arena_path {path} is shorter than {slots} slots")
-            self._map = mmap.mmap(fd, size)
+            self._view = map_shared(fd, size)
         finally:
             os.close(fd)
-        self._view = memoryview(self._map)
 
     def _slot(self, slot: int) -> memoryview:
         try:
@@ -54,13 +51,14 @@ class ArenaMap:
         except ValueError:  # a released view
             raise Detached("the arena was let go of") from None
 
-    def read(self, slot: int, wanted: Wanted, out: Bytes) -> None:
+    def read(self, slot: int, wanted: Wanted, out: Bytes, check_payload: bool = True) -> None:
         """Copy a block out, if it is what was asked, whole and unchanged.
 
         Args:
             slot: from the index; a number out of range is a block that is not there.
             wanted: what the block must be.
             out: shape (wanted.payload_bytes,), uint8, writable; undefined after an error.
+            check_payload: as proto.slot.read_slot says.
 
         Raises:
             BlockMissing, BlockTorn, BlockCorrupt: as proto.slot.read_slot says.
@@ -68,7 +66,7 @@ class ArenaMap:
         """
         if not 0 <= slot < self.slots:
             raise BlockMissing(f"slot {slot} is not one of {self.slots}")
-        read_slot(self._slot(slot), wanted, out)
+        read_slot(self._slot(slot), wanted, out, check_payload)
 
     def fill(self, slot: int, header: BlockHeader, payload: Bytes) -> None:
         """Write a record into a slot that is reserved for this worker.
@@ -96,6 +94,4 @@ class ArenaMap:
 
     def close(self) -> None:
         """Let go of the memory, as soon as no thread reads from it."""
-        with contextlib.suppress(BufferError):
-            self._view.release()
-            self._map.close()
+        self._view.release()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from kvist.cachesvc.answers import Answers
+from kvist.cachesvc.calls import Pending
 from kvist.cachesvc.client import CacheClient
 from kvist.cachesvc.store import Store
 from kvist.proto import cache_pb2
@@ -13,6 +16,19 @@ from kvist.proto.keys import Namespace
 from sim.sidecar import QUIET
 
 WAIT_S = 20.0
+
+Reply = TypeVar("Reply")
+
+
+@dataclass(frozen=True)
+class Done(Generic[Reply]):
+    """A call that is answered already; see cachesvc.calls.Pending."""
+
+    reply: Reply
+
+    def result(self) -> Reply:
+        """The reply."""
+        return self.reply
 
 
 class StoreControl:
@@ -56,20 +72,15 @@ class StoreControl:
             self._store.session_closed(session)
         self._ended.set()
 
-    def reserve(self, request: cache_pb2.ReserveRequest) -> cache_pb2.ReserveReply:
+    def reserve(self, request: cache_pb2.ReserveRequest) -> Pending[cache_pb2.ReserveReply]:
         """See Control.reserve."""
         self._check()
-        return self._answers.reserve(request)
+        return Done(self._answers.reserve(request))
 
-    def commit(self, request: cache_pb2.CommitRequest) -> cache_pb2.CommitReply:
+    def commit(self, request: cache_pb2.CommitRequest) -> Pending[cache_pb2.CommitReply]:
         """See Control.commit."""
         self._check()
-        return self._answers.commit(request)
-
-    def abort(self, request: cache_pb2.AbortRequest) -> cache_pb2.AbortReply:
-        """See Control.abort."""
-        self._check()
-        return self._answers.abort(request)
+        return Done(self._answers.commit(request))
 
     def close(self) -> None:
         """See Control.close."""

@@ -180,7 +180,7 @@ def check_slots(store: Store, parts: Parts, rows: Sequence[int]) -> None:
     free = parts.dram._free
     assert len(set(dram)) == len(dram), "a DRAM slot is used twice"
     assert all(free._used[slot] for slot in dram), "a DRAM slot in use counts as free"
-    used = parts.dram.slots - free.count
+    used = parts.dram.slots - free.count - len(free.doomed)
     assert used == len(dram) + moves._rising, f"{used} DRAM slots taken, {len(dram)} in use"
     if parts.flash is None:
         return
@@ -189,7 +189,7 @@ def check_slots(store: Store, parts: Parts, rows: Sequence[int]) -> None:
     free = parts.flash._free
     assert len(set(flash)) == len(flash), "a flash slot is used twice"
     assert all(free._used[slot] for slot in flash), "a flash slot in use counts as free"
-    used = parts.flash.slots - free.count
+    used = parts.flash.slots - free.count - len(free.doomed)
     assert used == len(flash), f"{used} flash slots taken, {len(flash)} in use"
 
 

@@ -207,7 +207,8 @@ def _end(world: World) -> None:
     assert len(world.store._sessions) == 0
     assert world.store._sessions.reserved_slots == 0
     assert len(world.parts.claims) == 0, "a claim outlives its session"
-    used = world.parts.dram.slots - world.parts.dram.free_slots
+    dram = world.parts.dram
+    used = dram.slots - dram.free_slots - dram.quarantined
     index = world.parts.index
     assert used == sum(index.dram(row) is not None for row in rows_of(world.parts))
     assert not list(Path(world.folder).glob("ring-*")), "a ring file was left"

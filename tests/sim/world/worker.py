@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvist.cachesvc import life as life_module
+from kvist.cachesvc.calls import Pending
 from kvist.cachesvc.client import CacheClient
 from kvist.cachesvc.life import Life
 from kvist.cachesvc.log import Log
@@ -19,6 +20,7 @@ from kvist.proto import cache_pb2
 from kvist.proto import slot as slot_module
 from kvist.proto.errors import Detached, KvistError
 from kvist.proto.record import BlockHeader
+from sim.direct import Done
 from sim.world.forest import FOREST, ITEMS, KEYS, SPACES, name_of
 from sim.world.scheduler import Scheduler, Task
 
@@ -70,15 +72,15 @@ class SimControl:
         reply: cache_pb2.AttachReply = self._world.send(self._client, "attach", request)
         return reply
 
-    def reserve(self, request: cache_pb2.ReserveRequest) -> cache_pb2.ReserveReply:
+    def reserve(self, request: cache_pb2.ReserveRequest) -> Pending[cache_pb2.ReserveReply]:
         """See Control."""
         reply: cache_pb2.ReserveReply = self._world.send(self._client, "reserve", request)
-        return reply
+        return Done(reply)
 
-    def commit(self, request: cache_pb2.CommitRequest) -> cache_pb2.CommitReply:
+    def commit(self, request: cache_pb2.CommitRequest) -> Pending[cache_pb2.CommitReply]:
         """See Control."""
         reply: cache_pb2.CommitReply = self._world.send(self._client, "commit", request)
-        return reply
+        return Done(reply)
 
     def abort(self, request: cache_pb2.AbortRequest) -> cache_pb2.AbortReply:
         """See Control; the client never calls it."""
