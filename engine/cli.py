@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from kvist.cachesvc.flash_verify import add_verify_flags, run_verify
 from kvist.engine.config import add_serve_flags, config_from_flags
 from kvist.proto.errors import ConfigInvalid
 
@@ -120,6 +121,12 @@ COMMANDS = (
                 "what a cache of some size would hit on a trace of requests",
                 _add_replay_flags,
                 _replay,
+            ),
+            Command(
+                "verify",
+                "check a flash folder that no kvistd uses; exit code 1 when something is wrong",
+                add_verify_flags,
+                run_verify,
             ),
         ),
     ),

@@ -177,8 +177,11 @@ class LookupMachine(RuleBasedStateMachine):
         self.moved("evicted", "not_admitted")
         if result.dropped and not self.control.away:
             assert set(result.dropped) <= {"full", "share", "no_parent"}
-            refused = next(key for key in ask.keys if key not in self.present)
-            self.gone[refused] = {"not_admitted"}
+            # None: they are on flash, which is off, and did not get a copy in DRAM.
+            refused = next((key for key in ask.keys if key not in self.present), None)
+            assert refused is not None or self.failed
+            if refused is not None:
+                self.gone[refused] = {"not_admitted"}
 
     @rule(space=st.sampled_from([None, *SPACES, *SPACES]))
     def clear(self, space: Namespace | None) -> None:
