@@ -1,11 +1,11 @@
-"""A worker's calls without gRPC: Reserve, Commit and Abort over a Unix socket of whole packets.
+"""A worker's calls without gRPC: Reserve, Commit, Abort, Clear over a Unix packet socket.
 
 A call over gRPC costs either side about 0.7 ms, as much as copying 7 MiB; over this socket 0.1 ms
 and no thread. Replies come in the order of the requests, so a caller may send the next request
 before it takes the reply to the last, and copy meanwhile: that is how a store keeps the sidecar
 busy beside its own copying. Attach stays with gRPC, whose stream is the session.
 
-    request    1 byte method (RESERVE, COMMIT, ABORT), then its message of cache.proto
+    request    1 byte method (RESERVE, COMMIT ...), then its message of cache.proto
     reply      1 byte status: 0, then the reply's message; or a number of ERRORS, then its text
 """
 
@@ -29,7 +29,7 @@ from kvist.proto.errors import (
     TierFull,
 )
 
-RESERVE, COMMIT, ABORT = 1, 2, 3
+RESERVE, COMMIT, ABORT, CLEAR = 1, 2, 3, 4
 # A reserve of SLOTS_MAX blocks has 40 KiB, its reply 30 KiB at most.
 PACKET_BYTES_MAX = 128 << 10
 ERRORS: tuple[type[KvistError], ...] = (

@@ -20,25 +20,20 @@ from typing import Literal
 
 from kvist.cachesvc.control import PROTOCOL_VERSION, Control, GrpcControl, local_address
 from kvist.cachesvc.life import Life
+from kvist.cachesvc.loading import load_block
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.storing import StoreItem, Storer, StoreResult
+from kvist.cachesvc.trial import RETRY_S, TrialPage, run_trial
 from kvist.proto import cache_pb2
 from kvist.proto.errors import (
-    BlockCorrupt,
-    BlockMissing,
-    BlockTorn,
     KvistError,
 )
 from kvist.proto.keys import BlockKey, Namespace
 from kvist.proto.record import Bytes, Wanted
-from kvist.proto.shm import CLAIM, CORRUPT, FLASH_READY, PREFETCH, RELEASE, TOUCH
+from kvist.proto.shm import CLAIM, CORRUPT, PREFETCH, RELEASE, TOUCH
 
 BACKOFF_MIN_S = 0.02
 BACKOFF_MAX_S = 0.2
-# A block rises from flash in 0.5 to 2 ms; a poll costs about 2 us.
-POLL_S = 0.0003
-# A slot may be reused between two looks; twice in a row means that the cache is far too small.
-LOAD_ATTEMPTS = 3
 Claimant = Literal["alone", "none", "self", "other"]
 
 
@@ -69,6 +64,8 @@ class CacheClient:
         wall: seconds since 1970, for the time of creation of a record.
 
     Attributes:
+        trial: a page of the worker, for the trial before the first hit of each session
+            (cachesvc/trial.py); None makes none. Set before start.
         reattaches: how often a session followed an earlier one.
         bell_failures: wake-ups that the sidecar did not take; it looks by itself soon after.
     """
@@ -83,6 +80,7 @@ class CacheClient:
         now: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
+        self.trial: TrialPage | None = None
         self.reattaches = 0
         self.bell_failures = 0
         self._control = control
@@ -95,6 +93,8 @@ class CacheClient:
             payload_bytes=namespace.format.payload_bytes,
             block_tokens=namespace.format.block_tokens,
         )
+        self._namespace = namespace
+        self._distrust = ""
         self._log = log
         self._now = now
         self._life: Life | None = None
@@ -162,6 +162,11 @@ class CacheClient:
             raise
         try:
             self._settle_counts(life)
+            self._distrust = self._try(life)
+            if self._distrust:
+                self._log.error("cache not used", reason=self._distrust, retry_s=RETRY_S)
+                self._stopping.wait(RETRY_S)
+                return
             self._life = life
             self._attached.set()
             self._log.info("cache attached", session=life.session, epoch=life.boot_epoch.hex())
@@ -174,6 +179,15 @@ class CacheClient:
         self.reattaches += not self._stopping.is_set()
         if not self._stopping.is_set():
             self._log.warning("cache detached", session=life.session, reason=reason)
+
+    def _try(self, life: Life) -> str:
+        """Make the trial; what is wrong, or "". Raises: Detached, SessionUnknown."""
+        if self.trial is None or not life.enter():
+            return ""
+        try:
+            return run_trial(life, self._control, self._storer, self._namespace, self.trial)
+        finally:
+            life.leave()
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[Life | None]:
@@ -201,7 +215,7 @@ class CacheClient:
         """
         with self._entered() as life:
             if life is None:
-                return Found(0, "detached", b"")
+                return Found(0, "self_test" if self._distrust else "detached", b"")
             blocks = life.index.longest_prefix(keys)
             reason = "" if blocks == len(keys) else life.index.miss_reason(keys[blocks])
             if reason == "never_stored" and not blocks and first is not None:
@@ -321,7 +335,7 @@ class CacheClient:
         if life is None or not life.enter():  # without _entered: 3 us of a copy's 150
             return "detached"
         try:
-            reason = self._load(life, wanted, out, deadline)
+            reason = load_block(life, wanted, out, deadline, self._now)
             if reason is None:
                 life.add_one("loaded_bytes", wanted.payload_bytes)
             elif reason == "corrupt":
@@ -330,42 +344,6 @@ class CacheClient:
             return reason
         finally:
             life.leave()
-
-    def _load(self, life: Life, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
-        attempts = 0
-        while not life.ended:
-            slot = life.index.dram_slot(wanted.key)
-            if slot is None:
-                reason = self._wait(life, wanted.key, deadline, attempts)
-                if reason:
-                    return reason
-                continue
-            try:
-                life.arena.read(slot, wanted, out, life.verify.wanted())
-                return None
-            except (BlockTorn, BlockMissing):
-                pass
-            except BlockCorrupt:
-                # A slot that was given to another block since the look at the index is no fault.
-                if life.index.dram_slot(wanted.key) == slot:
-                    return "corrupt"
-            attempts += 1
-            if attempts == LOAD_ATTEMPTS:
-                return "torn"
-        return "detached"
-
-    def _wait(self, life: Life, key: BlockKey, deadline: float, attempts: int) -> str:
-        """A moment for a block to rise; why it does not, or "" when it may have."""
-        location = life.index.find(key)
-        if location is None:
-            return "torn" if attempts else life.index.miss_reason(key)
-        if location.dram is None:
-            if life.index.flash_state != FLASH_READY:
-                return life.index.miss_reason(key)
-            if self._now() >= deadline:
-                return "flash_late"
-            time.sleep(POLL_S)
-        return ""
 
     # What needs a call.
 
@@ -379,15 +357,19 @@ class CacheClient:
             return self._storer.store(life, items)
 
 
-def open_cache(address: str, namespace: Namespace, name: str, log: Log) -> CacheClient:
+def open_cache(
+    address: str, namespace: Namespace, name: str, log: Log, trial: TrialPage | None = None
+) -> CacheClient:
     """Start a client of a sidecar on this host.
 
     Args:
         address: unix:PATH or PATH of the sidecar's socket.
+        trial: see CacheClient.
 
     Raises:
         ConfigInvalid: the address is of another host, or none at all.
     """
     client = CacheClient(GrpcControl(local_address(address)), namespace, name, log)
+    client.trial = trial
     client.start()
     return client

@@ -8,7 +8,7 @@ from typing import NoReturn, Protocol
 
 import grpc
 
-from kvist.cachesvc.calls import COMMIT, RESERVE, CallSocket, Pending
+from kvist.cachesvc.calls import CLEAR, COMMIT, RESERVE, CallSocket, Pending
 from kvist.proto import cache_pb2
 from kvist.proto.cache_pb2_grpc import CacheStub
 from kvist.proto.errors import (
@@ -49,7 +49,7 @@ _CHANNEL_OPTIONS = (
 class Control(Protocol):
     """The few calls that a worker makes. Requests and replies are those of cache.proto.
 
-    Threads: attach and wait_ended are called by one thread, reserve and commit by one other;
+    Threads: attach and wait_ended are called by one thread, reserve, commit and clear by one;
     hang_up and close by any. All may block, none for longer than CALL_TIMEOUT_S but attach and
     wait_ended, which hang_up ends. Calls are answered in the order in which they were begun.
 
@@ -84,6 +84,10 @@ class Control(Protocol):
 
     def commit(self, request: cache_pb2.CommitRequest) -> Pending[cache_pb2.CommitReply]:
         """Begin to make filled slots visible. Raises: Detached."""
+        ...
+
+    def clear(self, request: cache_pb2.ClearRequest) -> Pending[cache_pb2.ClearReply]:
+        """Begin to drop the blocks of a namespace. Raises: Detached."""
         ...
 
     def close(self) -> None:
@@ -187,6 +191,10 @@ class GrpcControl:
     def commit(self, request: cache_pb2.CommitRequest) -> Pending[cache_pb2.CommitReply]:
         """See Control.commit."""
         return self._connected().send(COMMIT, request, cache_pb2.CommitReply)
+
+    def clear(self, request: cache_pb2.ClearRequest) -> Pending[cache_pb2.ClearReply]:
+        """See Control.clear."""
+        return self._connected().send(CLEAR, request, cache_pb2.ClearReply)
 
     def close(self) -> None:
         """See Control.close."""

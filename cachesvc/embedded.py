@@ -22,6 +22,7 @@ from kvist.cachesvc.control import CALL_TIMEOUT_S
 from kvist.cachesvc.folders import OwnedFolder, sweep
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.store import Store, StoreConfig
+from kvist.cachesvc.trial import TrialPage
 from kvist.proto import cache_pb2
 from kvist.proto.errors import Detached
 from kvist.proto.keys import Namespace
@@ -146,6 +147,10 @@ class DirectControl:
         """See Control.commit."""
         return self._begin(lambda: self._answers.commit(request))
 
+    def clear(self, request: cache_pb2.ClearRequest) -> Pending[cache_pb2.ClearReply]:
+        """See Control.clear."""
+        return self._begin(lambda: self._answers.clear(request))
+
     def close(self) -> None:
         """See Control.close; also closes the store and removes its folder."""
         self._closing = True
@@ -176,15 +181,19 @@ def _has_room(parent: Path, wanted_bytes: int) -> bool:
     return space.f_bavail * space.f_frsize >= wanted_bytes
 
 
-def open_embedded(config: StoreConfig, namespace: Namespace, name: str, log: Log) -> CacheClient:
+def open_embedded(
+    config: StoreConfig, namespace: Namespace, name: str, log: Log, trial: TrialPage | None = None
+) -> CacheClient:
     """Start a cache in this process and its client; the client's close ends both.
 
     Args:
         config: sizes and flash; run_dir and shm_dir are replaced by a private folder.
+        trial: see CacheClient.
 
     Raises:
         ConfigInvalid, FormatRefused: the store cannot be opened as configured.
     """
     client = CacheClient(DirectControl(config, log), namespace, name, log)
+    client.trial = trial
     client.start()
     return client

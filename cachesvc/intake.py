@@ -20,7 +20,7 @@ from kvist.cachesvc.placement import Placement
 from kvist.cachesvc.sessions import First, Reservation, Session, Sessions
 from kvist.cachesvc.tenancy import Group
 from kvist.proto.errors import BlockCorrupt, KvistError, TierFull
-from kvist.proto.keys import NO_KEY, BlockKey
+from kvist.proto.keys import NO_KEY, TRIAL_PREFIX, BlockKey
 from kvist.proto.record import BlockHeader, Bytes, checksum, unpack_header
 from kvist.proto.slot import fill_slot, payload_of
 
@@ -169,7 +169,8 @@ class Intake:
         answers = [self._commit_one(session, slot, rows) for slot in slots]
         self._placement.uses.tell_stored()
         for row in rows:
-            self._admission.stored(row)
+            if not self._placement.index.key(row).startswith(TRIAL_PREFIX):
+                self._admission.stored(row)
         for row in rows:
             self._placement.offer(row)
         return answers

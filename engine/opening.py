@@ -21,6 +21,7 @@ from kvist.engine.request import Ready
 from kvist.engine.runner import Runner
 from kvist.engine.sampler import Sampler
 from kvist.engine.sequence import Digests, Limits
+from kvist.engine.trial_page import PoolPage
 from kvist.engine.weights import LoadedModel, load_model
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.keys import Namespace
@@ -186,7 +187,7 @@ def open_tiers(config: EngineConfig, namespace: Namespace, log: Log) -> CacheCli
     if config.cache == CACHE_EMBEDDED:
         client = _open_embedded(config, namespace, name, log)
     else:
-        client = open_cache(config.cache, namespace, name, log)
+        client = open_cache(config.cache, namespace, name, log, PoolPage(namespace.format))
     # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
     client.wait_attached(ATTACH_WAIT_S)
     return client
@@ -205,7 +206,7 @@ def _open_embedded(config: EngineConfig, namespace: Namespace, name: str, log: L
         flash_bytes=config.cache_flash_bytes,
         slot_bytes=None,
     )
-    return open_embedded(store, namespace, name, log)
+    return open_embedded(store, namespace, name, log, PoolPage(namespace.format))
 
 
 def free_memory_bytes() -> int:

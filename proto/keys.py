@@ -34,6 +34,9 @@ Tokens = npt.NDArray[np.uint32]
 NO_KEY = BlockKey(bytes(KEY_BYTES))
 """The parent of a first block."""
 
+TRIAL_PREFIX = b"kv-trial"
+"""How the key of a trial block begins (cachesvc/trial.py); it never leaves DRAM."""
+
 
 @dataclass(frozen=True, slots=True)
 class Namespace:

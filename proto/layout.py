@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+# A step along one axis of the pattern; odd and far apart, so that no two axes look alike.
+PATTERN_STEPS: Final = {"layer": 7919, "kind": 15731, "head": 22307, "token": 30011, "dim": 613}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +96,25 @@ class BlockFormat:
                         self.region_bytes,
                     )
                     offset += self.region_bytes
+
+
+def pattern(format: BlockFormat) -> npt.NDArray[np.uint8]:
+    """A payload in which the bits of each element follow from where it stands.
+
+    An element's bits are, as an integer of its width that wraps, the sum over the axes of position
+    times PATTERN_STEPS, layer and head counted as the model counts them, K as 0 and V as 1. A
+    worker whose pages lie in another order than its format says cannot make or read it.
+
+    Returns:
+        shape (payload_bytes,), uint8.
+    """
+    steps = PATTERN_STEPS
+    token, dim = np.ogrid[: format.block_tokens, : format.head_dim]
+    rows = token * steps["token"] + dim * steps["dim"]
+    width = np.dtype(f"<u{DTYPE_BYTES[format.dtype]}")
+    out = np.empty(format.payload_bytes, np.uint8)
+    for region in format.regions():
+        base = region.layer * steps["layer"] + (region.kind == "v") * steps["kind"]
+        values = (rows + base + region.head * steps["head"]).astype(width)
+        out[region.offset : region.offset + region.length] = values.reshape(-1).view(np.uint8)
+    return out

@@ -119,6 +119,7 @@ MISS_REASONS = (
     "tail",  # less than a block, or the last token, which is always computed
     "no_cache",  # the engine has no cache beyond its own pool
     "detached",  # the sidecar is not reachable
+    "self_test",  # what the worker stored for a trial did not come back: it runs without the cache
     "flash_off",  # the flash tier turned itself off; the block may be there
     "flash_rebuilding",  # the flash index is being rebuilt; the block may be there
     "flash_late",  # the block did not rise from flash in time

@@ -82,6 +82,11 @@ class StoreControl:
         self._check()
         return Done(self._answers.commit(request))
 
+    def clear(self, request: cache_pb2.ClearRequest) -> Pending[cache_pb2.ClearReply]:
+        """See Control.clear."""
+        self._check()
+        return Done(self._answers.clear(request))
+
     def close(self) -> None:
         """See Control.close."""
         self.hang_up()
