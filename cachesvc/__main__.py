@@ -116,6 +116,7 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
         store = Store(
             store_config(config, arena_folder), loop.call_soon_threadsafe, time.monotonic, log
         )
+        store.on_made = freeze
         store.open()
         stack.callback(store.close)
         beat = Beat(loop, store, fail)
@@ -135,14 +136,22 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
             # The page's threads wait for the loop, so the loop must not wait for them.
             stack.push_async_callback(asyncio.to_thread, page.close)
             page_url = page.url
-        # What lives now lives as long as the process; the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
+        freeze()
         _say_ready(log, config, server.listen, page_url)
         await stop.wait()
         log.info("stopping")
     log.info("stopped")
     return EXIT_FAILED if failures else EXIT_OK
+
+
+def freeze() -> None:
+    """What lives now lives as long as the process: the collector need not look at it again.
+
+    Also called when the tables are made, which may be at the first attach: their list of leaves may
+    come to have millions of entries, all of which a full collection would look at (8 ms a million).
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def store_config(config: SidecarConfig, arena_folder: Path) -> StoreConfig:

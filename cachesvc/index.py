@@ -3,8 +3,8 @@
 The bytes are those of proto/shm.py. A row that was given to a key keeps its number until the key
 is removed, so row numbers serve as block ids in the sidecar's own tables.
 
-Sizes: twice as many rows as slots, so a bucket of 8 is half full on average; with two buckets to
-choose from, both full is then so rare that a block is refused (and counted) and no row is moved.
+Sizes: 7 rows for 4 slots, so a bucket of 8 holds 4.6 keys on average; with two buckets to choose
+from, both full is then so rare that a block is refused (and counted) and no row is moved.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from kvist.proto.verify import VERIFY, Verify
 
 __all__ = ["Location", "pack_location", "unpack_location"]
 
-ROWS_PER_SLOT = 2
+ROWS_PER_4_SLOTS = 7
 
 _HALVES = Struct("<QQ")
 _FREE_KEY = bytes(KEY_BYTES)
@@ -71,7 +71,6 @@ class _Table:
         self.buckets: Final[int] = fields[4]
         self.slot_bytes: Final[int] = fields[5]
         self.dram_slots: Final[int] = fields[6]
-        self._mask: int = self.buckets - 1
         whole = memoryview(mapped)
         start = HEADER_BYTES + self.buckets * BUCKET_BYTES
         stop = start + fields[8] * DEPARTED_BUCKET.size
@@ -113,7 +112,7 @@ class _Table:
         """
         find, words = self._map.find, self._words
         for half in _HALVES.unpack(key):
-            bucket = half & self._mask
+            bucket = half % self.buckets
             start = HEADER_BYTES + bucket * BUCKET_BYTES
             at = find(key, start, start + BUCKET_KEYS_BYTES)
             while at >= 0:
@@ -224,8 +223,8 @@ def _problem(mapped: mmap.mmap) -> str:
         return "not a Kvist index"
     if version != SHM_VERSION:
         return f"version {version}, this program reads {SHM_VERSION}"
-    is_power = buckets & (buckets - 1) == departed & (departed - 1) == 0
-    if not is_power or len(mapped) != _file_bytes(buckets, departed):
+    is_power = departed > 0 and departed & (departed - 1) == 0
+    if not is_power or not buckets or len(mapped) != _file_bytes(buckets, departed):
         return f"{len(mapped)} bytes do not fit {buckets} buckets"
     return ""
 
@@ -241,9 +240,12 @@ def _key_at(row: int) -> int:
 
 
 def bucket_count(slots: int) -> int:
-    """Buckets of an index for that many slots: the power of two that gives 2 to 4 rows a slot."""
-    needed = max(1, -(-slots * ROWS_PER_SLOT // BUCKET_ROWS))
-    return 1 << (needed - 1).bit_length()
+    """Buckets of an index for that many slots.
+
+    As many as it takes and not the next power of two: each row costs the sidecar 24 bytes here
+    and about 50 in its own tables, and there would be up to 4 a slot.
+    """
+    return max(1, -(-slots * ROWS_PER_4_SLOTS // (4 * BUCKET_ROWS)))
 
 
 class IndexWriter(_Table):
@@ -383,7 +385,7 @@ class IndexWriter(_Table):
         """A free row in the emptier of the key's two buckets."""
         best_row, best_free = 0, 0
         for half in _HALVES.unpack(key):
-            bucket = half & self._mask
+            bucket = half % self.buckets
             first = self._position(bucket * BUCKET_ROWS)
             ways = self._words[first : first + BUCKET_ROWS].tolist()
             free = ways.count(0)

@@ -75,6 +75,7 @@ class Store:
         self.calls_path = config.run_dir / CALLS_NAME
         self._config = config
         self._post: Post = lambda call: post(partial(self._run_posted, call))
+        self.on_made: Callable[[], None] = lambda: None
         self._broken: Exception | None = None
         self._now = now
         self._log = log
@@ -115,6 +116,7 @@ class Store:
             parts = maker.make(slot_bytes, self.boot_epoch, self._sessions)
             self._undo.callback(undo.pop_all().close)
         if parts is not None:
+            self.on_made()
             parts.index.beat(int(self._now() * 1e9))
         return parts
 

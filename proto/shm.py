@@ -11,7 +11,7 @@ bytes, then the origin buckets of 64 bytes, then the claim buckets of 128 bytes.
          8      4  version        SHM_VERSION
         12      4  flash_state    FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED
         16     16  boot_epoch     random id of this life of the sidecar
-        32      8  buckets        a power of two
+        32      8  buckets        >= 1
         40      8  slot_bytes     bytes of one DRAM slot
         48      8  dram_slots     slots of the arena
         56      8  heartbeat_ns   CLOCK_MONOTONIC of the sidecar's last sign of life

@@ -19,10 +19,13 @@ from kvist.proto.shm import BUCKET_ROWS, DEPARTURES, FLASH_FAILED, FLASH_READY, 
 
 EPOCH = bytes(range(16))
 
+# Of the writer below.
+BUCKETS = bucket_count(4000)
+
 
 def key(first: int, second: int = 0, tail: int = 0) -> BlockKey:
     """A key whose buckets are first and second, in an index of up to 2**16 of them."""
-    halves = (first | tail << 16, second | tail << 16)
+    halves = (first + tail * BUCKETS, second + tail * BUCKETS)
     return BlockKey(b"".join(half.to_bytes(8, "little") for half in halves))
 
 
@@ -114,7 +117,7 @@ def test_key_whose_buckets_are_full_is_refused_and_nothing_moves(
 def test_key_that_begins_amid_another_is_not_found(
     writer: IndexWriter, reader: IndexReader
 ) -> None:
-    halves = [(5 | mark << 32).to_bytes(8, "little") for mark in range(4)]
+    halves = [(5 + mark * BUCKETS).to_bytes(8, "little") for mark in range(4)]
     writer.insert(BlockKey(halves[0] + halves[1]), 1, None)
     writer.insert(BlockKey(halves[2] + halves[3]), 2, None)
     amid = BlockKey(halves[1] + halves[2])
@@ -127,10 +130,23 @@ def test_key_of_zeros_is_no_free_row(reader: IndexReader) -> None:
     assert reader.find(BlockKey(bytes(16))) is None
 
 
-def test_index_has_two_to_four_rows_a_slot() -> None:
+def test_index_has_seven_quarters_of_a_row_a_slot_and_less_than_a_bucket_over() -> None:
     for slots in (1, 4, 5, 1000, 4096, 4097):
         rows = bucket_count(slots) * BUCKET_ROWS
-        assert 2 * slots <= rows < max(4 * slots, 4 * BUCKET_ROWS)
+        assert 1.75 * slots <= rows < 1.75 * slots + BUCKET_ROWS
+
+
+def test_an_index_as_full_as_its_tiers_can_make_it_refuses_next_to_nothing(path: Path) -> None:
+    slots = 100_000
+    full = IndexWriter(path, slots, 0, 8192, EPOCH)
+    refused = 0
+    for number, each in enumerate(drawn_keys(0, slots)):
+        try:
+            full.insert(each, number, None)
+        except TierFull:
+            refused += 1
+    full.close()
+    assert refused <= 2, "of 100,000"
 
 
 def test_longest_prefix_is_right_for_every_length(writer: IndexWriter, reader: IndexReader) -> None:
