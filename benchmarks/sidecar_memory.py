@@ -21,15 +21,18 @@ from pathlib import Path
 
 from kvist.cachesvc.__main__ import freeze
 from kvist.cachesvc.blocks import NO_ROW
-from kvist.cachesvc.eviction import LeafLru
+from kvist.cachesvc.eviction import PolicyName
 from kvist.cachesvc.index import IndexWriter, Location
 from kvist.cachesvc.placement import Placement
+from kvist.cachesvc.rgg import make_policy
 from kvist.proto.keys import BlockKey
 from kvist.tiers.dram import DramTier
 from kvist.tiers.slots import FreeSlots
 
 FULL_COLLECTIONS = 5
 SLOT_BYTES = 8192
+POLICY: PolicyName = "rgg"
+SESSION = 1
 
 
 class NumberedSlots(DramTier):
@@ -83,14 +86,16 @@ def fill(placement: Placement, blocks: int, conversation: int) -> None:
     """Store conversations until there are so many blocks; each tenth one is used again."""
     number = 0
     while number < blocks:
-        row, tick = NO_ROW, placement.next_tick()
+        row = NO_ROW
         for _ in range(min(conversation, blocks - number)):
             location = Location(placement.allocate_dram(), None)
-            row = placement.insert(key_of(number), row, bytes(32), location, tick)
+            row = placement.insert(key_of(number), row, bytes(32), location)
+            placement.uses.stored(row)
             number += 1
+        placement.uses.tell_stored()
         placement.offer(row)
         if number // conversation % 10 == 0:
-            placement.touch(row)
+            placement.uses.touched(SESSION, row)
 
 
 def measure(blocks: int, conversation: int) -> dict[str, float]:
@@ -101,7 +106,14 @@ def measure(blocks: int, conversation: int) -> dict[str, float]:
         pauses = Pauses()
         started = time.perf_counter()
         index = IndexWriter(Path(folder) / "index", blocks, 0, SLOT_BYTES, bytes(16))
-        placement = Placement(index, NumberedSlots(blocks), None, LeafLru, lambda _: False)
+        placement = Placement(
+            index,
+            NumberedSlots(blocks),
+            None,
+            lambda tree, history, capacity: make_policy(POLICY, tree, history, capacity, 0),
+            lambda _: False,
+            time.monotonic,
+        )
         freeze()  # as kvistd does
         fill(placement, blocks, conversation)
         took = time.perf_counter() - started
