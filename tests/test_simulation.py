@@ -25,10 +25,10 @@ PLANT_SEEDS = 500
 # Seeds that failed, and the fault of the product that each finds if it is put back. A change of
 # the simulation gives every seed another history, so each fault has a test of its own, too.
 FAILED = {
-    16: "the error of a damaged record kept the arena mapped after close",
-    46: "the same, by a reader",
-    830: "a prefix was counted across a block that failed flash could not give",
-    1867: "the same, with more blocks on the far side",
+    30: "the error of a damaged record kept the arena mapped after close",
+    66: "the same, by a reader",
+    529: "a prefix was counted across a block that failed flash could not give",
+    1627: "the same, with more blocks on the far side",
 }
 
 
@@ -74,7 +74,7 @@ def test_planted_fault_is_found(name: str) -> None:
         for seed in range(PLANT_SEEDS):
             try:
                 run(seed)
-            except Exception:
+            except AssertionError:  # anything else would be a plant that does not fit any more
                 return
     pytest.fail(f"{PLANT_SEEDS} seeds did not see it")
 

@@ -12,21 +12,24 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 from kvist.cachesvc.blocks import NO_ROW
 from kvist.cachesvc.parts import Parts
 from kvist.cachesvc.store import Store
 from kvist.proto.errors import BlockCorrupt, FormatRefused
-from kvist.proto.keys import NO_KEY, BlockKey
+from kvist.proto.keys import KEY_BYTES, NO_KEY, BlockKey
 from kvist.proto.record import PAGE_BYTES, checksum, unpack_header
-from kvist.proto.shm import BUCKET_ROWS
+from kvist.proto.shm import BUCKET_BYTES, BUCKET_ROWS, HEADER_BYTES, LOW_HALF
 from kvist.proto.slot import payload_of
 from sim.world.forest import BLOCKS, PAYLOADS, SLOT_BYTES, name_of
 from sim.world.medium import Medium
 from sim.world.worker import SimClient
 
-_KEY = slice(24, 40)
 _WORD = struct.Struct("<Q")
+Row: TypeAlias = tuple[int, BlockKey, int | None, int | None]
+"""Row, key, slot in DRAM, slot on flash."""
+
 _REASONS = ("dram_evicted", "flash_evicted", "dram_corrupt", "flash_corrupt")
 
 
@@ -79,25 +82,20 @@ class Model:
         parts = store._parts
         if parts is None:
             return
-        rows = rows_of(parts)
-        keys = {row: parts.index.key(row) for row in rows}
+        rows = table_of(parts)
         assert len(rows) == len(parts.placement.blocks)
         check_closures(parts, rows)
         check_slots(store, parts, rows)
         check_holders(store, clients)
-        self._check_dram(parts, keys)
-        self._check_flash(parts, keys)
-        self._check_gone(parts, set(keys.values()), cleared)
+        self._check_dram(parts, rows)
+        self._check_flash(rows)
+        self._check_gone(parts, {key for _, key, _, _ in rows}, cleared)
 
-    def _check_dram(self, parts: Parts, keys: dict[int, BlockKey]) -> None:
+    def _check_dram(self, parts: Parts, rows: Sequence[Row]) -> None:
         """Readable slots hold what the index says, and no other slot can be read."""
-        dram, view = parts.dram, parts.dram._view
-        shown = {}
-        for row, key in keys.items():
-            slot = parts.index.dram(row)
-            if slot is not None:
-                shown[slot] = key
-        for slot in range(dram.slots):
+        view = parts.dram._view
+        shown = {dram: key for _, key, dram, _ in rows}
+        for slot in range(parts.dram.slots):
             at = slot * SLOT_BYTES
             (generation,) = _WORD.unpack_from(view, at)
             key = shown.get(slot)
@@ -110,10 +108,10 @@ class Model:
             is_right = is_right and view[start : start + len(payload)] == payload
             assert is_right, f"slot {slot} does not hold {name_of(key)}"
 
-    def _check_flash(self, parts: Parts, keys: dict[int, BlockKey]) -> None:
+    def _check_flash(self, rows: Sequence[Row]) -> None:
+        """What is shown on flash is in the flash index, and there."""
         medium = self._medium
-        for row, key in keys.items():
-            slot = parts.index.flash(row)
+        for _, key, _, slot in rows:
             if slot is None:
                 continue
             entry = medium.rows.get(key)
@@ -136,46 +134,59 @@ class Model:
         self._reasons, self.present = reasons, now
 
 
-def rows_of(parts: Parts) -> list[int]:
-    """Rows in use."""
+def table_of(parts: Parts) -> list[Row]:
+    """All that the index holds."""
     index, rows = parts.index, []
+    words, mapped = index._words, index._map
     for bucket in range(index.buckets):
         first = index._position(bucket * BUCKET_ROWS)
-        words = index._words[first : first + BUCKET_ROWS].tolist()
-        rows += [bucket * BUCKET_ROWS + way for way, word in enumerate(words) if word]
+        for way, word in enumerate(words[first : first + BUCKET_ROWS].tolist()):
+            if word:
+                at = HEADER_BYTES + bucket * BUCKET_BYTES + way * KEY_BYTES
+                low, high = word & LOW_HALF, word >> 32
+                key = BlockKey(mapped[at : at + KEY_BYTES])
+                row = bucket * BUCKET_ROWS + way
+                rows.append((row, key, low - 1 if low else None, high - 1 if high else None))
     return rows
 
 
-def check_closures(parts: Parts, rows: Sequence[int]) -> None:
+def rows_of(parts: Parts) -> list[int]:
+    """Rows in use."""
+    return [row for row, _, _, _ in table_of(parts)]
+
+
+def check_closures(parts: Parts, rows: Sequence[Row]) -> None:
     """Parents are there, children are counted, eviction knows every leaf."""
-    placement, blocks, index = parts.placement, parts.placement.blocks, parts.index
-    in_dram, on_flash = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
-    for row in rows:
-        parent, header = blocks.parent[row], BLOCKS[index.key(row)].header
+    placement, blocks = parts.placement, parts.placement.blocks
+    keys = {row: key for row, key, _, _ in rows}
+    in_dram, on_flash = dict.fromkeys(keys, 0), dict.fromkeys(keys, 0)
+    for row, key, dram, flash in rows:
+        parent, header = blocks.parent[row], BLOCKS[key].header
         assert blocks.depth[row] == header.depth
         assert blocks.namespace(row) == header.namespace
         if parent == NO_ROW:
             assert header.parent == NO_KEY
             continue
-        assert parent in in_dram, "a block without the one before it"
-        assert index.key(parent) == header.parent
-        reaches = blocks.reaches_flash(row)
+        assert parent in keys, "a block without the one before it"
+        assert keys[parent] == header.parent
+        reaches = flash is not None or blocks._sinking[row]
         assert not reaches or blocks.reaches_flash(parent), "a block on flash without its parent"
-        in_dram[parent] += index.dram(row) is not None
-        on_flash[parent] += reaches
-    for row in rows:
+        in_dram[parent] += dram is not None
+        on_flash[parent] += bool(reaches)
+    for row in keys:
         assert blocks.dram_children[row] == in_dram[row]
         assert blocks.flash_children[row] == on_flash[row]
         if placement.may_leave_dram(row):
             assert row in placement._dram_leaves, "a leaf that eviction does not know"
         if placement.may_leave_flash(row):
+            assert placement._flash_leaves is not None
             assert row in placement._flash_leaves, "a leaf that eviction does not know"
 
 
-def check_slots(store: Store, parts: Parts, rows: Sequence[int]) -> None:
+def check_slots(store: Store, parts: Parts, rows: Sequence[Row]) -> None:
     """Every slot is free, held, on a move, or in exactly one row."""
-    index, moves = parts.index, parts.moves
-    dram = [slot for row in rows if (slot := index.dram(row)) is not None]
+    moves = parts.moves
+    dram = [slot for _, _, slot, _ in rows if slot is not None]
     dram += [slot for session in store._sessions.each() for slot in session.reserved]
     free = parts.dram._free
     assert len(set(dram)) == len(dram), "a DRAM slot is used twice"
@@ -184,7 +195,7 @@ def check_slots(store: Store, parts: Parts, rows: Sequence[int]) -> None:
     assert used == len(dram) + moves._rising, f"{used} DRAM slots taken, {len(dram)} in use"
     if parts.flash is None:
         return
-    flash = [slot for row in rows if (slot := index.flash(row)) is not None]
+    flash = [slot for _, _, _, slot in rows if slot is not None]
     flash += [job.flash_slot for job in moves._sinking]
     free = parts.flash._free
     assert len(set(flash)) == len(flash), "a flash slot is used twice"

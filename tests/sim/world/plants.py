@@ -35,13 +35,13 @@ def _publish_before_fill(real: Callable[..., int]) -> Callable[..., int]:
 
 
 def _commit_unfilled(real: Callable[..., bool]) -> Callable[..., bool]:
-    def commit_one(self: Any, session: Any, slot: int, tick: int, rows: list[int]) -> bool:
+    def commit_one(self: Any, session: Any, slot: int, rows: list[int]) -> bool:
         reservation = session.reserved.get(slot)
         parent = None if reservation is None else self._placement.index.locate(reservation.parent)
         if reservation is None or parent is None:
-            return real(self, session, slot, tick, rows)
+            return real(self, session, slot, rows)
         self._sessions.release(session, slot)
-        rows.append(self._enter(BLOCKS[reservation.key].header, slot, tick))
+        rows.append(self._enter(BLOCKS[reservation.key].header, slot))
         return True
 
     return commit_one

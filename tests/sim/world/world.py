@@ -14,6 +14,7 @@ from typing import Any
 
 from kvist.cachesvc.answers import Answers
 from kvist.cachesvc.control import _ERRORS
+from kvist.cachesvc.eviction import POLICIES
 from kvist.cachesvc.host import Host
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.parts import Parts
@@ -23,7 +24,7 @@ from kvist.proto import cache_pb2
 from kvist.proto.errors import Detached, KvistError
 from kvist.proto.keys import BlockKey
 from sim.world.forest import LINES, SLOT_BYTES, name_of
-from sim.world.invariants import Model, check_closures, rows_of
+from sim.world.invariants import Model, check_closures, table_of
 from sim.world.medium import Medium, SimDisk
 from sim.world.scheduler import Killed, Scheduler, SimThreads
 from sim.world.worker import Call, SimClient, lost, stepped_copies
@@ -83,6 +84,7 @@ class World:
             slot_bytes=SLOT_BYTES,
             io_threads=random.choice((1, 2, 3)),
             flash_queue_blocks=random.choice((2, 8)),
+            eviction=random.choice(POLICIES),
             flash_admission=random.choice(("always", "always", "second_use")),
             flash_write_bytes_per_day=random.choice((None,) * 5 + (20 * SLOT_BYTES,)),
             reservation_share=random.choice((0.3, 1.0)),
@@ -146,12 +148,8 @@ class World:
 
     def on_flash(self) -> dict[BlockKey, int]:
         """What the index shows there, and in which slot."""
-        index = self.parts.index
-        return {
-            index.key(row): slot
-            for row in rows_of(self.parts)
-            if (slot := index.flash(row)) is not None
-        }
+        rows = table_of(self.parts)
+        return {key: slot for _, key, _, slot in rows if slot is not None}
 
     def crash(self, power: bool) -> None:
         """The sidecar dies where it stands; with the power its host does."""
@@ -371,7 +369,7 @@ class World:
         else:
             raise AssertionError(f"it does not come to rest: {self.parts.placement.jobs}")
         assert not self.reads, "a reader waits for ever"
-        check_closures(self.parts, rows_of(self.parts))
+        check_closures(self.parts, table_of(self.parts))
         if self.parts.flash is not None:
             assert medium.rows.keys() == self.on_flash().keys(), "the flash index has leaked"
 
