@@ -12,7 +12,7 @@ import pytest
 from sim.fake_cache import FakeCache
 
 from kvist.cachesvc.log import Log
-from kvist.engine.connector import STORE_BATCH, Connector, Loaded
+from kvist.engine.connector import Connector, Loaded
 from kvist.engine.pages import Pages
 from kvist.engine.request import CACHE_BYPASS, CACHE_ON, NewRequest, SamplingParams
 from kvist.engine.sequence import Limits, Sequence, State
@@ -209,7 +209,10 @@ def test_pages_under_a_store_stay_held_when_the_request_ends(
     assert len(cache.blocks) == 3
 
 
-def test_a_store_call_takes_what_is_queued_up_to_a_batch(cache: FakeCache, bench: Bench) -> None:
+def test_a_store_call_takes_what_is_queued_up_to_a_batch(
+    cache: FakeCache, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvist.engine.connector.STORE_BATCH", 32)
     cache.store_gate.clear()
     sequence = bench.sequence(4 * 81)
     bench.seat(sequence)
@@ -217,7 +220,7 @@ def test_a_store_call_takes_what_is_queued_up_to_a_batch(cache: FakeCache, bench
     cache.store_gate.set()
     bench.settled()
     assert sum(cache.batches) == 81
-    assert max(cache.batches) == STORE_BATCH
+    assert max(cache.batches) == 32
 
 
 def test_a_full_queue_drops_a_block_and_those_that_would_have_no_parent(
