@@ -21,17 +21,19 @@ from pathlib import Path
 
 from kvist.cachesvc.__main__ import freeze
 from kvist.cachesvc.blocks import NO_ROW
-from kvist.cachesvc.eviction import PolicyName
+from kvist.cachesvc.eviction import POLICIES, PolicyName
 from kvist.cachesvc.index import IndexWriter, Location
+from kvist.cachesvc.pins import Pins
 from kvist.cachesvc.placement import Placement
 from kvist.cachesvc.rgg import make_policy
+from kvist.cachesvc.tenancy import Tenancy
+from kvist.cachesvc.wards import Rules
 from kvist.proto.keys import BlockKey
 from kvist.tiers.dram import DramTier
 from kvist.tiers.slots import FreeSlots
 
 FULL_COLLECTIONS = 5
 SLOT_BYTES = 8192
-POLICY: PolicyName = "rgg"
 SESSION = 1
 
 
@@ -88,7 +90,7 @@ def fill(placement: Placement, blocks: int, conversation: int) -> None:
     while number < blocks:
         row = NO_ROW
         for _ in range(min(conversation, blocks - number)):
-            location = Location(placement.allocate_dram(), None)
+            location = Location(placement.allocate_dram(None), None)
             row = placement.insert(key_of(number), row, bytes(32), location)
             placement.uses.stored(row)
             number += 1
@@ -98,7 +100,7 @@ def fill(placement: Placement, blocks: int, conversation: int) -> None:
             placement.uses.touched(SESSION, row)
 
 
-def measure(blocks: int, conversation: int) -> dict[str, float]:
+def measure(blocks: int, conversation: int, policy: PolicyName) -> dict[str, float]:
     """The figures for one number of blocks, in this process."""
     with tempfile.TemporaryDirectory(prefix="kvist-bench-", dir="/dev/shm") as folder:
         freeze()
@@ -110,9 +112,10 @@ def measure(blocks: int, conversation: int) -> dict[str, float]:
             index,
             NumberedSlots(blocks),
             None,
-            lambda tree, history, capacity: make_policy(POLICY, tree, history, capacity, 0),
+            lambda tree, history, capacity: make_policy(policy, tree, history, capacity, 0),
             lambda _: False,
             time.monotonic,
+            Rules(Tenancy({}), Pins(index.rows, blocks // 4, time.monotonic)),
         )
         freeze()  # as kvistd does
         fill(placement, blocks, conversation)
@@ -139,15 +142,16 @@ def main() -> None:
     parser.add_argument(
         "--conversation", type=int, default=32, help="blocks of one; 1 is the most leaves"
     )
+    parser.add_argument("--policy", choices=POLICIES, default="rgg")
     parser.add_argument("--here", action="store_true", help="one size, in this process")
     arguments = parser.parse_args()
     if arguments.here:
-        print(json.dumps(measure(arguments.blocks[0], arguments.conversation)))
+        print(json.dumps(measure(arguments.blocks[0], arguments.conversation, arguments.policy)))
         return
     sizes = []
     for blocks in arguments.blocks:
         command = [sys.executable, __file__, "--here", "--blocks", str(blocks)]
-        command += ["--conversation", str(arguments.conversation)]
+        command += ["--conversation", str(arguments.conversation), "--policy", arguments.policy]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         sizes.append(json.loads(done.stdout))
     print(
@@ -156,6 +160,7 @@ def main() -> None:
                 "bench": "sidecar_memory",
                 "limit_bytes_per_block": 200,
                 "conversation_blocks": arguments.conversation,
+                "policy": arguments.policy,
                 "sizes": sizes,
             }
         )
