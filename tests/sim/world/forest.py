@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from kvist.cachesvc.storing import StoreItem
+from kvist.cachesvc.tenancy import NAMESPACE_PREFIX, Limits
 from kvist.proto.keys import BlockKey, Namespace
 from kvist.proto.layout import BlockFormat
 from kvist.proto.record import PAGE_BYTES, RecordShape
@@ -73,3 +76,15 @@ ITEMS = {number: [item_of(block) for block in path] for number, path in PATHS.it
 def name_of(key: bytes) -> str:
     """A block for the trace."""
     return f"b{number_of(key)}"
+
+
+# For the namespace of the second tree; the first one's blocks nobody limits.
+_SECOND = f"{NAMESPACE_PREFIX}{DIGESTS[1].hex()[:16]}"
+NO_RULES: Mapping[str, Limits] = {}
+RULES: tuple[Mapping[str, Limits], ...] = (
+    {_SECOND: Limits(quota=SLOT_BYTES, flash_quota=2 * SLOT_BYTES)},
+    {_SECOND: Limits(floor=SLOT_BYTES, flash_floor=SLOT_BYTES)},
+    {_SECOND: Limits(ttl=2)},
+    NO_RULES,
+    NO_RULES,
+)

@@ -17,6 +17,7 @@ from typing import TypeAlias
 from kvist.cachesvc.blocks import NO_ROW
 from kvist.cachesvc.parts import Parts
 from kvist.cachesvc.store import Store
+from kvist.cachesvc.wards import Wards
 from kvist.proto.errors import BlockCorrupt, FormatRefused
 from kvist.proto.keys import KEY_BYTES, NO_KEY, BlockKey
 from kvist.proto.record import PAGE_BYTES, checksum, unpack_header
@@ -30,7 +31,9 @@ _WORD = struct.Struct("<Q")
 Row: TypeAlias = tuple[int, BlockKey, int | None, int | None]
 """Row, key, slot in DRAM, slot on flash."""
 
-_REASONS = ("dram_evicted", "flash_evicted", "dram_corrupt", "flash_corrupt")
+# Counted block by block; counted once for all that stands on it.
+_ONE_BY_ONE = ("dram_evicted", "flash_evicted", "expired")
+_REASONS = (*_ONE_BY_ONE, "dram_corrupt", "flash_corrupt")
 
 
 class Model:
@@ -126,7 +129,7 @@ class Model:
         reasons = [getattr(counts, name) for name in _REASONS]
         grown = [new - old for new, old in zip(reasons, self._reasons, strict=True)]
         gone = self.present - now
-        if gone and not cleared and not any(grown[2:]):
+        if gone and not cleared and not any(grown[len(_ONE_BY_ONE) :]):
             names = sorted(map(name_of, gone))
             assert len(gone) <= sum(grown), f"{names} went, {grown} blocks for a reason"
         strange = sorted(map(name_of, now - self.committed))
@@ -177,10 +180,18 @@ def check_closures(parts: Parts, rows: Sequence[Row]) -> None:
         assert blocks.dram_children[row] == in_dram[row]
         assert blocks.flash_children[row] == on_flash[row]
         if placement.may_leave_dram(row):
-            assert row in placement._dram_leaves, "a leaf that eviction does not know"
+            known = row in placement._dram_leaves or is_set_aside(placement._dram_wards, row)
+            assert known, "a leaf that eviction does not know"
         if placement.may_leave_flash(row):
             assert placement._flash_leaves is not None
-            assert row in placement._flash_leaves, "a leaf that eviction does not know"
+            known = row in placement._flash_leaves or is_set_aside(placement._flash_wards, row)
+            assert known, "a leaf that eviction does not know"
+
+
+def is_set_aside(wards: Wards, row: int) -> bool:
+    """Whether a leaf that came up is kept from eviction for a while, by a floor or a pin."""
+    parked = any(row in rows for rows in wards._parked.values())
+    return parked or any(row == each for _, each in wards._aside)
 
 
 def check_slots(store: Store, parts: Parts, rows: Sequence[Row]) -> None:

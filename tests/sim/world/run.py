@@ -207,6 +207,8 @@ def _end(world: World) -> None:
     assert len(world.store._sessions) == 0
     assert world.store._sessions.reserved_slots == 0
     assert len(world.parts.claims) == 0, "a claim outlives its session"
+    groups = world.parts.placement.tenancy._groups.values()
+    assert not [group.name for group in groups if group.reserved], "a tenant's slots leaked"
     dram = world.parts.dram
     used = dram.slots - dram.free_slots - dram.quarantined
     index = world.parts.index

@@ -23,7 +23,7 @@ from kvist.cachesvc.store import Store, StoreConfig
 from kvist.proto import cache_pb2
 from kvist.proto.errors import Detached, KvistError
 from kvist.proto.keys import BlockKey
-from sim.world.forest import LINES, SLOT_BYTES, name_of
+from sim.world.forest import LINES, NO_RULES, RULES, SLOT_BYTES, name_of
 from sim.world.invariants import Model, check_closures, table_of
 from sim.world.medium import Medium, SimDisk
 from sim.world.scheduler import Killed, Scheduler, SimThreads
@@ -84,6 +84,7 @@ class World:
             slot_bytes=SLOT_BYTES,
             io_threads=random.choice((1, 2, 3)),
             flash_queue_blocks=random.choice((2, 8)),
+            tenants=random.choice((NO_RULES, *RULES)),
             eviction=random.choice(POLICIES),
             flash_admission=random.choice(("always", "always", "second_use")),
             flash_write_bytes_per_day=random.choice((None,) * 5 + (20 * SLOT_BYTES,)),
