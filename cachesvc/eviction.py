@@ -125,9 +125,10 @@ class Order(Protocol):
 
         Args:
             at: ticks.
-            than: a row; leave alone what is at least as worth keeping. NO_ROW: any may go.
+            than: a row that somebody waits for; leave alone what was used after it: by a later
+                request, or by the same one nearer to its beginning. NO_ROW: any may go.
 
-        Returns: its row; NO_ROW when there is no candidate, or none less worth than that.
+        Returns: its row; NO_ROW when there is no such candidate.
         """
         ...
 

@@ -183,7 +183,7 @@ class Placement:
 
         Args:
             group: what limits the owner of the block that it is for.
-            than: a row; evict no block that is as worth keeping as that one.
+            than: a row that is to have the slot; evict no block used after it, see Order.take.
 
         Raises: TierFull when nothing may go.
         """

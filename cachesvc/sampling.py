@@ -100,51 +100,51 @@ class SampledOrder:
             self._place[row] = self._count
 
     def take(self, at: int, than: int = NO_ROW) -> int:
-        """See Order. Of blocks that one request used last, none goes to make room for another."""
+        """See Order."""
         while self._count:
-            row = self._following(at)
+            row = self._following(at, than)
             if row == NO_ROW:
-                row = self._sampled(at)
-            if not self._may_go(row):
-                self._withdraw(row)
-                continue
-            if than != NO_ROW and not self._is_worth_more(than, row, at):
+                row = self._sampled(at, than)
+            if row == NO_ROW:
                 return NO_ROW
             self._withdraw(row)
-            self._gone, self._next = row, self._parent[row]
-            return row
+            if self._may_go(row):
+                self._gone, self._next = row, self._parent[row]
+                return row
         return NO_ROW
 
-    def _is_worth_more(self, one: int, other: int, at: int) -> bool:
-        request_of = self._history.request_of
-        if request_of[one] == request_of[other]:
-            return False
-        of_one, of_other = self._worth(one, at), self._worth(other, at)
-        if of_one == of_other:
-            return request_of[one] > request_of[other]
-        return of_one > of_other
-
-    def _worth(self, row: int, at: int) -> float:
-        if self._shadow.is_losing:
-            return -float(at - self._history.at_of[row] & TICK_MASK)
-        return self._ranks.worth(row, at)
-
-    def _following(self, at: int) -> int:
+    def _following(self, at: int, than: int) -> int:
         """The block before the one that went last, if it goes next; else NO_ROW."""
         row = self._next
         if row == NO_ROW or not self._place[row]:
             return NO_ROW
         if at - self._sampled_at & TICK_MASK > _SAMPLE_TICKS:
             return NO_ROW
+        if than != NO_ROW and not self._is_before(row, than):
+            return NO_ROW
         if self._ranks.are_alike(row, self._gone) or self._worth(row, at) <= self._bound:
             return row
         return NO_ROW
 
-    def _sampled(self, at: int) -> int:
+    def _is_before(self, row: int, other: int) -> bool:
+        """Whether a block was used before another one; of one prompt the end counts as before."""
+        request_of, depth = self._history.request_of, self._depth
+        return (request_of[row], -depth[row]) < (request_of[other], -depth[other])
+
+    def _worth(self, row: int, at: int) -> float:
+        if self._shadow.is_losing:
+            return -float(at - self._history.at_of[row] & TICK_MASK)
+        return self._ranks.worth(row, at)
+
+    def _sampled(self, at: int, than: int) -> int:
         """The lowest of a few; of equals the one used longest ago, then the deepest."""
         step = max(1, self._count // SAMPLE)
         start = self._random.randrange(step)
         rows = self._rows[start : self._count : step].astype(np.int64)
+        if than != NO_ROW:
+            rows = np.array([row for row in rows.tolist() if self._is_before(row, than)], np.int64)
+            if not len(rows):
+                return NO_ROW
         ages = np.uint32(at) - self._history.at[rows]
         worths = (
             -ages.astype(np.float64) if self._shadow.is_losing else self._ranks.worths(rows, at)

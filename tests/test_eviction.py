@@ -9,6 +9,7 @@ from sim.forest import Forest
 
 from kvist.cachesvc.blocks import NO_ROW
 from kvist.cachesvc.eviction import POLICIES, PolicyName
+from kvist.cachesvc.rgg import Gittins
 from kvist.cachesvc.uses import JOIN_S
 
 each_policy = pytest.mark.parametrize("policy", POLICIES)
@@ -59,7 +60,7 @@ def test_block_that_cannot_go_now_is_passed_over_until_it_is_offered_again(
 
 
 @each_policy
-def test_nothing_as_worth_keeping_as_a_row_is_taken(policy: PolicyName) -> None:
+def test_nothing_used_after_a_row_is_taken_for_it(policy: PolicyName) -> None:
     forest = forest_of(policy, [0], [1], [2])
     assert forest.take(than=1) == 0
     assert forest.take(than=1) == NO_ROW
@@ -147,3 +148,32 @@ def test_leaf_lru_is_a_search_through_all_leaves(data: st.DataObject) -> None:
             assert expected() == forest.take()
     while forest.stored:
         assert expected() == forest.take()
+
+
+def test_what_somebody_waits_for_goes_before_what_is_only_likely_to_be_used() -> None:
+    """rgg learns that blocks come back after a minute and never at once; still one rises now."""
+    forest = Forest(512, "rgg", capacity=64)
+    rows = iter(range(512))
+    for _ in range(140):
+        row = next(rows)
+        forest.add([row])
+        for _ in range(3):
+            forest.clock_s += 60
+            forest.touch(row)
+        forest.drop(row)
+    likely, wanted = next(rows), next(rows)
+    forest.add([likely])
+    forest.clock_s += 50
+    forest.add([wanted])
+    assert isinstance(forest.policy, Gittins)
+    at = forest.uses.clock()
+    assert forest.policy.worth(wanted, at) < forest.policy.worth(likely, at)
+    assert forest.take(than=wanted) == likely
+
+
+def test_beginning_of_a_prompt_may_displace_its_end() -> None:
+    for policy in POLICIES:
+        forest = forest_of(policy, [0, 1, 2, 3])
+        forest.busy.add(0)
+        assert forest.take(than=0) == 3
+        assert forest.take(than=2) == NO_ROW
