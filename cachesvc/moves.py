@@ -5,7 +5,7 @@
             eviction costs no write. What found no room in the queue gets another chance when it
             or a later block of its conversation is used.
     rise    when somebody wishes it, first block first. A block rises only into free slots and
-            those of blocks that are less worth keeping than itself.
+            those of blocks that were used before it: somebody waits for it.
 
 When the device fails, all moves end, copies on flash are offered to nobody, and once a second a
 flash thread looks whether it is back. Everything else goes on.

@@ -46,7 +46,7 @@ class Counts:
         sinks_dropped: not queued to sink: no room in the queue or on flash, or flash not ready.
         sinks_first_use: not queued, used once only; sinks_over_budget: over the write budget.
         sinks_failed, rises_failed: begun, but not ended well.
-        rises_refused: no room in DRAM but that of blocks more worth keeping.
+        rises_refused: no room in DRAM but that of blocks used after it.
         dram_corrupt, flash_corrupt: copies found damaged and dropped.
         orphans_dropped: found on flash at the start without the block before them.
         index_refused: no room in the index.
