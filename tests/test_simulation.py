@@ -22,8 +22,8 @@ from kvist.tiers.segment import DiskIo
 SEEDS, IN_A_TEST = 2000, 250
 PLANT_SEEDS = 500
 
-# Seeds that failed, and the fault of the product that each finds if it is put back. A change of
-# the simulation gives every seed another history, so each fault has a test of its own, too.
+# Seeds that failed, and the fault of the product that each found. A change of the simulation or
+# of the store's own choices gives a seed another history, so each fault has a test of its own.
 FAILED = {
     30: "the error of a damaged record kept the arena mapped after close",
     44: "the same, by a reader",
