@@ -195,7 +195,9 @@ def commit_wrongly(world: World) -> str:
     slots = [answer.slot] if fault != "another's slot" else [answer.slot + 1, 2**32 - 1]
     committed = answers.commit(cache_pb2.CommitRequest(session=session, slots=slots)).committed
     is_taken = list(committed) == [True]
-    assert is_taken == (fault == "no payload"), f"{fault}: {committed}"
+    # A report of damage that waited in a ring may have dropped the parent in between.
+    stands = header.parent == NO_KEY or world.parts.index.locate(header.parent) is not None
+    assert is_taken == (fault == "no payload" and stands), f"{fault}: {committed}"
     if is_taken:  # nothing but its header is looked at before somebody reads it
         world.model.committed.add(header.key)
         _spoil(world, answer.slot, header.key)
