@@ -30,7 +30,7 @@ $(VENV)/.dev: $(VENV)/.engine
 setup: $(VENV)/.dev  ## Make .venv with everything in it
 
 demo: $(VENV)/.engine  ## Run the main job: two engines, one sidecar, real chats (KEEP=1 leaves it running)
-	@$(VENV)/bin/kvist demo $(if $(KEEP),--keep)
+	@$(VENV)/bin/kvist demo $(if $(KEEP),--keep) $(if $(SVG),--svg $(SVG))
 
 test: $(VENV)/.dev  ## Run every test, linters and types included
 	$(VENV)/bin/pytest $(PYTEST_ARGS)

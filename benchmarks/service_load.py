@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import httpx
 import numpy as np
 
 from kvist.cachesvc.client import CacheClient, open_cache
@@ -141,7 +142,7 @@ def work(socket: str, seed: int, begin: float, until: float, folder: str) -> Non
     calls = client.rpc_calls
     time.sleep(max(0.0, begin - time.monotonic()))
     load.run(until)
-    load.counts["grpc_calls"] = client.rpc_calls - calls
+    load.counts["calls"] = client.rpc_calls - calls
     client.close()
     for name, seconds in load.seconds.items():
         np.save(f"{folder}/{seed}.{name}.npy", np.array(seconds))
@@ -152,6 +153,13 @@ def cpu_s(pid: int) -> float:
     """CPU that a process has used, seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def grpc_calls(sidecar: LocalSidecar) -> int:
+    """Calls that the sidecar has answered over gRPC; a store's go over the packet socket."""
+    lines = httpx.get(f"{sidecar.url}/metrics", timeout=5.0).text.splitlines()
+    counted = [line for line in lines if line.startswith("kvist_grpc_calls_total")]
+    return int(sum(float(line.rsplit(" ", 1)[1]) for line in counted))
 
 
 def gather(folder: Path) -> tuple[Counter[str], dict[str, dict[str, float]]]:
@@ -180,12 +188,12 @@ def measure(sidecar: LocalSidecar, clients: int, seconds: float, folder: Path) -
     for process in processes:
         process.start()
     time.sleep(max(0.0, begin - time.monotonic()))
-    before = cpu_s(sidecar.pid)
+    before, called = cpu_s(sidecar.pid), grpc_calls(sidecar)
     for process in processes:
         process.join()
         if process.exitcode:
             raise SystemExit(f"a client failed:\n{sidecar.tail()}")
-    cpu = cpu_s(sidecar.pid) - before
+    cpu, grpc = cpu_s(sidecar.pid) - before, grpc_calls(sidecar) - called
     counts, latencies = gather(folder)
     stored_gib = counts["stored_blocks"] * FORMAT.payload_bytes / 2**30
     requests = counts["requests"]
@@ -202,7 +210,8 @@ def measure(sidecar: LocalSidecar, clients: int, seconds: float, folder: Path) -
         "block_hit_ratio": round(counts["loaded_blocks"] / counts["asked_blocks"], 4),
         "loaded_gib": round(counts["loaded_blocks"] * FORMAT.payload_bytes / 2**30, 2),
         "stored_gib": round(stored_gib, 2),
-        "grpc_calls_per_request": round(counts["grpc_calls"] / requests, 3),
+        "calls_per_request": round(counts["calls"] / requests, 3),
+        "grpc_calls_per_request": round(grpc / requests, 3),
         "sidecar_cpu_s": round(cpu, 2),
         "sidecar_cpu_share": round(cpu / seconds, 3),
         "sidecar_cpu_s_per_stored_gib": round(cpu / stored_gib, 3) if stored_gib else None,
