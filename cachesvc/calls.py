@@ -1,4 +1,4 @@
-"""A worker's calls without gRPC: Reserve, Commit, Abort, Clear over a Unix packet socket.
+"""A worker's calls without gRPC: Reserve, Commit, Clear over a Unix packet socket.
 
 A call over gRPC costs either side about 0.7 ms, as much as copying 7 MiB; over this socket 0.1 ms
 and no thread. Replies come in the order of the requests, so a caller may send the next request
@@ -29,7 +29,7 @@ from kvist.proto.errors import (
     TierFull,
 )
 
-RESERVE, COMMIT, ABORT, CLEAR = 1, 2, 3, 4
+RESERVE, COMMIT, CLEAR = 1, 2, 3
 # A reserve of SLOTS_MAX blocks has 40 KiB, its reply 30 KiB at most.
 PACKET_BYTES_MAX = 128 << 10
 ERRORS: tuple[type[KvistError], ...] = (

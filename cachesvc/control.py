@@ -1,4 +1,4 @@
-"""Control calls of a worker: the contract, and the one that speaks gRPC to a sidecar."""
+"""Control calls of a worker: the contract, and the one for a sidecar in another process."""
 
 from __future__ import annotations
 

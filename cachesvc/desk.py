@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError, Message
 
 from kvist.cachesvc.answers import Answers, RequestInvalid
 from kvist.cachesvc.beat import Beat
-from kvist.cachesvc.calls import ABORT, CLEAR, COMMIT, PACKET_BYTES_MAX, RESERVE, pack_error
+from kvist.cachesvc.calls import CLEAR, COMMIT, PACKET_BYTES_MAX, RESERVE, pack_error
 from kvist.proto import cache_pb2
 from kvist.proto.errors import ConfigInvalid, Detached, KvistError, TierFull
 
@@ -21,7 +21,7 @@ from kvist.proto.errors import ConfigInvalid, Detached, KvistError, TierFull
 CONNECTIONS_MAX = 256
 # Of one worker in one turn of the loop, so that no worker holds up the others.
 _TURN_PACKETS = 4
-_NAMES = {RESERVE: "Reserve", COMMIT: "Commit", ABORT: "Abort", CLEAR: "Clear"}
+_NAMES = {RESERVE: "Reserve", COMMIT: "Commit", CLEAR: "Clear"}
 
 
 class Desk:
@@ -130,8 +130,6 @@ class Desk:
                 return self._answers.reserve(cache_pb2.ReserveRequest.FromString(body))
             if method == COMMIT:
                 return self._answers.commit(cache_pb2.CommitRequest.FromString(body))
-            if method == ABORT:
-                return self._answers.abort(cache_pb2.AbortRequest.FromString(body))
             if method == CLEAR:
                 return self._answers.clear(cache_pb2.ClearRequest.FromString(body))
         except DecodeError as error:
