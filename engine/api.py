@@ -16,10 +16,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kvist.engine.api_error import ApiError
 from kvist.engine.ipc import CoreGone
 from kvist.engine.openai import (
     BODY_BYTES_MAX,
-    ApiError,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,

@@ -9,8 +9,9 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from kvist.engine.api_error import ApiError, bad
+from kvist.engine.priority import priority_of
 from kvist.engine.request import CACHE_BYPASS, CACHE_ON, SamplingParams
-from kvist.proto.errors import KvistError
 
 BODY_BYTES_MAX = 32 << 20
 CHOICES_MAX = 128
@@ -58,44 +59,6 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-class ApiError(KvistError):
-    """An HTTP reply other than success, in OpenAI's shape.
-
-    Attributes:
-        status: HTTP status.
-        message: what is wrong and how to put it right.
-        param: the parameter at fault, if one is.
-        code: a word that programs can test, if there is one.
-        headers: of the reply, besides the usual ones.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
-
-    def body(self) -> bytes:
-        """The reply's JSON."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": error})
-
-
-def bad(param: str, problem: str, code: str | None = None) -> ApiError:
-    """A 400 that names a parameter."""
-    return ApiError(400, f"{param}: {problem}", param, code)
-
-
 class StreamOptions(msgspec.Struct, frozen=True):
     """What a stream carries besides text."""
 
@@ -121,6 +84,7 @@ class _Generate(msgspec.Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Meta(max_length=SALT_CHARS_MAX)] | None = None
     kv_cache: str | None = None
+    priority: int | str | None = None
 
     @property
     def choices(self) -> int:
@@ -136,6 +100,18 @@ class _Generate(msgspec.Struct, frozen=True, kw_only=True):
     def cache(self) -> str:
         """CACHE_ON or CACHE_BYPASS."""
         return self.kv_cache or CACHE_ON
+
+    @property
+    def priority_class(self) -> int | None:
+        """See NewRequest.priority.
+
+        Raises:
+            ApiError: 400; it names no class.
+        """
+        try:
+            return None if self.priority is None else priority_of(self.priority)
+        except ValueError as error:
+            raise bad("priority", str(error)) from None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -166,6 +142,7 @@ class _Generate(msgspec.Struct, frozen=True, kw_only=True):
             raise bad("kv_cache", f"give {CACHE_ON!r} or {CACHE_BYPASS!r}")
         if self.stream_options is not None and not self.stream:
             raise bad("stream_options", "only allowed with stream=true")
+        _ = self.priority_class
 
     def sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> SamplingParams:
         """The core's parameters for one of the choices; a seed is stepped so that they differ."""

@@ -43,6 +43,7 @@ class NewRequest(msgspec.Struct, frozen=True, tag="new"):
         params: how to sample.
         cache_salt: prompts with different salts never share blocks.
         cache: CACHE_ON, or CACHE_BYPASS to neither read nor write any tier (HBM included).
+        priority: class, see priority; None is the server's default.
     """
 
     id: str
@@ -50,6 +51,7 @@ class NewRequest(msgspec.Struct, frozen=True, tag="new"):
     params: SamplingParams
     cache_salt: str = ""
     cache: str = CACHE_ON
+    priority: int | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

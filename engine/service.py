@@ -9,16 +9,15 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from kvist.engine.api_error import ApiError, bad
 from kvist.engine.generation import Answer, StopStrings, running
 from kvist.engine.ipc import CoreGone, CoreLink
 from kvist.engine.openai import (
     COMPLETION_TOKENS_DEFAULT,
-    ApiError,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    bad,
 )
 from kvist.engine.replies import ChatFormat, CompletionFormat, Head, ReplyFormat, Usage, join, usage
 from kvist.engine.request import NewRequest, Ready
@@ -213,6 +212,7 @@ class Service:
                     request.sampling(limit, request.logprob_count, choice),
                     request.cache_salt or "",
                     request.cache,
+                    request.priority_class,
                 )
                 decoder = self._tokenizer.detokenizer(prompt[-CONTEXT_IDS:])
                 stops = StopStrings(request.stop_strings)
