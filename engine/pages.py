@@ -137,6 +137,14 @@ class Pages:
         """How many of these pages nobody holds: holding them takes that much from `available`."""
         return sum(self._holders[page] == 0 for page in pages)
 
+    def freed(self, pages: Iterable[int], holds: Mapping[int, int]) -> int:
+        """How many of these pages nobody would hold any more.
+
+        Args:
+            holds: page -> how many of its holders let go.
+        """
+        return sum(self._holders[page] == holds[page] for page in pages)
+
     def check(self, holders: Mapping[int, int]) -> None:
         """Compare the books with what the holders say; a difference is a leak.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvist.engine.priority import INTERACTIVE
 from kvist.engine.request import CachedTokens, NewRequest
 from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of
 
@@ -72,10 +73,18 @@ class Sequence:
         limits: see there.
         digest: namespace digest of its keys; None reuses and keeps nothing (a bypass).
         arrived_s: when it came, on the core's clock.
+        priority: its class, see there.
+        rank: its class as the schedule sees it: waiting has raised it, see rank_at.
+        waited_s: how long it has waited, without the wait that goes on.
+        since_s: when the wait that goes on began; None while it decodes.
         draws: its own random stream; the runner's.
         tokens: prompt and output so far.
         pages: page of position p is pages[p // block_tokens].
         computed: positions whose KV is in the pages, from the start.
+        planned: the same, with those that a step under way computes.
+        pending: tokens that steps under way will give.
+        life: counts how often what was planned was given up; see scheduler.Work.
+        preempted: times that it lost its pages.
         registered: leading pages that are complete and in the index of pages.
         found: tier of each block, from block `registered` on, that the cache was seen to hold
             when the sequence was admitted.
@@ -94,11 +103,19 @@ class Sequence:
     limits: Limits
     digest: bytes | None
     arrived_s: float
+    priority: int = INTERACTIVE
+    rank: int = INTERACTIVE
+    waited_s: float = 0.0
+    since_s: float | None = None
     draws: DrawState | None = None
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     computed: int = 0
+    planned: int = 0
+    pending: int = 0
+    life: int = 0
+    preempted: int = 0
     registered: int = 0
     found: tuple[str, ...] = ()
     found_end: str = ""
@@ -115,6 +132,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.rank, self.since_s = self.priority, self.arrived_s
         if self.digest is not None:
             self._chain = KeyChain(self.digest, self.limits.block_tokens)
         params = self.request.params
@@ -137,9 +155,29 @@ class Sequence:
         return self.tokens[self.prompt_tokens :]
 
     @property
+    def length(self) -> int:
+        """Tokens, with those that steps under way will give."""
+        return len(self.tokens) + self.pending
+
+    @property
     def remaining(self) -> int:
-        """Tokens whose KV is missing; 1 while it decodes."""
-        return len(self.tokens) - self.computed
+        """Tokens whose KV is missing and not under way; 1 while it decodes."""
+        return self.length - self.planned
+
+    @property
+    def flying(self) -> bool:
+        """A step under way computes some of it, so its pages are written to."""
+        return self.planned > self.computed
+
+    @property
+    def ending(self) -> bool:
+        """A token under way is its last one, whatever it is."""
+        return self.pending > 0 and self._full(self.length)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Lower is sooner: by class, then by arrival."""
+        return self.rank, self.number
 
     @property
     def usable_blocks(self) -> int:
@@ -148,13 +186,24 @@ class Sequence:
 
     @property
     def pages_needed(self) -> int:
-        """Pages that hold all tokens there are."""
-        return -(-len(self.tokens) // self.limits.block_tokens)
+        """Pages that hold all tokens there are, with those under way."""
+        return -(-self.length // self.limits.block_tokens)
 
     @property
     def reuses(self) -> bool:
         """It may read and write the cache, the HBM tier included."""
         return self._chain is not None
+
+    def rank_at(self, now: float, aging_s: float) -> int:
+        """Its class, raised by one for each aging_s seconds that it has waited."""
+        waited_s = self.waited_s + (0.0 if self.since_s is None else now - self.since_s)
+        return max(0, self.priority - int(waited_s / aging_s))
+
+    def stop_waiting(self, now: float) -> None:
+        """Its prompt is done: from here on it gets a token in every step."""
+        if self.since_s is not None:
+            self.waited_s += now - self.since_s
+            self.since_s = None
 
     def keys(self) -> list[BlockKey]:
         """Keys of all full blocks of the tokens so far; none for a bypass. Do not change it."""
@@ -184,8 +233,10 @@ class Sequence:
         self.tokens.append(token)
         if token in self._stops:
             self.finish_reason = "stop"
-        elif (
-            len(self.tokens) - self.prompt_tokens >= self.request.params.max_tokens
-            or len(self.tokens) >= self.limits.max_model_len
-        ):
+        elif self._full(len(self.tokens)):
             self.finish_reason = "length"
+
+    def _full(self, length: int) -> bool:
+        """So many tokens are all that it may have."""
+        allowed = self.prompt_tokens + self.request.params.max_tokens
+        return length >= min(allowed, self.limits.max_model_len)
