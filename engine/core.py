@@ -113,8 +113,7 @@ class Core:
         Raises:
             CoreFailed: see run.
         """
-        for loaded in self._connector.poll():
-            self._scheduler.loaded(loaded.sequence, loaded.blocks)
+        self._take_loads()
         step = self._scheduler.schedule()
         for sequence in step.loads:
             self._connector.load(sequence)
@@ -183,12 +182,18 @@ class Core:
         self._failed_steps = 0
         self._steps += 1
         self._step_tokens = step.tokens
-        for work in step.work:
+        if any(work.sequence.gate is not None for work in step.work):
+            self._take_loads()
+        for work in step.standing:
             self._computed_tokens += _prompt_part(work)
             blocks = self._scheduler.advance(work)
             self._connector.store(work.sequence, blocks)
         for one in sampled:
             self._deliver(one)
+
+    def _take_loads(self) -> None:
+        for loaded in self._connector.poll():
+            self._scheduler.loaded(loaded.sequence, loaded.blocks)
 
     def _deliver(self, sampled: Sampled) -> None:
         sequence = sampled.sequence

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvist.engine.loading import LoadGate
 from kvist.engine.request import CachedTokens, NewRequest
 from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of
 
@@ -80,6 +81,8 @@ class Sequence:
         found: tier of each block, from block `registered` on, that the cache was seen to hold
             when the sequence was admitted.
         found_end: why the cache had no more, a miss reason.
+        gate: of a load that is under way while the sequence computes. As long as there is one, what
+            it has computed is provisional: nothing is registered, sampled from, stored or counted.
         flight_late: it waited for a block that another engine computed, in vain.
         counted: its lookup was counted.
         store_stopped: a block of it was dropped; those after it would have no parent in the cache.
@@ -102,6 +105,7 @@ class Sequence:
     registered: int = 0
     found: tuple[str, ...] = ()
     found_end: str = ""
+    gate: LoadGate | None = None
     flight_late: bool = False
     counted: bool = False
     store_stopped: bool = False
