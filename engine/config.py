@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvist.engine.priority import INTERACTIVE, PRIORITIES
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.sizes import format_bytes, parse_bytes
 
@@ -67,6 +68,10 @@ class EngineConfig:
         api_key: what clients must send as a bearer token; None asks for nothing.
         log_level: "debug", "info", "warning" or "error".
         seed: of the engine's own random draws.
+        deterministic: a request without a seed gets one from its content, not from its turn.
+        async_scheduling: plan a step while the one before it runs; None is up to the device.
+        default_priority: class of requests that name none, see priority.
+        priority_aging_seconds: waiting that raises a request by a class.
         drain_seconds: how long running requests may go on after SIGTERM.
 
     Raises:
@@ -93,6 +98,10 @@ class EngineConfig:
     api_key: str | None = None
     log_level: str = "info"
     seed: int = 0
+    deterministic: bool = False
+    async_scheduling: bool | None = None
+    default_priority: str = PRIORITIES[INTERACTIVE]
+    priority_aging_seconds: float = 30.0
     drain_seconds: float = 30.0
 
     def __post_init__(self) -> None:
@@ -120,6 +129,8 @@ class EngineConfig:
         self._check_range("--threads", self.threads, 1, 1024)
         self._check_range("--seed", self.seed, 0, 2**63 - 1)
         self._check_range("--drain-seconds", self.drain_seconds, 0, 86400)
+        self._check_range("--priority-aging-seconds", self.priority_aging_seconds, 0.1, 86400)
+        self._check_choice("--default-priority", self.default_priority, PRIORITIES)
         self._check_choice("--dtype", self.dtype, DTYPES)
         self._check_choice("--kv-cache-dtype", self.kv_cache_dtype, DTYPES)
         self._check_choice("--log-level", self.log_level, LOG_LEVELS)
@@ -144,6 +155,14 @@ class EngineConfig:
     def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
         if value not in choices:
             raise ConfigInvalid(f"{flag}: {value!r} is not one of {', '.join(choices)}")
+
+    def overlaps(self, device: str) -> bool:
+        """Whether steps are planned ahead on a device, as torch names its type.
+
+        On a processor they are not unless asked for: see "Steps may overlap" in
+        docs/architecture.md for what was measured.
+        """
+        return device != "cpu" if self.async_scheduling is None else self.async_scheduling
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -223,7 +242,37 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--threads", type=whole, default=usable_cores(), help="compute (%(default)s)")
     run.add_argument("--seed", type=whole, default=0, help="of random draws (%(default)s)")
     run.add_argument("--log-level", default="info", help=f"{', '.join(LOG_LEVELS)} (%(default)s)")
+    _add_schedule_flags(parser.add_argument_group("schedule"))
     _add_cache_flags(parser.add_argument_group("KV cache"), whole)
+
+
+def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--default-priority",
+        default=PRIORITIES[INTERACTIVE],
+        metavar="CLASS",
+        help=f"of requests that name none: {', '.join(PRIORITIES)} (%(default)s)",
+    )
+    group.add_argument(
+        "--priority-aging-seconds",
+        type=_number(float, "a number"),
+        default=30.0,
+        metavar="SECONDS",
+        help="waiting that raises a request by a class, so that nobody starves (%(default)s)",
+    )
+    group.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        help="plan a step while the one before it runs; default: off on a CPU, where the planning "
+        "takes the time from the computation",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same request gets the same answer, sampled ones without a seed too, whatever "
+        "else runs and whatever is cached; for one --seed, number of threads, type of processor "
+        "and release of torch",
+    )
 
 
 def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float]) -> None:

@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +17,7 @@ from kvist.cachesvc.log import Log
 from kvist.engine.config import EngineConfig
 from kvist.engine.ipc import ApiLink
 from kvist.engine.opening import Parts, log_level, open_parts
+from kvist.engine.priority import priority_of
 from kvist.engine.request import (
     CACHE_BYPASS,
     Abort,
@@ -27,8 +30,11 @@ from kvist.engine.request import (
     ToCore,
 )
 from kvist.engine.runner import Sampled
-from kvist.engine.scheduler import Scheduler, Step, Work
+from kvist.engine.scheduler import Scheduler
+from kvist.engine.seeds import ContentSeeds
 from kvist.engine.sequence import Sequence
+from kvist.engine.step import Bounds, Step, Work
+from kvist.engine.waiting import by_class
 from kvist.proto.errors import KvistError
 
 # While copies are under way their results wake the loop at once, messages within this time.
@@ -57,6 +63,14 @@ class Link(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was launched, and what will come of it."""
+
+    step: Step
+    sampled: Future[list[Sampled]]
+
+
 class Core:
     """One model, one pool, one loop, one thread.
 
@@ -77,13 +91,17 @@ class Core:
         self._reuse = config.enable_prefix_caching
         self._log = log
         self._now = now
-        self._scheduler = Scheduler(
-            parts.pages,
-            parts.connector,
-            parts.limits.block_tokens,
-            config.max_num_batched_tokens,
-            config.max_num_seqs,
+        bounds = Bounds(
+            tokens=config.max_num_batched_tokens,
+            seats=config.max_num_seqs,
+            block_tokens=parts.limits.block_tokens,
+            aging_s=config.priority_aging_seconds,
         )
+        self._scheduler = Scheduler(parts.pages, parts.connector, bounds)
+        self._priority = priority_of(config.default_priority)
+        self._seeds = ContentSeeds(config.seed) if config.deterministic else None
+        self._overlap = config.overlaps("cpu")
+        self._flight: Flight | None = None
         self._live: dict[str, Sequence] = {}
         self._deltas: list[Delta] = []
         self._busy = False
@@ -92,6 +110,7 @@ class Core:
         self._step_tokens = 0
         self._computed_tokens = 0
         self._generated_tokens = 0
+        self._wasted_tokens = 0
         self._failed_steps = 0
         self._sent = CoreStats()
 
@@ -102,25 +121,36 @@ class Core:
             CoreFailed: FAILED_STEPS_MAX steps in a row failed.
         """
         self._link.send(self._parts.ready())
-        while not stopping.is_set():
-            for message in self._receive():
-                self._take(message)
-            self.step()
+        if self._overlap:
+            self._parts.runner.run_aside()
+        try:
+            while not stopping.is_set():
+                for message in self._receive():
+                    self._take(message)
+                self.step()
+        finally:
+            self._parts.runner.close()
 
     def step(self) -> None:
-        """Take what was loaded, compute one step if there is work, send what came of it.
+        """Take what was loaded, begin a step if there is work, send what came of the last one.
+
+        The last one is the step that has just begun, or, when steps overlap, the one before it:
+        this one then runs while the results of that one are processed and the next is planned.
 
         Raises:
             CoreFailed: see run.
         """
-        for loaded in self._connector.poll():
-            self._scheduler.loaded(loaded.sequence, loaded.blocks)
-        step = self._scheduler.schedule()
+        self._take_loads()
+        step = self._scheduler.schedule(self._now())
         for sequence in step.loads:
             self._connector.load(sequence)
-        self._busy = bool(step.work)
-        if self._busy:
-            self._compute(step)
+        before, self._flight = self._flight, self._launch(step)
+        if before is not None:
+            self._land(before)
+        if self._flight is not None and (not self._overlap or step.tight):
+            self._land(self._flight)
+            self._flight = None
+        self._busy = bool(step.work or before)
         self._send()
 
     def _receive(self) -> list[ToCore]:
@@ -164,34 +194,58 @@ class Core:
         reuse = self._reuse and request.cache != CACHE_BYPASS
         digest = self._parts.digests.of(request.cache_salt) if reuse else None
         self._arrivals += 1
-        sequence = Sequence(request, self._arrivals, self._parts.limits, digest, self._now())
-        sequence.draws = self._parts.runner.begin(request.params)
+        priority = self._priority if request.priority is None else request.priority
+        limits, now = self._parts.limits, self._now()
+        sequence = Sequence(request, self._arrivals, limits, digest, now, priority)
+        params = request.params if self._seeds is None else self._seeds.seeded(request)
+        sequence.draws = self._parts.runner.begin(params)
         self._live[request.id] = sequence
         self._connector.arrive(sequence)
         self._scheduler.add(sequence)
 
-    def _compute(self, step: Step) -> None:
+    def _launch(self, step: Step) -> Flight | None:
+        if not step.work:
+            return None
         started = self._now()
         for work in step.work:
             if work.sequence.scheduled_s is None:
                 work.sequence.scheduled_s = started
+        return Flight(step, self._parts.runner.launch(step.work))
+
+    def _land(self, flight: Flight) -> None:
+        """Wait for a step and process what came of it."""
+        step = flight.step
         try:
-            sampled = self._parts.runner.run(step.work)
+            sampled = flight.sampled.result()
         except Exception as error:
-            self._fail(step.work, error)
-            return
-        self._failed_steps = 0
-        self._steps += 1
-        self._step_tokens = step.tokens
+            self._fail([work for work in step.work if not work.void], error)
+        else:
+            self._failed_steps = 0
+            self._steps += 1
+            self._step_tokens = step.tokens
+            if any(work.sequence.gate is not None for work in step.work):
+                self._take_loads()
+            self._settle(step, sampled)
+        self._scheduler.land(step)
+
+    def _settle(self, step: Step, sampled: list[Sampled]) -> None:
         for work in step.work:
+            if work.void:
+                self._wasted_tokens += work.count
+                continue
             self._computed_tokens += _prompt_part(work)
             blocks = self._scheduler.advance(work)
             self._connector.store(work.sequence, blocks)
         for one in sampled:
-            self._deliver(one)
+            if not one.work.void:
+                self._deliver(one)
+
+    def _take_loads(self) -> None:
+        for loaded in self._connector.poll():
+            self._scheduler.loaded(loaded.sequence, loaded.blocks)
 
     def _deliver(self, sampled: Sampled) -> None:
-        sequence = sampled.sequence
+        sequence = sampled.work.sequence
         sequence.append(sampled.token)
         self._generated_tokens += 1
         logprobs = [sampled.logprobs] if sampled.logprobs is not None else []
@@ -215,6 +269,8 @@ class Core:
 
     def _fail(self, works: list[Work], error: Exception) -> None:
         """End the requests of a step that failed; the others go on."""
+        if not works:
+            return  # whom it was for has ended already
         self._failed_steps += 1
         text = f"the step failed: {type(error).__name__}: {error}"
         self._log.error("step failed", requests=len(works), error=text)
@@ -247,7 +303,13 @@ class Core:
             misses_tokens=dict(connector.tally.misses_tokens),
             computed_tokens=self._computed_tokens,
             generated_tokens=self._generated_tokens,
-            preemptions=scheduler.preemptions,
+            waiting_deferred=len(scheduler.deferred) + len(scheduler.loading),
+            waiting_by_class=scheduler.waiting.by_class,
+            loading_by_class=by_class(scheduler.loading),
+            running_by_class=by_class(scheduler.running),
+            preemptions=dict(scheduler.preemptions),
+            resumed_tokens=dict(scheduler.resumed),
+            wasted_tokens=self._wasted_tokens,
             steps=self._steps,
             step_tokens=self._step_tokens,
             stored_blocks=connector.stored_blocks,

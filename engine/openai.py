@@ -157,6 +157,7 @@ class _Generate(msgspec.Struct, frozen=True, kw_only=True):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
+            choice=choice,
         )
 
 

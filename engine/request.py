@@ -21,6 +21,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
         stop_token_ids: ids that end the output (besides the model's own end tokens).
         ignore_eos: go on past the model's own end tokens.
         logprobs: alternatives to report per token, 0 reports the chosen token only; None nothing.
+        choice: which of the answers to one prompt this is; matters to seeds.ContentSeeds only.
     """
 
     max_tokens: int = 16
@@ -32,6 +33,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    choice: int = 0
 
 
 class NewRequest(msgspec.Struct, frozen=True, tag="new"):
@@ -124,7 +126,16 @@ class CoreStats(msgspec.Struct, frozen=True):
         misses_tokens: reason -> prompt tokens computed; queries = sum(hits) + sum(misses).
         computed_tokens: prompt tokens that went through the model, bypassed requests included.
         generated_tokens: output tokens.
-        preemptions: times a request lost its pages to another.
+        waiting_deferred: those of waiting that wait for blocks: their own, which are being loaded,
+            or such as another request or engine computes.
+        waiting_by_class: requests queued, by the class that they came with, see priority.
+        loading_by_class: requests whose blocks are being loaded, by the same.
+        running_by_class: requests in the batch, by the same.
+        preemptions: times a request lost its pages to another, by kind, see step.PREEMPTIONS.
+        resumed_tokens: "hbm", "dram", "flash" or "computed" -> tokens of requests that had lost
+            their pages, by how they got them back.
+        wasted_tokens: tokens computed and thrown away, because their request ended or their
+            prefix proved bad while they were under way.
         steps: forward passes.
         step_tokens: tokens of the last step.
         stored_blocks: blocks handed to the cache and committed.
@@ -143,7 +154,13 @@ class CoreStats(msgspec.Struct, frozen=True):
     misses_tokens: dict[str, int] = {}
     computed_tokens: int = 0
     generated_tokens: int = 0
-    preemptions: int = 0
+    waiting_deferred: int = 0
+    waiting_by_class: tuple[int, ...] = ()
+    loading_by_class: tuple[int, ...] = ()
+    running_by_class: tuple[int, ...] = ()
+    preemptions: dict[str, int] = {}
+    resumed_tokens: dict[str, int] = {}
+    wasted_tokens: int = 0
     steps: int = 0
     step_tokens: int = 0
     stored_blocks: int = 0

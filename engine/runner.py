@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from collections.abc import Sequence as Works
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
+from kvist.engine.loading import LoadGate
 from kvist.engine.models.base import Chunk, Model
 from kvist.engine.request import SamplingParams, TokenLogprobs
 from kvist.engine.sampler import DrawState, Sampler
-from kvist.engine.scheduler import Work
 from kvist.engine.sequence import Sequence
+from kvist.engine.step import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,18 +23,38 @@ class Sampled:
     """The next token of a sequence.
 
     Attributes:
-        sequence: whose.
+        work: that it came out of.
         token: its id.
         logprobs: if the request asked for them.
     """
 
-    sequence: Sequence
+    work: Work
     token: int
     logprobs: TokenLogprobs | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """A work as it was when the step was launched; the sequence may change while it runs.
+
+    Attributes:
+        tokens: those that were known: the last may be one that the step before it gives.
+        gate: see Sequence.
+        state: how its token is drawn; None when it gives none.
+    """
+
+    work: Work
+    tokens: list[int]
+    pages: list[int]
+    gate: LoadGate | None
+    state: DrawState | None
+
+
 class Runner:
     """A model, its pool and the sampler.
+
+    Steps are launched by one thread and computed in that order. Where a token is needed that the
+    step before gives, it does not pass through the thread that launches.
 
     Args:
         model: see models.base.
@@ -42,6 +66,8 @@ class Runner:
         self._model = model
         self._pool = pool
         self._sampler = sampler
+        self._latest: dict[Sequence, int] = {}
+        self._aside: ThreadPoolExecutor | None = None
 
     @property
     def vocab(self) -> int:
@@ -52,35 +78,86 @@ class Runner:
         """The random stream of a new request; without a seed of its own, by order of arrival."""
         return self._sampler.begin(params)
 
-    @torch.inference_mode()
-    def run(self, works: Works[Work]) -> list[Sampled]:
-        """Compute a step.
+    def run_aside(self) -> None:
+        """From now on compute on a thread of its own, so that launch returns at once."""
+        self._aside = ThreadPoolExecutor(1, "kvist-step")
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        if self._aside is not None:
+            self._aside.shutdown()
+
+    def launch(self, works: Works[Work]) -> Future[list[Sampled]]:
+        """Begin to compute a step.
+
+        A work whose sequence has a gate waits for its blocks layer by layer. When the step is done
+        the gate has ended, and nothing was sampled from a load that failed.
 
         Args:
             works: at least one, each with its pages.
 
         Returns:
-            A token for each work that reaches its sequence's end, in their order.
+            A token for each work that reaches its sequence's end, in their order; or what the
+            step raised.
         """
-        chunks = [
-            Chunk(
-                work.sequence.tokens[work.start : work.start + work.count],
-                work.start,
-                work.sequence.pages,
-                work.last,
-            )
-            for work in works
-        ]
-        logits = self._model.forward(chunks, self._pool)
-        ending = [work.sequence for work in works if work.last]
-        states: list[DrawState] = []
-        for sequence in ending:
-            assert sequence.draws is not None, "a sequence was not begun"
-            states.append(sequence.draws)
-        choices = self._sampler.sample(logits, states)
+        inputs = [_input(work) for work in works]
+        if self._aside is not None:
+            return self._aside.submit(self._run, inputs)
+        done: Future[list[Sampled]] = Future()
+        try:
+            done.set_result(self._run(inputs))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    @torch.inference_mode()
+    def _run(self, inputs: list[_Input]) -> list[Sampled]:
+        latest, self._latest = self._latest, {}
+        gates = [one.gate for one in inputs if one.gate is not None]
+        chunks = [_chunk(one, latest) for one in inputs]
+        logits = self._model.forward(chunks, self._pool, _waiter(gates))
+        ending = [one for one in inputs if one.state is not None]
+        sound = [gate.finish() for gate in gates]  # also of those that do not end here
+        if not all(sound):
+            stands = [one.gate is None or one.gate.sound for one in ending]
+            logits = logits[torch.tensor(stands, dtype=torch.bool)]
+            ending = [one for one, good in zip(ending, stands, strict=True) if good]
+        choices = self._sampler.sample(logits, [one.state for one in ending if one.state])
+        self._latest = {
+            one.work.sequence: token for one, token in zip(ending, choices.tokens, strict=True)
+        }
         return [
-            Sampled(sequence, token, logprobs)
-            for sequence, token, logprobs in zip(
-                ending, choices.tokens, choices.logprobs, strict=True
-            )
+            Sampled(one.work, token, logprobs)
+            for one, token, logprobs in zip(ending, choices.tokens, choices.logprobs, strict=True)
         ]
+
+
+def _input(work: Work) -> _Input:
+    sequence, end = work.sequence, work.start + work.count
+    state = None
+    if work.last:
+        assert sequence.draws is not None, "a sequence was not begun"
+        # A stream's n-th draw is its n-th token's, however often that is computed.
+        state = dataclasses.replace(sequence.draws, drawn=end - sequence.prompt_tokens)
+    pages = sequence.pages[: -(-end // sequence.limits.block_tokens)]
+    return _Input(work, sequence.tokens[work.start : end], pages, sequence.gate, state)
+
+
+def _chunk(one: _Input, latest: dict[Sequence, int]) -> Chunk:
+    """What the model gets; a token that the step before has not given belongs to a void work."""
+    work, tokens = one.work, one.tokens
+    if len(tokens) < work.count:
+        tokens = [*tokens, latest.get(work.sequence, 0)]
+    return Chunk(tokens, work.start, one.pages, work.last)
+
+
+def _waiter(gates: list[LoadGate]) -> Callable[[int], None] | None:
+    """What the model calls before a layer reads the pages."""
+    if not gates:
+        return None
+
+    def wait(layer: int) -> None:
+        for gate in gates:
+            gate.wait(layer)
+
+    return wait

@@ -5,7 +5,7 @@ rank (class, raised by waiting) and then of arrival, while budget, seats and pag
 here is a decision on state; no tensors, no threads, and the time is told.
 
 A step may be planned while the one before it still runs. Its tokens are then counted, but not
-known: see Sequence.planned, pending and flying. Nothing that a step under way writes to or reads
+known: see Sequence.planned and pending. Nothing that a step under way writes to or reads
 goes to somebody else before it has landed.
 """
 
@@ -78,40 +78,45 @@ class Scheduler:
             now: seconds, never less than before.
 
         Returns:
-            the step; land it, after those before it, once it was computed.
+            the step; if it has work, land it once it was computed, after those before it.
         """
         self._now, self._budget, self._tight = now, self._bounds.tokens, False
         self._work = {}
         self.deferred = set()
         self._age()
-        for sequence in [s for s in self.running if s.remaining == 1 and not s.ending]:
+        ready = [s for s in self.running if s.gate is None]
+        for sequence in [s for s in ready if s.remaining == 1 and not s.ending]:
             if self._make_room(sequence):
                 self._take(sequence)
         loads: list[Sequence] = []
-        for sequence in [s for s in self.running if s.remaining > 1]:
+        for sequence in [s for s in ready if s.remaining > 1]:
             self._let_in(loads, sequence)
             if sequence.state is State.RUNNING and self._budget:
                 self._take(sequence)
         self._let_in(loads, None)
-        step = Step([self._plan(one, *part) for one, part in self._work.items()], loads)
-        if self._tight:
-            step = Step(step.work, loads, tight=True)
-        self._under_way.append(step)
+        work = [self._plan(one, *part) for one, part in self._work.items()]
+        step = Step(work, loads, self._tight)
+        if step.work:
+            self._under_way.append(step)
         return step
 
     def loaded(self, sequence: Sequence, blocks: int) -> None:
         """The cache's blocks have come; the rest is computed.
 
         Args:
-            sequence: in LOADING.
+            sequence: in LOADING, or it has a gate. What was computed behind the gate is void when
+                blocks are missing, and planned again.
             blocks: how many of its `found` blocks are in its pages, from the first on.
         """
-        self.loading.remove(sequence)
         self._count_resumed(sequence, sequence.found[:blocks])
         sequence.computed = (sequence.registered + blocks) * self._bounds.block_tokens
-        sequence.planned = sequence.computed
+        gated, sequence.gate = sequence.gate is not None, None
+        if not gated or blocks < len(sequence.found):
+            self.give_up(sequence)
         self._register(sequence)
-        self._run(sequence)
+        if not gated:
+            self.loading.remove(sequence)
+            self._run(sequence)
 
     def advance(self, work: Work) -> range:
         """A piece of work that is not void is done; call it before its token is appended.
@@ -119,7 +124,8 @@ class Scheduler:
         Returns:
             blocks that it completed, each now in the index of pages.
         """
-        assert not work.void
+        assert not work.void, "what is void is not published"
+        assert work.sequence.gate is None, "what is provisional is not published"
         work.sequence.computed = work.start + work.count
         work.sequence.pending -= work.last
         return self._register(work.sequence)
@@ -128,6 +134,8 @@ class Scheduler:
         """What steps under way compute of it is void; it is planned again from what it has."""
         sequence.life += 1
         sequence.planned, sequence.pending = sequence.computed, 0
+        if sequence.since_s is None:
+            sequence.since_s = self._now
 
     def land(self, step: Step) -> None:
         """The oldest step under way has ended, well or not: what was kept for it goes back."""
@@ -182,7 +190,7 @@ class Scheduler:
                 return False
             else:
                 last = self.running[-1]
-                if last.flying:
+                if self._flies(last):
                     self._tight = True
                     return False
                 self._preempt(last, "decode")
@@ -198,8 +206,6 @@ class Scheduler:
         self._give_back(sequence)
         sequence.state = State.WAITING
         sequence.preempted += 1
-        if sequence.since_s is None:
-            sequence.since_s = self._now
         self.waiting.add(sequence)
         self.preemptions[why] += 1
 
@@ -207,13 +213,16 @@ class Scheduler:
         """Admit those that wait and whose place is before another's; all when it is None."""
         while self._budget > 0 and (admitted := self._admit(before)) is not None:
             if admitted.found:
-                self.loading.append(admitted)
-                admitted.state = State.LOADING
                 loads.append(admitted)
             else:
                 self._count_resumed(admitted, ())
-                self._run(admitted)
-                self._take(admitted)
+            if admitted.found and admitted.gate is None:
+                self.loading.append(admitted)
+                admitted.state = State.LOADING
+                continue
+            admitted.planned += len(admitted.found) * self._bounds.block_tokens
+            self._run(admitted)
+            self._take(admitted)
 
     def _admit(self, before: Sequence | None) -> Sequence | None:
         """Take the first waiting sequence if there is a seat and all its pages can be had.
@@ -272,7 +281,7 @@ class Scheduler:
             if victim is not None:
                 if victim.rank <= sequence.priority:
                     return None
-                if victim.flying:
+                if self._flies(victim):
                     self._tight = True
                     return None
                 victims.append(victim)
@@ -317,7 +326,7 @@ class Scheduler:
         sequence.registered = len(pages)
         sequence.computed = sequence.planned = len(pages) * self._bounds.block_tokens
         sequence.pages = pages + self._pages.allocate(sequence.pages_needed - len(pages))
-        sequence.found, sequence.found_end = (), ""
+        sequence.found, sequence.found_end, sequence.gate = (), "", None
         self._finder.find(sequence, len(pages))
 
     def _count_resumed(self, sequence: Sequence, loaded: tuple[str, ...]) -> None:
@@ -340,13 +349,17 @@ class Scheduler:
             own = sequence.pages[block]
             self._pages.pin((own,))
             page = self._pages.register(own, keys[block], sequence.parent(block), block)
-            if page != own and sequence.flying:
+            if page != own and self._flies(sequence):
                 self._under_way[-1].kept.append(own)  # a step under way reads it
             else:
                 self._pages.unpin((own,))
             sequence.pages[block] = page
         sequence.registered = full
         return range(first, full)
+
+    def _flies(self, sequence: Sequence) -> bool:
+        """A step under way writes to its pages or reads them, if only in vain."""
+        return any(work.sequence is sequence for step in self._under_way for work in step.work)
 
     def _run(self, sequence: Sequence) -> None:
         sequence.state = State.RUNNING
@@ -362,11 +375,11 @@ class Scheduler:
             self.running.remove(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
-        if sequence.flying:
+        if self._flies(sequence):
             self._under_way[-1].kept.extend(sequence.pages)
         else:
             self._pages.release(sequence.pages)
-        sequence.pages = []
+        sequence.pages, sequence.gate = [], None
         sequence.computed = sequence.registered = 0
         self.give_up(sequence)
 

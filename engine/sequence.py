@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvist.engine.loading import LoadGate
 from kvist.engine.priority import INTERACTIVE
 from kvist.engine.request import CachedTokens, NewRequest
 from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of
@@ -80,8 +81,8 @@ class Sequence:
         draws: its own random stream; the runner's.
         tokens: prompt and output so far.
         pages: page of position p is pages[p // block_tokens].
-        computed: positions whose KV is in the pages, from the start.
-        planned: the same, with those that a step under way computes.
+        computed: positions whose KV is in the pages and sound, from the start.
+        planned: the same, with those that a step under way computes or a gated load brings.
         pending: tokens that steps under way will give.
         life: counts how often what was planned was given up; see scheduler.Work.
         preempted: times that it lost its pages.
@@ -89,6 +90,8 @@ class Sequence:
         found: tier of each block, from block `registered` on, that the cache was seen to hold
             when the sequence was admitted.
         found_end: why the cache had no more, a miss reason.
+        gate: of a load that is under way while the sequence computes. As long as there is one, what
+            it has computed is provisional: nothing is registered, sampled from, stored or counted.
         flight_late: it waited for a block that another engine computed, in vain.
         counted: its lookup was counted.
         store_stopped: a block of it was dropped; those after it would have no parent in the cache.
@@ -119,6 +122,7 @@ class Sequence:
     registered: int = 0
     found: tuple[str, ...] = ()
     found_end: str = ""
+    gate: LoadGate | None = None
     flight_late: bool = False
     counted: bool = False
     store_stopped: bool = False
@@ -163,11 +167,6 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens whose KV is missing and not under way; 1 while it decodes."""
         return self.length - self.planned
-
-    @property
-    def flying(self) -> bool:
-        """A step under way computes some of it, so its pages are written to."""
-        return self.planned > self.computed
 
     @property
     def ending(self) -> bool:

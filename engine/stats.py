@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvist.engine.priority import PRIORITIES
 from kvist.engine.request import CachedTokens, CoreStats, Delta, Outputs, Ready
 
 # vLLM's own bounds, so that its dashboards draw the same heat maps.
@@ -51,14 +52,39 @@ class _CoreCollector(Collector):
             family = GaugeMetricFamily(name, text, labels=self._names)
             family.add_metric(self._values, float(value))
             yield family
+        yield self._waiting(stats)
+        yield from self._classes(stats)
         yield GaugeMetricFamily(
             "kvist_engine_cache_attached",
             "1 while the DRAM and flash tiers are reachable.",
             value=float(stats.cache_state == "attached"),
         )
 
+    def _waiting(self, stats: CoreStats) -> Metric:
+        family = GaugeMetricFamily(
+            "vllm:num_requests_waiting_by_reason",
+            "Requests that wait: for a place (capacity) or for blocks (deferred).",
+            labels=(*self._names, "reason"),
+        )
+        capacity = stats.waiting - stats.waiting_deferred
+        for reason, count in (("capacity", capacity), ("deferred", stats.waiting_deferred)):
+            family.add_metric((*self._values, reason), count)
+        return family
+
+    def _classes(self, stats: CoreStats) -> Iterator[Metric]:
+        for name, text, counts in (
+            ("kvist_engine_requests_waiting", "By priority class.", stats.waiting_by_class),
+            ("kvist_engine_requests_loading", "By priority class.", stats.loading_by_class),
+            ("kvist_engine_requests_running", "By priority class.", stats.running_by_class),
+        ):
+            family = GaugeMetricFamily(name, text, labels=("priority",))
+            for priority, count in zip(PRIORITIES, counts, strict=False):
+                family.add_metric((priority,), count)
+            yield family
+
     def _vllm_totals(self, stats: CoreStats) -> Iterator[Metric]:
         hits = CachedTokens(**{tier: stats.hits_tokens.get(tier, 0) for tier in TIERS})
+        preemptions = sum(stats.preemptions.values())
         external = 0 if stats.cache_state == "off" else stats.queries_tokens - hits.hbm
         for name, text, value in (
             ("vllm:prefix_cache_queries", "Tokens looked up in HBM.", stats.queries_tokens),
@@ -72,7 +98,7 @@ class _CoreCollector(Collector):
             ("vllm:prompt_tokens", "Prompt tokens.", stats.computed_tokens + hits.total),
             ("vllm:prompt_tokens_cached", "Prompt tokens not computed.", hits.total),
             ("vllm:generation_tokens", "Output tokens.", stats.generated_tokens),
-            ("vllm:num_preemptions", "Requests that lost their pages.", stats.preemptions),
+            ("vllm:num_preemptions", "Requests that lost their pages.", preemptions),
         ):
             yield self._total(name, text, value)
         sources = CounterMetricFamily(
@@ -95,6 +121,7 @@ class _CoreCollector(Collector):
             ("kvist_engine_stored_blocks", "Blocks committed to it.", stats.stored_blocks),
             ("kvist_engine_load_seconds", "Time spent loading blocks.", stats.load_seconds),
             ("kvist_engine_steps", "Forward passes.", stats.steps),
+            ("kvist_engine_wasted_tokens", "Computed, thrown away.", stats.wasted_tokens),
         ):
             yield CounterMetricFamily(name, text, value=value)
         tiers = dict.fromkeys(TIERS, 0) | stats.hits_tokens
@@ -102,6 +129,13 @@ class _CoreCollector(Collector):
             ("kvist_engine_cached_tokens", "Prompt tokens served by a tier.", "tier", tiers),
             ("kvist_engine_missed_tokens", "Tokens not served.", "reason", stats.misses_tokens),
             ("kvist_engine_store_drops", "Blocks not stored.", "reason", stats.store_drops),
+            ("kvist_engine_preemptions", "Lost pages, for whom.", "for", stats.preemptions),
+            (
+                "kvist_engine_resumed_tokens",
+                "Of preempted requests, by what gave them back.",
+                "source",
+                stats.resumed_tokens,
+            ),
         ):
             split = CounterMetricFamily(name, text, labels=(label,))
             for key, value in values.items():

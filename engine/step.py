@@ -25,7 +25,7 @@ class Finder(Protocol):
         ...
 
     def find(self, sequence: Sequence, blocks: int) -> None:
-        """Set the sequence's found and found_end.
+        """Set the sequence's found and found_end, and its gate if it need not wait for the load.
 
         Args:
             sequence: about to be admitted.
@@ -65,7 +65,8 @@ class Step:
 
     Attributes:
         work: what to compute, at most one per sequence.
-        loads: sequences that have their pages now and wait for blocks from the cache.
+        loads: sequences that have their pages now and whose blocks are to be loaded. Those with a
+            gate have work in this step, so their loads must begin before it is computed.
         tight: somebody has to go and could not, because a step under way computes it: nothing
             should be under way at the next schedule.
         kept: pages whose holder left while this step could still use them.

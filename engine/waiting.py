@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kvist.engine.priority import PRIORITIES
 from kvist.engine.sequence import Sequence
@@ -39,9 +39,9 @@ class Waiting:
             yield from line
 
     @property
-    def by_class(self) -> list[int]:
+    def by_class(self) -> tuple[int, ...]:
         """How many wait, by the class that they came with."""
-        return list(self._classes)
+        return tuple(self._classes)
 
     @property
     def highest(self) -> int:
@@ -90,6 +90,14 @@ class Waiting:
         at = bisect_left(line, sequence.number, key=_number)
         assert line[at] is sequence, "it does not wait"
         del line[at]
+
+
+def by_class(sequences: Iterable[Sequence]) -> tuple[int, ...]:
+    """How many there are of each class that they came with."""
+    counts = [0] * len(PRIORITIES)
+    for sequence in sequences:
+        counts[sequence.priority] += 1
+    return tuple(counts)
 
 
 def _number(sequence: Sequence) -> int:

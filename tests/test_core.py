@@ -34,9 +34,9 @@ def prompt(length: int, start: int = 1) -> list[int]:
     return [(start + 7 * i) % 251 for i in range(length)]
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start cores; they end with the test."""
+@pytest.fixture(params=[False, True], ids=["step by step", "overlapping"])
+def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
+    """Start cores, of both kinds; they end with the test."""
     running: list[FakeCore] = []
 
     def make(
@@ -45,6 +45,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         folder = tmp_path / str(len(running))
         folder.mkdir()
         model = FakeModel(config(eos=eos))
+        more.setdefault("async_scheduling", request.param)
         core = FakeCore(folder, model, make_parts(model, NAMESPACE, pages, cache), **more)
         running.append(core)
         return core.start()
@@ -167,7 +168,7 @@ def test_requests_that_lose_their_pages_lose_no_token(start: Start) -> None:
     core = start(pages=8, max_num_batched_tokens=64)
     ids = [core.submit(prompt(12, i), 16) for i in range(3)]
     assert [core.tokens(one) for one in ids] == [continuation(prompt(12, i), 16) for i in range(3)]
-    assert core.stats.preemptions > 0
+    assert core.stats.preemptions["decode"] > 0
     core.settle()
 
 
@@ -274,7 +275,7 @@ def test_a_failed_step_ends_its_requests_and_not_the_core(start: Start) -> None:
     core = start()
     core.model.fail_next = FAILED_STEPS_MAX - 1
     for _ in range(FAILED_STEPS_MAX - 1):
-        delta = core.last(core.submit(prompt(9), 2))
+        delta = core.last(core.submit(prompt(9), 1))
         assert delta.finish_reason == "error"
         assert "asked to fail" in (delta.error or "")
     assert core.generate(prompt(9), 2) == continuation(prompt(9), 2)
