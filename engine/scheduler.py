@@ -232,21 +232,22 @@ class Scheduler:
         are looked at in a step. When seats or pages lack, a request takes them from running ones
         of a rank below its own class (which waiting does not raise: peers do not take turns).
         """
-        blocked = len(self.running) + len(self.loading) >= self._bounds.seats
+        full, behind = len(self.running) + len(self.loading) >= self._bounds.seats, False
         for sequence in islice(self.waiting, self._bounds.seats):
-            if blocked and not self._outranks(self.waiting.highest):
+            if (full or behind) and not self._outranks(self.waiting.highest):
                 return None
             if before is not None and sequence.place > before.place:
                 return None
-            if blocked and not self._outranks(sequence.priority):
+            if (full or behind) and not self._outranks(sequence.priority):
+                behind = True
                 continue
             pages = self._pages.lookup(sequence.keys()[: sequence.usable_blocks])
             if self._follows(sequence, len(pages)):
                 self.deferred.add(sequence)
                 continue
-            victims = self._victims(sequence, pages, blocked)
+            victims = self._victims(sequence, pages, behind)
             if victims is None:
-                blocked = True
+                behind = True
                 continue
             if self._finder.defers(sequence, len(pages)):
                 self.deferred.add(sequence)
@@ -261,20 +262,18 @@ class Scheduler:
     def _outranks(self, priority: int) -> bool:
         return bool(self.running) and priority < self.running[-1].rank
 
-    def _victims(
-        self, sequence: Sequence, found: list[int], blocked: bool
-    ) -> list[Sequence] | None:
+    def _victims(self, sequence: Sequence, found: list[int], behind: bool) -> list[Sequence] | None:
         """Who has to go so that a waiting sequence can be seated; None when it cannot be.
 
         Args:
             found: pages of the pool that it would share.
-            blocked: others are before it, so it may have only what it takes from victims.
+            behind: others before it lack something, so it may have only what victims give.
         """
         taken = len(self.running) + len(self.loading)
         missing = sequence.pages_needed - len(found)
         missing += min(taken, self._pages.total // RESERVE_SHARE)
-        seats = 0 if blocked else self._bounds.seats - taken
-        room = 0 if blocked else self._pages.available - self._pages.idle(found)
+        seats = 0 if behind else self._bounds.seats - taken
+        room = 0 if behind else self._pages.available - self._pages.idle(found)
         victims: list[Sequence] = []
         holds: Counter[int] = Counter()
         for victim in (None, *reversed(self.running)):

@@ -210,3 +210,27 @@ def test_everybody_gets_what_they_would_get_alone(
     machine.run()
     assert [one.output for one, _ in expected] == [output for _, output in expected]
     assert machine.books.used == 0
+
+
+def test_a_page_that_a_step_under_way_reads_is_given_to_nobody() -> None:
+    machine = Machine(pages=64, max_tokens=64, max_seqs=8, overlap=True, late=True)
+    # Twins complete the same blocks in the same steps: one of the two pages goes back each time,
+    # while the next step, which reads it, is on its way, and a load takes the free page at once.
+    twins = [machine.add(prompt(3), 24) for _ in range(2)]
+    for i in range(12):
+        machine.finder.put(prompt(9, 20 + i), 2)
+        machine.step()
+        machine.add(prompt(9, 20 + i), 1)
+    machine.run()
+    assert [one.output for one in twins] == [alone(prompt(3), 24)] * 2
+
+
+def test_a_request_that_ends_by_itself_wastes_one_token_of_a_step_ahead_at_most() -> None:
+    machine = Machine(overlap=True)
+    wanted = alone(prompt(5), 20)
+    machine.add(prompt(5), 20, stop=(wanted[9],))
+    machine.run()
+    assert machine.wasted == 1
+    machine.add(prompt(6, 3), 20)
+    machine.run()
+    assert machine.wasted == 1, "how long an answer may be is known beforehand"

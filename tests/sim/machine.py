@@ -96,7 +96,7 @@ class Input:
     before: list[int]
     pages: list[int]
     gate: LoadGate | None
-    found: range
+    found: int
     token: int | None = None
 
 
@@ -131,7 +131,10 @@ class Machine:
         self.computed = 0
         self.wasted = 0
         self.now = 0.0
-        self.loads: list[Sequence] = []
+        self.loads: list[tuple[Sequence, int]] = []
+        self.came: dict[LoadGate, int] = {}
+        self.passed: list[Sequence] = []
+        self.went = 0
         self.flights: deque[Flight] = deque()
         self.latest: dict[Sequence, int] = {}
 
@@ -160,10 +163,18 @@ class Machine:
         self.now += 1
         if end_loads:
             self.finish_loads()
+        went = self.scheduler.preemptions.total()
         step = self.scheduler.schedule(self.now)
+        self.went = self.scheduler.preemptions.total() - went
         assert step.tokens <= self.max_tokens
         self.check_writers(step)
-        self.loads += [one for one in step.loads if one.gate is None]
+        working = {work.sequence for work in step.work}
+        self.passed = [
+            one
+            for one in self.scheduler.running
+            if one.remaining > 1 and one.gate is None and one not in working
+        ]
+        self.begin_loads(step)
         before = list(self.flights)
         if step.work:
             self.flights.append(Flight(step, [self.input(work) for work in step.work]))
@@ -178,7 +189,7 @@ class Machine:
         one, end = work.sequence, work.start + work.count
         pages = one.pages[: -(-end // SIZE)]
         tokens, before = one.tokens[work.start : end], one.tokens[: work.start]
-        return Input(work, tokens, before, pages, one.gate, self.found(one))
+        return Input(work, tokens, before, pages, one.gate, len(one.found))
 
     def compute(self) -> None:
         """The device catches up with what was launched."""
@@ -189,10 +200,8 @@ class Machine:
 
     def compute_step(self, flight: Flight) -> None:
         for one in flight.inputs:
-            if one.gate is not None:
-                good = self.copy_in(one.work.sequence, one.pages, one.found)
-                if good < len(one.found):
-                    flight.bad.add(one.work.sequence)
+            if one.gate is not None and self.came[one.gate] < one.found:
+                flight.bad.add(one.work.sequence)
             if len(one.tokens) < one.work.count:
                 one.tokens.append(self.latest.get(one.work.sequence, 0))
             for position, token in enumerate(one.tokens, one.work.start):
@@ -220,9 +229,11 @@ class Machine:
         for one in flight.inputs:
             sequence = one.work.sequence
             if one.gate is not None and sequence.gate is one.gate:
-                self.scheduler.loaded(sequence, self.good_blocks(sequence, one.found))
+                self.scheduler.loaded(sequence, self.came[one.gate])
         for one in flight.inputs:
             if one.work.void:
+                ended = one.work.sequence.state is State.FINISHED
+                assert ended or one.work.sequence in flight.bad, "wasted for nothing"
                 self.wasted += one.work.count
                 continue
             self.scheduler.advance(one.work)
@@ -232,27 +243,30 @@ class Machine:
                     self.scheduler.finish(one.work.sequence)
         self.scheduler.land(flight.step)
 
+    def begin_loads(self, step: Step) -> None:
+        """The threads that copy wait for nobody: what they bring is there at once."""
+        for sequence in step.loads:
+            came = self.copy_in(sequence)
+            if sequence.gate is None:
+                self.loads.append((sequence, came))
+            else:
+                self.came[sequence.gate] = came
+
     def finish_loads(self) -> None:
-        for sequence in self.loads:
+        for sequence, came in self.loads:
             if sequence.state is State.LOADING:
-                good = self.copy_in(sequence, sequence.pages, self.found(sequence))
-                self.scheduler.loaded(sequence, good)
+                self.scheduler.loaded(sequence, came)
         self.loads = []
 
-    def found(self, sequence: Sequence) -> range:
-        return range(sequence.registered, sequence.registered + len(sequence.found))
-
-    def good_blocks(self, sequence: Sequence, found: range) -> int:
-        keys = [sequence.keys()[block] for block in found]
-        return next((i for i, key in enumerate(keys) if key in self.finder.broken), len(keys))
-
-    def copy_in(self, sequence: Sequence, pages: list[int], found: range) -> int:
-        good = self.good_blocks(sequence, found)
-        for block in found:
-            sound = block < found.start + good
-            content = self.finder.blocks[sequence.keys()[block]]
-            self.pool[pages[block]] = list(content) if sound else [255] * SIZE
-        return good
+    def copy_in(self, sequence: Sequence) -> int:
+        """Fill a sequence's pages up to the first broken block; how many came."""
+        for number, block in enumerate(range(len(sequence.found)), sequence.registered):
+            key = sequence.keys()[number]
+            if key in self.finder.broken:
+                self.pool[sequence.pages[number]] = [255] * SIZE
+                return block
+            self.pool[sequence.pages[number]] = list(self.finder.blocks[key])
+        return len(sequence.found)
 
     def check_writers(self, step: Step) -> None:
         written = [
@@ -260,6 +274,9 @@ class Machine:
             for work in step.work
             for block in range(work.start // SIZE, -(-(work.start + work.count) // SIZE))
         ]
+        for work in step.work:
+            most = work.sequence.prompt_tokens + work.sequence.request.params.max_tokens
+            assert work.start + work.count < min(most, LIMITS.max_model_len), "nobody asked for it"
         held = Counter(page for one in self.live for page in one.pages)
         held.update(page for flight in self.flights for page in flight.step.kept)
         assert len(set(written)) == len(written), "a page has two writers"
