@@ -179,7 +179,7 @@ class Machine:
         if step.work:
             self.flights.append(Flight(step, [self.input(work) for work in step.work]))
         if not self.late:
-            self.compute()
+            self.compute(2)
         while self.flights and (self.flights[0] in before or not self.overlap or step.tight):
             self.land()
         self.check()
@@ -191,9 +191,9 @@ class Machine:
         tokens, before = one.tokens[work.start : end], one.tokens[: work.start]
         return Input(work, tokens, before, pages, one.gate, len(one.found))
 
-    def compute(self) -> None:
-        """The device catches up with what was launched."""
-        for flight in self.flights:
+    def compute(self, steps: int) -> None:
+        """The device catches up with so many of those that were launched."""
+        for flight in list(self.flights)[:steps]:
             if not flight.computed:
                 self.compute_step(flight)
                 flight.computed = True
@@ -224,7 +224,7 @@ class Machine:
 
     def land(self) -> None:
         """Process the results of the oldest step under way."""
-        self.compute()
+        self.compute(1)
         flight = self.flights.popleft()
         for one in flight.inputs:
             sequence = one.work.sequence
