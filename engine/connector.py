@@ -16,11 +16,13 @@ from kvist.cachesvc.storing import StoreItem
 from kvist.engine.cache import Cache
 from kvist.engine.copying import Copiers, Loaded, StoreJob
 from kvist.engine.flights import Flights
-from kvist.engine.loading import LoadGate, LoadJob
+from kvist.engine.loading import LoadJob
 from kvist.engine.pages import Pages
-from kvist.engine.request import CACHE_BYPASS
+from kvist.engine.request import CACHE_BYPASS, LoadStats
+from kvist.engine.scheduler import Work
 from kvist.engine.sequence import Sequence, State
 from kvist.engine.tally import Tally, outcome
+from kvist.engine.weighing import Weigher
 from kvist.proto.keys import BlockKey, tenant_of
 from kvist.proto.record import Bytes
 from kvist.proto.shm import STORABLE
@@ -28,6 +30,8 @@ from kvist.proto.shm import STORABLE
 # Pages pinned by stores are lost to requests meanwhile: a quarter of the pool at most.
 STORE_QUEUE_BLOCKS = 256
 STORE_POOL_SHARE = 4
+# Rates are means over many requests; whoever looks at them is a person or a scrape.
+SHOW_EVERY_S = 0.5
 
 
 class Connector:
@@ -46,7 +50,7 @@ class Connector:
         store_drops: reason -> blocks not stored.
         load_seconds: summed over loads.
         copying: jobs under way; their results come by poll.
-        cuts: see transfer.pipeline.layer_cuts; empty never loads layer by layer. Set once.
+        weigher: chooses what is loaded and how; None loads all, before the computation. Set once.
     """
 
     def __init__(
@@ -67,7 +71,8 @@ class Connector:
         self.store_drops: Counter[str] = Counter()
         self.load_seconds = 0.0
         self.copying = 0
-        self.cuts: tuple[int, ...] = ()
+        self.weigher: Weigher | None = None
+        self._shown_s = now()
         self._flights = None if cache is None else Flights(cache, now)
         self._copiers = None if cache is None else Copiers(cache, page_bytes, log, now)
 
@@ -124,7 +129,8 @@ class Connector:
         self.copying += 1
         self._prefetch(sequence.keys()[first : first + count], sequence.found)
         job = LoadJob(sequence, first, pages, self._now())
-        job.gate, job.cuts = sequence.gate, self.cuts
+        if self.weigher is not None:
+            job.gate, job.cuts = sequence.gate, self.weigher.cuts
         if self._flights is not None:
             self._flights.computing(sequence, count)
         self._copiers.load(job)
@@ -162,16 +168,41 @@ class Connector:
             self._pages.unpin(result.pages)
             if isinstance(result, Loaded):
                 self.copying -= 1
+                if self.weigher is not None:
+                    self.weigher.loaded(result)
                 self.load_seconds += result.seconds
                 if _waits(result):
                     self._count(result.sequence, result.blocks, result.reason)
                     loads.append(result)
             else:
                 self.copying -= len(result.pages)
+                if self.weigher is not None:
+                    self.weigher.stored(result)
                 self._store_room += len(result.pages)
                 self.stored_blocks += result.result.stored
                 self.store_drops.update(result.result.dropped)
         return loads
+
+    def beside(self, running: int) -> None:
+        """So many requests compute when the next step is scheduled."""
+        if self.weigher is not None:
+            self.weigher.beside = running
+
+    def computed(self, works: Blocks[Work], seconds: float) -> None:
+        """A step took so long; called before its loads are polled."""
+        if self.weigher is None or self._cache is None:
+            return
+        self.weigher.computed(works, seconds)
+        now = self._now()
+        if now - self._shown_s >= SHOW_EVERY_S:
+            self._shown_s = now
+            self._cache.show_rates(self.weigher.look())
+
+    def load_stats(self) -> LoadStats:
+        """See there."""
+        if self.weigher is None or self._cache is None:
+            return LoadStats()
+        return self.weigher.stats(self._cache.pace)
 
     def wait(self, timeout_s: float) -> None:
         """Wait until poll has something to take, or timeout_s have passed."""
@@ -197,8 +228,8 @@ class Connector:
         sequence.found = cache.tiers(asked[: found.blocks])[known:]
         # Should a found block be gone before its tier was read, it was evicted in between.
         sequence.found_end = found.reason or "evicted"
-        if self.cuts and set(sequence.found) == {"dram"}:
-            sequence.gate = LoadGate()
+        if self.weigher is not None and sequence.found:
+            self.weigher.choose(sequence, blocks, sequence.found)
         if sequence.flight_late and found.reason in STORABLE:
             sequence.found_end = "flight_late"
         if known and not found.blocks and found.reason in STORABLE:

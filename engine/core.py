@@ -114,6 +114,7 @@ class Core:
             CoreFailed: see run.
         """
         self._take_loads()
+        self._connector.beside(len(self._scheduler.running))
         step = self._scheduler.schedule()
         for sequence in step.loads:
             self._connector.load(sequence)
@@ -180,6 +181,7 @@ class Core:
             self._fail(step.work, error)
             return
         self._failed_steps = 0
+        self._connector.computed(step.work, self._now() - started)
         self._steps += 1
         self._step_tokens = step.tokens
         if any(work.sequence.gate is not None for work in step.work):
@@ -210,6 +212,7 @@ class Core:
                 logprobs,
                 sequence.finish_reason,
                 cached=sequence.cached,
+                cost=sequence.cost,
                 queue_s=sequence.scheduled_s - sequence.arrived_s,
                 prefill_s=sequence.first_token_s - sequence.scheduled_s,
             )
@@ -260,6 +263,7 @@ class Core:
             cache_state=connector.state,
             reattaches=connector.reattaches,
             load_seconds=connector.load_seconds,
+            loads=connector.load_stats(),
         )
 
 

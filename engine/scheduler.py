@@ -251,7 +251,8 @@ class Scheduler:
         sequence.registered = len(pages)
         sequence.computed = len(pages) * self._block_tokens
         sequence.pages = pages + self._pages.allocate(missing)
-        sequence.found, sequence.found_end, sequence.gate = (), "", None
+        sequence.found, sequence.found_end = (), ""
+        sequence.gate = sequence.choice = None
         self._finder.find(sequence, len(pages))
 
     def _register(self, sequence: Sequence) -> range:
