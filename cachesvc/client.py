@@ -65,7 +65,7 @@ class CacheClient:
     Attributes:
         trial: a page of the worker, for the trial before the first hit of each session
             (cachesvc/trial.py); None makes none. Set before start.
-        pace: of copies out and in; may be set before start.
+        pace: of copies out and in; may be set as long as nothing is copied.
         reattaches: how often a session followed an earlier one.
         bell_failures: wake-ups that the sidecar did not take; it looks by itself soon after.
     """

@@ -29,6 +29,7 @@ from kvist.proto.keys import Namespace
 from kvist.proto.layout import BlockFormat
 from kvist.proto.sizes import format_bytes
 from kvist.tiers.hbm import PagePool
+from kvist.transfer.pace import Pace
 
 # Share of the free memory that the pool takes when nothing is said: the cache's own memory, the
 # API process and the file cache want room too.
@@ -191,6 +192,7 @@ def open_tiers(config: EngineConfig, namespace: Namespace, log: Log) -> CacheCli
         client = _open_embedded(config, namespace, name, log)
     else:
         client = open_cache(config.cache, namespace, name, log, PoolPage(namespace.format))
+    client.pace = Pace(config.cache_load_bytes_per_s, config.cache_store_bytes_per_s)
     # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
     client.wait_attached(ATTACH_WAIT_S)
     return client
