@@ -5,9 +5,10 @@ For each length of suffix and each tier, in one process that holds a whole engin
     load      the cached blocks alone, copied and verified as the engine does it, nothing computed
     compute   time to first token with the prefix in the engine's own pool, so nothing is loaded
     both      time to first token with the prefix in the tier, and not in the pool
+    before    the same with the blocks loaded whole, before the computation
     stall     (both - max(load, compute)) / max(load, compute)
 
-The three are taken in turns, on the same prompts, and medians are compared. For flash the sidecar
+They are taken in turns, on the same prompts, and medians are compared. For flash the sidecar
 is restarted before each load, so that DRAM is empty. `cold` is a prompt that nobody has seen, with
 the cache on and off in turns, up to its 8th token, so that storing it is in it. All answers to a
 prompt are compared.
@@ -245,18 +246,26 @@ class Bench:
 
     def overlap(self, tier: str, suffix: int) -> dict[str, Any]:
         """Measure one tier with one length of suffix."""
-        times: dict[str, list[float]] = {"load_ms": [], "compute_ms": [], "both_ms": []}
+        names = ("load_ms", "compute_ms", "both_ms", "before_ms")
+        times: dict[str, list[float]] = {name: [] for name in names}
+        weigher = self.engine.parts.connector.weigher
+        assert weigher is not None
         before = self.engine.parts.connector.load_stats()
         for turn in range(self.flags.repeats):
             prefix = self.prefixes[turn % len(self.prefixes)]
             prompt = [*prefix, *self.draw(suffix)]
             self._away(tier, prompt)
             times["load_ms"].append(self.engine.load_alone(prompt, self.blocks))
+            ways = [("both_ms", True), ("before_ms", False)]
+            for name, weigher.by_layers in ways if turn % 2 else reversed(ways):
+                self._away(tier, prompt)
+                times[name].append(self.ask([*prefix, *self.draw(suffix)]))
+            weigher.by_layers = True
+            # Now the prefix is in the pool; the same prompt shows that the answers agree.
+            times["compute_ms"].append(self.ask([*prefix, *self.draw(suffix)]))
+            self.ask(prompt)
             self._away(tier, prompt)
-            times["both_ms"].append(self.ask(prompt))
-            # Now the prefix is in the pool, and the suffix must not be.
-            fresh = [*prefix, *self.draw(suffix)]
-            times["compute_ms"].append(self.ask(fresh))
+            self.ask(prompt)
         after = self.engine.parts.connector.load_stats()
         middle = {name: statistics.median(values) for name, values in times.items()}
         least = max(middle["load_ms"], middle["compute_ms"])

@@ -30,8 +30,8 @@ HALF_BYTES = 16 << 20
 WEIGHT_MAX = 0.5
 # Steps with fewer tokens say more about decoding than about prompts.
 STEP_TOKENS_MIN = 32
-# The weight of a step after n others is FORGET ** n: some 50 count.
-FORGET = 0.98
+# The weight of a step after n others is FORGET ** n: some 20 count.
+FORGET = 0.95
 # Tokens of context that double the cost of one: 4,000 for a model of 135 M, 30,000 for 8 B. How far
 # b is believed to be from 0 before two different steps were seen.
 CROSSOVER = 4096
@@ -159,7 +159,7 @@ class CostModel:
         self._avoided = 0
 
     def choose(self, first: int, tiers: Sequence[str], tokens: int, queued: int) -> Choice:
-        """Decide how much of a found prefix is loaded.
+        """Decide how much of a found prefix is loaded; tell `decided` when that is done.
 
         Args:
             first: position where the found blocks begin.
@@ -172,11 +172,16 @@ class CostModel:
         total = np.where(risen, load_s + compute_s, np.maximum(load_s, compute_s))
         # Of equal ones the longest: it leaves the cores to others.
         best = len(tiers) - int(np.argmin(total[::-1]))
-        if best < len(tiers):
-            self._avoided += 1
-            if self._avoided >= TRY_AGAIN:
-                best, self._avoided = len(tiers), 0
+        if self._avoided >= TRY_AGAIN:
+            best = len(tiers)
         return Choice(best, len(tiers) - best, float(load_s[best]), float(compute_s[best]))
+
+    def decided(self, choice: Choice) -> None:
+        """A choice is being carried out."""
+        if choice.skipped:
+            self._avoided += 1
+        elif self._avoided >= TRY_AGAIN:
+            self._avoided = 0
 
     def loaded(self, tiers: Sequence[str], seconds: float) -> None:
         """Blocks of these tiers have come, in so long; where they were when they were found."""

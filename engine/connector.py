@@ -19,6 +19,7 @@ from kvist.engine.flights import Flights
 from kvist.engine.loading import LoadJob
 from kvist.engine.pages import Pages
 from kvist.engine.request import CACHE_BYPASS, LoadStats
+from kvist.engine.rising import Rising
 from kvist.engine.scheduler import Work
 from kvist.engine.sequence import Sequence, State
 from kvist.engine.tally import Tally, outcome
@@ -74,6 +75,7 @@ class Connector:
         self.weigher: Weigher | None = None
         self._shown_s = now()
         self._flights = None if cache is None else Flights(cache, now)
+        self._rising = None if cache is None else Rising(cache, now)
         self._copiers = None if cache is None else Copiers(cache, page_bytes, log, now)
 
     @property
@@ -88,25 +90,35 @@ class Connector:
 
     @property
     def deferred(self) -> int:
-        """Requests that wait for blocks of another engine."""
-        return 0 if self._flights is None else self._flights.waiting
+        """Requests that wait in the queue for blocks, of another engine or from flash."""
+        if self._flights is None or self._rising is None:
+            return 0
+        return self._flights.waiting + self._rising.waiting
 
     def defers(self, sequence: Sequence, blocks: int) -> bool:
-        """See scheduler.Finder and flights.Flights."""
-        if self._flights is None or not sequence.reuses:
+        """See scheduler.Finder, flights.Flights and rising.Rising."""
+        if self._flights is None or self._rising is None or not sequence.reuses:
             return False
-        return self._flights.defers(sequence, blocks)
+        return self._rising.waits(sequence) or self._flights.defers(sequence, blocks)
 
     def arrive(self, sequence: Sequence) -> None:
         """A request has come: what of it is on flash begins to rise while it waits its turn."""
         if self._cache is None or not sequence.reuses:
             return
         keys = sequence.keys()[: sequence.usable_blocks]
-        keys = keys[len(self._pages.lookup(keys)) :]
+        there = len(self._pages.lookup(keys))
+        keys = keys[there:]
         blocks = self._cache.lookup(keys).blocks
         # Blocks leave DRAM deepest first, so the last one tells whether any is on flash only.
-        if "flash" in self._cache.tiers(keys[blocks - 1 : blocks]):
-            self._cache.prefetch(keys, blocks)
+        if "flash" not in self._cache.tiers(keys[blocks - 1 : blocks]):
+            return
+        estimate_s = 0.0
+        if self.weigher is not None:
+            choice = self.weigher.weigh(sequence, there, self._cache.tiers(keys[:blocks]))
+            blocks, estimate_s = choice.blocks, choice.load_s
+        self._cache.prefetch(keys, blocks)
+        if blocks and self._rising is not None and self.weigher is not None:
+            self._rising.begin(sequence, keys[blocks - 1], estimate_s)
 
     def find(self, sequence: Sequence, blocks: int) -> None:
         """See scheduler.Finder. A lookup that needs no load is counted here."""
@@ -163,6 +175,8 @@ class Connector:
         """Take what the threads have finished: pages are unpinned, lookups counted."""
         if self._flights is not None:
             self._flights.prune()
+        if self._rising is not None:
+            self._rising.prune()
         loads: list[Loaded] = []
         while self._copiers is not None and (result := self._copiers.take()) is not None:
             self._pages.unpin(result.pages)

@@ -111,9 +111,9 @@ class Delta(msgspec.Struct, frozen=True):
         finish_reason: "stop", "length", "abort" or "error" in the last delta, else None.
         error: what went wrong, in words, when finish_reason is "error".
         cached: set in a request's first delta.
-        cost: of its load, in its first delta; None when nothing was loaded.
         queue_s: seconds from arrival in the core to the first scheduled step; in the first delta.
         prefill_s: seconds from that step to the first token; in the first delta.
+        cost: of its load, in its first delta; None when nothing was loaded.
     """
 
     id: str
@@ -122,9 +122,9 @@ class Delta(msgspec.Struct, frozen=True):
     finish_reason: str | None = None
     error: str | None = None
     cached: CachedTokens | None = None
-    cost: LoadCost | None = None
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    cost: LoadCost | None = None
 
 
 class LoadStats(msgspec.Struct, frozen=True):

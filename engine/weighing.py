@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from kvist.cachesvc.cost import CostModel
+from kvist.cachesvc.cost import Choice, CostModel
 from kvist.engine.copying import Loaded, Stored
 from kvist.engine.loading import LoadGate
 from kvist.engine.request import LoadCost, LoadStats
@@ -28,6 +28,7 @@ class Weigher:
     Attributes:
         cuts: see transfer.pipeline.layer_cuts.
         cost: the measured rates.
+        by_layers: loads may run beside the computation; benchmarks compare.
         beside: requests that are computing; the core says it before each step.
         queued: blocks of loads under way.
         rates: what was measured, by name of proto.shm.RATES, as of the last look.
@@ -36,6 +37,7 @@ class Weigher:
     def __init__(self, layers: int, block_bytes: int, block_tokens: int) -> None:
         self.cuts = layer_cuts(layers, block_bytes)
         self.cost = CostModel(block_bytes, block_tokens)
+        self.by_layers = True
         self.beside = 0
         self.queued = 0
         self.rates: dict[str, int] = {}
@@ -49,6 +51,11 @@ class Weigher:
         self._gate_wait_s = 0.0
         self._gate_waits = 0
 
+    def weigh(self, sequence: Sequence, first_block: int, tiers: tuple[str, ...]) -> Choice:
+        """What would be chosen now; see choose."""
+        first, tokens = first_block * self._block_tokens, len(sequence.tokens)
+        return self.cost.choose(first, tiers, tokens, self.queued)
+
     def choose(self, sequence: Sequence, first_block: int, tiers: tuple[str, ...]) -> None:
         """Set a sequence's found, choice and gate.
 
@@ -60,8 +67,8 @@ class Weigher:
             first_block: where what was found begins.
             tiers: of each block that was found, at least one.
         """
-        first, tokens = first_block * self._block_tokens, len(sequence.tokens)
-        choice = self.cost.choose(first, tiers, tokens, self.queued)
+        choice = self.weigh(sequence, first_block, tiers)
+        self.cost.decided(choice)
         sequence.choice, sequence.found = choice, tiers[: choice.blocks]
         sequence.gate = None
         what = "compute" if not choice.blocks else "part" if choice.skipped else "load"
@@ -71,7 +78,7 @@ class Weigher:
         self._estimated_load_s += choice.load_s
         self._estimated_compute_s += choice.compute_s
         hidden = choice.load_s <= choice.compute_s or not self.beside
-        if hidden and set(sequence.found) == {"dram"}:
+        if self.by_layers and hidden and set(sequence.found) == {"dram"}:
             sequence.gate = LoadGate()
         self._ways["layers" if sequence.gate is not None else "blocks"] += 1
         self.queued += len(sequence.found)
