@@ -25,9 +25,7 @@ from kvist.cachesvc.log import Log
 from kvist.cachesvc.storing import StoreItem, Storer, StoreResult
 from kvist.cachesvc.trial import RETRY_S, TrialPage, run_trial
 from kvist.proto import cache_pb2
-from kvist.proto.errors import (
-    KvistError,
-)
+from kvist.proto.errors import KvistError
 from kvist.proto.keys import BlockKey, Namespace
 from kvist.proto.record import Bytes, Wanted
 from kvist.proto.shm import CLAIM, CORRUPT, PREFETCH, RELEASE, TOUCH
@@ -67,7 +65,7 @@ class CacheClient:
     Attributes:
         trial: a page of the worker, for the trial before the first hit of each session
             (cachesvc/trial.py); None makes none. Set before start.
-        pace: of copies out and in; may be set before start.
+        pace: of copies out and in; may be set as long as nothing is copied.
         reattaches: how often a session followed an earlier one.
         bell_failures: wake-ups that the sidecar did not take; it looks by itself soon after.
     """
@@ -322,6 +320,12 @@ class CacheClient:
             if life is not None:
                 outcome = "flights_got" if tokens else "flights_lost"
                 life.add({outcome: 1, "flight_tokens": tokens})
+
+    def show_rates(self, rates: Mapping[str, int]) -> None:
+        """Say what was measured here, by name of RATES; makes no call, forgotten when detached."""
+        with self._entered() as life:
+            if life is not None:
+                life.show(rates)
 
     def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
         """Copy a block out of the cache and verify it; blocks until it is there, makes no call.

@@ -80,7 +80,11 @@ def _wait(life: Life, key: BlockKey, has_time: bool, attempts: int) -> str:
 
 
 def stream_blocks(life: Life, load: LayerLoad, pace: Pace) -> tuple[int, str]:
-    """See CacheClient.stream; life is entered. What is not in DRAM is not waited for."""
+    """See CacheClient.stream; life is entered. What is not in DRAM is not waited for.
+
+    A sidecar that dies meanwhile is no matter: its memory is mapped until life is left, and what is
+    copied from it is verified.
+    """
     readers: list[SlotReader] = []
     lost = ""
     for wanted in load.wanted:
@@ -92,8 +96,6 @@ def stream_blocks(life: Life, load: LayerLoad, pace: Pace) -> tuple[int, str]:
     summed = [life.verify.wanted() for _ in readers]
     stream = LayerStream(readers, load.outs[: len(readers)], summed)
     for layers in stream.copy(load.cuts, pace.before_load):
-        if life.ended:
-            return 0, "detached"
         load.reached(layers)
     blocks, error = stream.verdict()
     if error is None:

@@ -56,6 +56,10 @@ class Cache(Protocol):
         """Account for one wait for another engine; tokens are those that came by it."""
         ...
 
+    def show_rates(self, rates: Mapping[str, int]) -> None:
+        """Say what was measured here; makes no call."""
+        ...
+
     def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
         """Copy and verify one block; a miss reason when that failed."""
         ...

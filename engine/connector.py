@@ -16,11 +16,14 @@ from kvist.cachesvc.storing import StoreItem
 from kvist.engine.cache import Cache
 from kvist.engine.copying import Copiers, Loaded, StoreJob
 from kvist.engine.flights import Flights
-from kvist.engine.loading import LoadGate, LoadJob
+from kvist.engine.loading import LoadJob
 from kvist.engine.pages import Pages
-from kvist.engine.request import CACHE_BYPASS
+from kvist.engine.request import CACHE_BYPASS, LoadStats
+from kvist.engine.rising import Rising
 from kvist.engine.sequence import Sequence, State
+from kvist.engine.step import Work
 from kvist.engine.tally import Tally, outcome
+from kvist.engine.weighing import Weigher
 from kvist.proto.keys import BlockKey, tenant_of
 from kvist.proto.record import Bytes
 from kvist.proto.shm import STORABLE
@@ -28,6 +31,8 @@ from kvist.proto.shm import STORABLE
 # Pages pinned by stores are lost to requests meanwhile: a quarter of the pool at most.
 STORE_QUEUE_BLOCKS = 256
 STORE_POOL_SHARE = 4
+# Rates are means over many requests; whoever looks at them is a person or a scrape.
+SHOW_EVERY_S = 0.5
 
 
 class Connector:
@@ -46,7 +51,7 @@ class Connector:
         store_drops: reason -> blocks not stored.
         load_seconds: summed over loads.
         copying: jobs under way; their results come by poll.
-        cuts: see transfer.pipeline.layer_cuts; empty never loads layer by layer. Set once.
+        weigher: chooses what is loaded and how; None loads all, before the computation. Set once.
     """
 
     def __init__(
@@ -67,9 +72,11 @@ class Connector:
         self.store_drops: Counter[str] = Counter()
         self.load_seconds = 0.0
         self.copying = 0
-        self.cuts: tuple[int, ...] = ()
         self._storing: set[BlockKey] = set()
+        self.weigher: Weigher | None = None
+        self._shown_s = now()
         self._flights = None if cache is None else Flights(cache, now)
+        self._rising = None if cache is None else Rising(cache, now)
         self._copiers = None if cache is None else Copiers(cache, page_bytes, log, now)
 
     @property
@@ -84,25 +91,35 @@ class Connector:
 
     @property
     def deferred(self) -> int:
-        """Requests that wait for blocks of another engine."""
-        return 0 if self._flights is None else self._flights.waiting
+        """Requests that wait in the queue for blocks, of another engine or from flash."""
+        if self._flights is None or self._rising is None:
+            return 0
+        return self._flights.waiting + self._rising.waiting
 
     def defers(self, sequence: Sequence, blocks: int) -> bool:
-        """See scheduler.Finder and flights.Flights."""
-        if self._flights is None or not sequence.reuses:
+        """See scheduler.Finder, flights.Flights and rising.Rising."""
+        if self._flights is None or self._rising is None or not sequence.reuses:
             return False
-        return self._flights.defers(sequence, blocks)
+        return self._rising.waits(sequence) or self._flights.defers(sequence, blocks)
 
     def arrive(self, sequence: Sequence) -> None:
         """A request has come: what of it is on flash begins to rise while it waits its turn."""
         if self._cache is None or not sequence.reuses:
             return
         keys = sequence.keys()[: sequence.usable_blocks]
-        keys = keys[len(self._pages.lookup(keys)) :]
+        there = len(self._pages.lookup(keys))
+        keys = keys[there:]
         blocks = self._cache.lookup(keys).blocks
         # Blocks leave DRAM deepest first, so the last one tells whether any is on flash only.
-        if "flash" in self._cache.tiers(keys[blocks - 1 : blocks]):
-            self._cache.prefetch(keys, blocks)
+        if "flash" not in self._cache.tiers(keys[blocks - 1 : blocks]):
+            return
+        estimate_s = 0.0
+        if self.weigher is not None:
+            choice = self.weigher.weigh(sequence, there, self._cache.tiers(keys[:blocks]))
+            blocks, estimate_s = choice.blocks, choice.load_s
+        self._cache.prefetch(keys, blocks)
+        if blocks and self._rising is not None and self.weigher is not None:
+            self._rising.begin(sequence, keys[blocks - 1], estimate_s)
 
     def find(self, sequence: Sequence, blocks: int) -> None:
         """See scheduler.Finder. A lookup that needs no load is counted here."""
@@ -125,7 +142,8 @@ class Connector:
         self.copying += 1
         self._prefetch(sequence.keys()[first : first + count], sequence.found)
         job = LoadJob(sequence, first, pages, self._now())
-        job.gate, job.cuts = sequence.gate, self.cuts
+        if self.weigher is not None:
+            job.gate, job.cuts = sequence.gate, self.weigher.cuts
         if self._flights is not None:
             self._flights.computing(sequence, count)
         self._copiers.load(job)
@@ -173,11 +191,15 @@ class Connector:
         """Take what the threads have finished: pages are unpinned, lookups counted."""
         if self._flights is not None:
             self._flights.prune()
+        if self._rising is not None:
+            self._rising.prune()
         loads: list[Loaded] = []
         while self._copiers is not None and (result := self._copiers.take()) is not None:
             self._pages.unpin(result.pages)
             if isinstance(result, Loaded):
                 self.copying -= 1
+                if self.weigher is not None:
+                    self.weigher.loaded(result)
                 self.load_seconds += result.seconds
                 if _waits(result):
                     self._count(result.sequence, result.blocks, result.reason)
@@ -185,10 +207,33 @@ class Connector:
             else:
                 self._storing -= result.keys
                 self.copying -= len(result.pages)
+                if self.weigher is not None:
+                    self.weigher.stored(result)
                 self._store_room += len(result.pages)
                 self.stored_blocks += result.result.stored
                 self.store_drops.update(result.result.dropped)
         return loads
+
+    def beside(self, running: int) -> None:
+        """So many requests compute when the next step is scheduled."""
+        if self.weigher is not None:
+            self.weigher.beside = running
+
+    def computed(self, works: Blocks[Work], seconds: float) -> None:
+        """A step took so long; called before its loads are polled."""
+        if self.weigher is None or self._cache is None:
+            return
+        self.weigher.computed(works, seconds)
+        now = self._now()
+        if now - self._shown_s >= SHOW_EVERY_S:
+            self._shown_s = now
+            self._cache.show_rates(self.weigher.look())
+
+    def load_stats(self) -> LoadStats:
+        """See there."""
+        if self.weigher is None or self._cache is None:
+            return LoadStats()
+        return self.weigher.stats(self._cache.pace)
 
     def wait(self, timeout_s: float) -> None:
         """Wait until poll has something to take, or timeout_s have passed."""
@@ -214,8 +259,8 @@ class Connector:
         sequence.found = cache.tiers(asked[: found.blocks])[known:]
         # Should a found block be gone before its tier was read, it was evicted in between.
         sequence.found_end = found.reason or "evicted"
-        if self.cuts and set(sequence.found) == {"dram"}:
-            sequence.gate = LoadGate()
+        if self.weigher is not None and sequence.found:
+            self.weigher.choose(sequence, blocks, sequence.found)
         if sequence.flight_late and found.reason in STORABLE:
             sequence.found_end = "flight_late"
         if known and not found.blocks and found.reason in STORABLE:

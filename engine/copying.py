@@ -38,6 +38,7 @@ class Loaded:
         seconds: since the load was asked for.
         pages: no longer written to.
         gate: that the sequence had when the load was asked for.
+        busy_s: since a thread took it up.
     """
 
     sequence: Sequence
@@ -46,15 +47,17 @@ class Loaded:
     seconds: float
     pages: list[int]
     gate: LoadGate | None = None
+    busy_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A batch of stores has ended."""
+    """A batch of stores has ended, in so many seconds."""
 
     result: StoreResult
     pages: list[int]
     keys: set[BlockKey]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,7 @@ class Copiers:
     def _run_loads(self) -> None:
         while (job := self._load_jobs.get()) is not None:
             if job.gate is not None:
+                job.began_s = self._now()
                 blocks, reason = self._stream(job)
                 self._end(job, blocks, reason)
                 continue
@@ -151,8 +155,11 @@ class Copiers:
 
     def _end(self, job: LoadJob, blocks: int, reason: str) -> None:
         self._cache.pace.end_load()
-        seconds = self._now() - job.started_s
-        self._results.put(Loaded(job.sequence, blocks, reason, seconds, job.pages, job.gate))
+        now = self._now()
+        asked_s, busy_s = now - job.started_s, now - job.began_s
+        self._results.put(
+            Loaded(job.sequence, blocks, reason, asked_s, job.pages, job.gate, busy_s)
+        )
         # Last: who waits at the gate takes the result without waiting for it.
         if job.gate is not None:
             job.gate.end(not reason)
@@ -196,12 +203,13 @@ class Copiers:
             more = self._take_batch(jobs)
             if not jobs:
                 continue
+            began_s = self._now()
             if self._closing.is_set():
                 result = StoreResult(0, 0, {"closing": len(jobs)})
             else:
                 result = self._store_batch([job.item for job in jobs])
-            keys = {job.item.key for job in jobs}
-            self._results.put(Stored(result, [job.page for job in jobs], keys))
+            pages, keys = [job.page for job in jobs], {job.item.key for job in jobs}
+            self._results.put(Stored(result, pages, keys, self._now() - began_s))
 
     def _take_batch(self, jobs: list[StoreJob]) -> bool:
         """Wait for a job, take those that are queued behind it; False when no more come."""

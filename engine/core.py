@@ -68,6 +68,7 @@ class Flight:
     """A step that was launched, and what will come of it."""
 
     step: Step
+    launched_s: float
     sampled: Future[list[Sampled]]
 
 
@@ -111,6 +112,7 @@ class Core:
         self._computed_tokens = 0
         self._generated_tokens = 0
         self._wasted_tokens = 0
+        self._landed_s = 0.0
         self._failed_steps = 0
         self._sent = CoreStats()
 
@@ -141,6 +143,7 @@ class Core:
             CoreFailed: see run.
         """
         self._take_loads()
+        self._connector.beside(len(self._scheduler.running))
         step = self._scheduler.schedule(self._now())
         for sequence in step.loads:
             self._connector.load(sequence)
@@ -210,7 +213,7 @@ class Core:
         for work in step.work:
             if work.sequence.scheduled_s is None:
                 work.sequence.scheduled_s = started
-        return Flight(step, self._parts.runner.launch(step.work))
+        return Flight(step, started, self._parts.runner.launch(step.work))
 
     def _land(self, flight: Flight) -> None:
         """Wait for a step and process what came of it."""
@@ -220,7 +223,9 @@ class Core:
         except Exception as error:
             self._fail([work for work in step.work if not work.void], error)
         else:
+            began_s, self._landed_s = max(flight.launched_s, self._landed_s), self._now()
             self._failed_steps = 0
+            self._connector.computed(step.work, self._landed_s - began_s)
             self._steps += 1
             self._step_tokens = step.tokens
             if any(work.sequence.gate is not None for work in step.work):
@@ -259,6 +264,7 @@ class Core:
                 logprobs,
                 sequence.finish_reason,
                 cached=sequence.cached,
+                cost=sequence.cost,
                 queue_s=sequence.scheduled_s - sequence.arrived_s,
                 prefill_s=sequence.first_token_s - sequence.scheduled_s,
             )
@@ -317,6 +323,7 @@ class Core:
             cache_state=connector.state,
             reattaches=connector.reattaches,
             load_seconds=connector.load_seconds,
+            loads=connector.load_stats(),
         )
 
 

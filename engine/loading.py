@@ -55,11 +55,11 @@ class LoadGate:
 
     def _wait(self, layer: int | None) -> None:
         began_s = time.perf_counter()
+        self.waits += 1
         with self._moved:
             self._moved.wait_for(
                 lambda: self._ended or (layer is not None and layer < self._layers)
             )
-        self.waits += 1
         self.waited_s += time.perf_counter() - began_s
 
 
@@ -79,6 +79,7 @@ class LoadJob:
     Attributes:
         gate: where the sequence waits; None loads whole blocks.
         cuts: groups of layers, see transfer.pipeline.layer_cuts.
+        began_s: when a thread took it up.
     """
 
     def __init__(self, sequence: Sequence, first: int, pages: list[int], started_s: float) -> None:
@@ -88,6 +89,7 @@ class LoadJob:
         self.started_s = started_s
         self.gate: LoadGate | None = None
         self.cuts: tuple[int, ...] = ()
+        self.began_s = started_s
         self.reason = ""
         self._lock = threading.Lock()
         self._next = 0
@@ -112,6 +114,7 @@ class LoadJob:
                 return None
             if self._deadline is None:
                 self._deadline = now + patience_s
+                self.began_s = now
             self._next += 1
             self._under_way += 1
             return self._next - 1, self._deadline

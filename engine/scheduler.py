@@ -325,7 +325,8 @@ class Scheduler:
         sequence.registered = len(pages)
         sequence.computed = sequence.planned = len(pages) * self._bounds.block_tokens
         sequence.pages = pages + self._pages.allocate(sequence.pages_needed - len(pages))
-        sequence.found, sequence.found_end, sequence.gate = (), "", None
+        sequence.found, sequence.found_end = (), ""
+        sequence.gate = sequence.choice = None
         self._finder.find(sequence, len(pages))
 
     def _count_resumed(self, sequence: Sequence, loaded: tuple[str, ...]) -> None:

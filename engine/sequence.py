@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvist.cachesvc.cost import Choice
 from kvist.engine.loading import LoadGate
 from kvist.engine.priority import INTERACTIVE
-from kvist.engine.request import CachedTokens, NewRequest
+from kvist.engine.request import CachedTokens, LoadCost, NewRequest
 from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of
 
 if TYPE_CHECKING:  # the schedule needs no torch, and so its tests need none
@@ -90,6 +91,8 @@ class Sequence:
         found: tier of each block, from block `registered` on, that the cache was seen to hold
             when the sequence was admitted.
         found_end: why the cache had no more, a miss reason.
+        choice: what of that is loaded and what is not, and what it was estimated to cost.
+        cost: what its load was estimated to cost and what it did, once it has ended.
         gate: of a load that is under way while the sequence computes. As long as there is one, what
             it has computed is provisional: nothing is registered, sampled from, stored or counted.
         flight_late: it waited for a block that another engine computed, in vain.
@@ -122,7 +125,9 @@ class Sequence:
     registered: int = 0
     found: tuple[str, ...] = ()
     found_end: str = ""
+    choice: Choice | None = None
     gate: LoadGate | None = None
+    cost: LoadCost | None = None
     flight_late: bool = False
     counted: bool = False
     store_stopped: bool = False

@@ -44,7 +44,9 @@ def outcome(sequence: Sequence, loaded: int, reason: str) -> Lookup:
         hits[tier] += size
     misses = Counter({"tail": sequence.prompt_tokens - usable * size})
     misses[reason] += (len(found) - loaded) * size
-    misses[sequence.found_end] += (usable - sequence.registered - len(found)) * size
+    skipped = sequence.choice.skipped if sequence.choice is not None else 0
+    misses["cheaper"] += skipped * size
+    misses[sequence.found_end] += (usable - sequence.registered - len(found) - skipped) * size
     return Lookup(sequence.prompt_tokens, +hits, +misses)
 
 

@@ -40,6 +40,7 @@ class FakeCache:
         self.state = "attached"
         self.reattaches = 0
         self.pace = Pace()
+        self.rates: dict[str, int] = {}
         self.blocks: dict[BlockKey, tuple[StoreItem, bytes]] = {}
         self.flash: set[BlockKey] = set()
         self.corrupt: set[BlockKey] = set()
@@ -109,6 +110,10 @@ class FakeCache:
     def count_flight(self, tokens: int) -> None:
         """See CacheClient.count_flight."""
         self.flights.append(tokens)
+
+    def show_rates(self, rates: Mapping[str, int]) -> None:
+        """See CacheClient.show_rates."""
+        self.rates.update(rates)
 
     def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
         """See CacheClient.load."""
