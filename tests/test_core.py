@@ -13,6 +13,7 @@ from sim.fake_model import BLOCK_TOKENS, FORMAT, FakeModel, config, continuation
 
 from kvist.engine.core import FAILED_STEPS_MAX, LOADING_MESSAGES, loading_sender
 from kvist.engine.opening import Parts
+from kvist.engine.priority import BATCH, INTERACTIVE, REALTIME
 from kvist.engine.request import CACHE_BYPASS, Abort, CoreStats, FromCore, Loading
 from kvist.proto.keys import Namespace
 
@@ -25,6 +26,7 @@ class FakeCore(CoreThread):
     def __init__(self, folder: Path, model: FakeModel, parts: Parts, **config: Any) -> None:
         super().__init__(folder, parts, **config)
         self.model = model
+        self.overlaps = config["async_scheduling"]
 
 
 Start = Callable[..., FakeCore]
@@ -290,3 +292,74 @@ def test_a_core_whose_every_step_fails_gives_up(start: Start) -> None:
     core.submit(prompt(9), 2)
     core.wait(lambda: core.error is not None)
     assert "in a row" in str(core.error)
+
+
+def test_steps_that_overlap_compute_no_token_beyond_a_length_that_is_known(start: Start) -> None:
+    core = start()
+    ids = [core.submit(prompt(5 + i, i), 6) for i in range(4)]
+    core.finish(*ids)
+    core.settle()
+    assert core.stats.wasted_tokens == 0
+
+
+def test_an_end_token_costs_one_token_when_steps_overlap_and_none_when_not(start: Start) -> None:
+    expected = continuation(prompt(6), 12)
+    core = start(eos=(expected[4],))
+    core.generate(prompt(6), 12)
+    core.settle()
+    core.generate(prompt(30), 1)
+    assert core.stats.wasted_tokens == core.overlaps
+
+
+def test_a_seeded_draw_survives_a_preemption(start: Start) -> None:
+    draws = {"temperature": 30.0, "ignore_eos": True}
+    roomy, tight = start(pages=64), start(pages=8)
+    ids = [[core.submit(prompt(12, i), 16, seed=i, **draws) for i in range(3)]
+           for core in (roomy, tight)]  # fmt: skip
+    wanted = [roomy.tokens(one) for one in ids[0]]
+    assert [tight.tokens(one) for one in ids[1]] == wanted
+    assert tight.stats.preemptions["decode"] > 0 == roomy.stats.preemptions["decode"]
+    assert len({tuple(one) for one in wanted}) == 3
+
+
+def test_a_realtime_request_takes_the_seat_of_a_batch_one_which_goes_on_from_the_cache(
+    start: Start,
+) -> None:
+    cache = FakeCache()
+    core = start(cache, max_num_seqs=1, pages=16)
+    low = core.submit(prompt(30), 20, priority=BATCH)
+    core.wait(lambda: len(core.deltas[low]) >= 4)
+    high = core.submit(prompt(40, 9), 4, priority=REALTIME)
+    assert core.tokens(high) == continuation(prompt(40, 9), 4)
+    assert not core.ended(low)
+    assert core.tokens(low) == continuation(prompt(30), 20)
+    core.settle()
+    assert core.stats.preemptions == {"decode": 0, "seat": 1, "pages": 0}
+    resumed = core.stats.resumed_tokens
+    assert resumed["hbm"] + resumed["dram"] >= 28
+    assert resumed["computed"] <= BLOCK_TOKENS
+    assert sums_agree(core.stats)
+
+
+def test_a_server_may_have_another_class_for_those_that_name_none(start: Start) -> None:
+    core = start(max_num_seqs=1, default_priority="batch")
+    first, second = core.submit(prompt(5), 40), core.submit(prompt(5, 3), 4)
+    core.wait(lambda: core.stats.waiting_by_class == (0, 0, 1))
+    assert core.stats.running_by_class == (0, 0, 1)
+    named = core.submit(prompt(5, 7), 4, priority=INTERACTIVE)
+    core.finish(named)
+    assert not core.ended(first)
+    assert not core.ended(second)
+    core.finish(first, second)
+
+
+def test_the_same_request_gets_the_same_draws_whoever_else_asks(start: Start) -> None:
+    draws = {"temperature": 30.0, "ignore_eos": True}
+    lone, busy = start(deterministic=True), start(deterministic=True, max_num_seqs=3)
+    others = [busy.submit(prompt(7 + i, i), 9, **draws) for i in range(5)]
+    mine = busy.submit(prompt(12, 40), 12, **draws)
+    again = busy.submit(prompt(12, 40), 12, **draws)
+    assert busy.tokens(mine) == busy.tokens(again) == lone.generate(prompt(12, 40), 12, **draws)
+    other = busy.submit(prompt(12, 40), 12, choice=1, **draws)
+    assert busy.tokens(other) != busy.tokens(mine), "n answers to one prompt differ"
+    busy.finish(*others)

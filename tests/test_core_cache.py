@@ -178,3 +178,24 @@ def test_settings_that_do_not_fit_the_model_are_refused(model: str, tmp_path: Pa
     with pytest.raises(ConfigInvalid, match="needs 8KiB"):
         pool_pages(config(kv_cache_bytes=None, cache="off"), format, 10_000)
     assert limits_of(config(), loaded.config, 100).max_model_len == 1600
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_sampled_answers_do_not_depend_on_the_others_nor_on_where_a_prefix_was(
+    start: Start, overlap: bool
+) -> None:
+    draws = {"temperature": 1.0, "top_p": 0.95, "ignore_eos": True}
+    lone = start(deterministic=True, cache="off", enable_prefix_caching=False)
+    crowd = start(deterministic=True, async_scheduling=overlap)
+    asked = [prompt(1, 400) + prompt(seed, 20 + seed) for seed in range(2, 6)]
+    seeds: list[dict[str, Any]] = [{}, {"seed": 5}, {}, {"seed": 6}]
+    wanted = [
+        lone.generate(one, 110, **draws, **more) for one, more in zip(asked, seeds, strict=True)
+    ]
+    for _ in range(2):  # the second time from the cache
+        ids = [
+            crowd.submit(one, 110, **draws, **more)
+            for one, more in reversed(list(zip(asked, seeds, strict=True)))
+        ]
+        assert [crowd.tokens(one) for one in reversed(ids)] == wanted
+    assert sum(crowd.stats.hits_tokens.values()) > 0

@@ -127,14 +127,20 @@ class CoreThread:
         self._push.send(msgspec.msgpack.encode(message))
 
     def submit(
-        self, prompt: list[int], count: int, cache: str = CACHE_ON, salt: str = "", **params: Any
+        self,
+        prompt: list[int],
+        count: int,
+        cache: str = CACHE_ON,
+        salt: str = "",
+        priority: int | None = None,
+        **params: Any,
     ) -> str:
         """Send a greedy request; the id that it got."""
         self._sent += 1
         request_id = f"r{self._sent}"
         sampling = SamplingParams(max_tokens=count, **{"temperature": 0.0, **params})
         self.deltas[request_id] = []
-        self.send(NewRequest(request_id, prompt, sampling, salt, cache))
+        self.send(NewRequest(request_id, prompt, sampling, salt, cache, priority))
         return request_id
 
     def send_abort(self, request_id: str) -> None:
