@@ -123,15 +123,23 @@ class Core:
             CoreFailed: FAILED_STEPS_MAX steps in a row failed.
         """
         self._link.send(self._parts.ready())
-        if self._overlap:
-            self._parts.runner.run_aside()
+        self.begin()
         try:
             while not stopping.is_set():
-                for message in self._receive():
-                    self._take(message)
-                self.step()
+                self.turn()
         finally:
             self._parts.runner.close()
+
+    def begin(self) -> None:
+        """Before the first turn; when steps overlap the runner gets a thread, so close it."""
+        if self._overlap:
+            self._parts.runner.run_aside()
+
+    def turn(self) -> None:
+        """Take what messages there are, then a step; wait for one if there is nothing to do."""
+        for message in self._receive():
+            self._take(message)
+        self.step()
 
     def step(self) -> None:
         """Take what was loaded, begin a step if there is work, send what came of the last one.

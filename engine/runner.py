@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from collections.abc import Sequence as Works
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +18,7 @@ from kvist.engine.sequence import Sequence
 from kvist.engine.step import Work
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """The next token of a sequence.
 
     Attributes:
@@ -33,8 +32,7 @@ class Sampled:
     logprobs: TokenLogprobs | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Input:
+class _Input(NamedTuple):
     """A work as it was when the step was launched; the sequence may change while it runs.
 
     Attributes:
@@ -68,6 +66,11 @@ class Runner:
         self._sampler = sampler
         self._latest: dict[Sequence, int] = {}
         self._aside: ThreadPoolExecutor | None = None
+
+    @property
+    def model(self) -> Model:
+        """What computes."""
+        return self._model
 
     @property
     def vocab(self) -> int:
@@ -137,8 +140,10 @@ def _input(work: Work) -> _Input:
     state = None
     if work.last:
         assert sequence.draws is not None, "a sequence was not begun"
-        # A stream's n-th draw is its n-th token's, however often that is computed.
-        state = dataclasses.replace(sequence.draws, drawn=end - sequence.prompt_tokens)
+        state = sequence.draws
+        if state.params.temperature > 0:
+            # A stream's n-th draw is its n-th token's, however often that is computed.
+            state = dataclasses.replace(state, drawn=end - sequence.prompt_tokens)
     pages = sequence.pages[: -(-end // sequence.limits.block_tokens)]
     return _Input(work, sequence.tokens[work.start : end], pages, sequence.gate, state)
 

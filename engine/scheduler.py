@@ -84,12 +84,18 @@ class Scheduler:
         self._work = {}
         self.deferred = set()
         self._age()
-        ready = [s for s in self.running if s.gate is None]
-        for sequence in [s for s in ready if s.remaining == 1 and not s.ending]:
-            if self._make_room(sequence):
-                self._take(sequence)
+        prompts: list[Sequence] = []
+        for sequence in tuple(self.running):
+            if sequence.gate is not None:
+                continue
+            remaining = sequence.remaining
+            if remaining > 1:
+                prompts.append(sequence)
+            elif remaining == 1 and not sequence.ending and self._make_room(sequence):
+                self._work[sequence] = (sequence.planned, 1)
+                self._budget -= 1
         loads: list[Sequence] = []
-        for sequence in [s for s in ready if s.remaining > 1]:
+        for sequence in prompts:
             self._let_in(loads, sequence)
             if sequence.state is State.RUNNING and self._budget:
                 self._take(sequence)
@@ -161,7 +167,7 @@ class Scheduler:
         last = start + count == sequence.length
         sequence.planned += count
         sequence.pending += last
-        if last:
+        if last and sequence.since_s is not None:
             sequence.stop_waiting(self._now)
         return Work(sequence, start, count, last, sequence.life)
 
@@ -183,7 +189,7 @@ class Scheduler:
         """
         if sequence.state is not State.RUNNING:
             return False  # preempted earlier in this step
-        while len(sequence.pages) < sequence.pages_needed:
+        while len(sequence.pages) * self._bounds.block_tokens < sequence.length:
             if self._pages.available:
                 sequence.pages += self._pages.allocate(1)
             elif len(self.running) == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvist.engine.sequence import Sequence
 
@@ -38,9 +38,11 @@ class Finder(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """Tokens [start, start + count) of a sequence, computed in a step.
+
+    A tuple, as there is one for each running request in each step: 0.3 us where a frozen dataclass
+    takes 1.5.
 
     Attributes:
         last: the sequence's next token comes out of this.

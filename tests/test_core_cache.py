@@ -187,14 +187,14 @@ def test_sampled_answers_do_not_depend_on_the_others_nor_on_where_a_prefix_was(
     draws = {"temperature": 1.0, "top_p": 0.95, "ignore_eos": True}
     lone = start(deterministic=True, cache="off", enable_prefix_caching=False)
     crowd = start(deterministic=True, async_scheduling=overlap)
-    asked = [prompt(1, 400) + prompt(seed, 20 + seed) for seed in range(2, 6)]
+    asked = [prompt(1, 200) + prompt(seed, 20 + seed) for seed in range(2, 6)]
     seeds: list[dict[str, Any]] = [{}, {"seed": 5}, {}, {"seed": 6}]
     wanted = [
-        lone.generate(one, 110, **draws, **more) for one, more in zip(asked, seeds, strict=True)
+        lone.generate(one, 40, **draws, **more) for one, more in zip(asked, seeds, strict=True)
     ]
     for _ in range(2):  # the second time from the cache
         ids = [
-            crowd.submit(one, 110, **draws, **more)
+            crowd.submit(one, 40, **draws, **more)
             for one, more in reversed(list(zip(asked, seeds, strict=True)))
         ]
         assert [crowd.tokens(one) for one in reversed(ids)] == wanted
