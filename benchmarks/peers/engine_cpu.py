@@ -3,7 +3,7 @@
 Same weights (SmolLM2-135M, the demo model, as bf16), same dtype, threads and prompts of random
 tokens, after a warm-up. Each engine runs in a process of its own, one at a time, and they take
 turns over the rounds. Both are asked in process and by one call per batch: vLLM by LLM.generate
-with its core in the same process, ours by kvist.engine.bench.local. Decode is the difference
+with its core in the same process, ours by kvist.engine.bench.direct. Decode is the difference
 between an answer of many tokens and one of a single token; prefill and TTFT are answers of a
 single token. In `ratios` more is better for us everywhere; the first greedy tokens of both show
 that both compute the model.
@@ -14,6 +14,7 @@ vLLM comes from an environment of its own: `--setup DIR` makes one, `--vllm-pyth
 from __future__ import annotations
 
 import argparse
+import ctypes.util
 import json
 import os
 import platform
@@ -68,12 +69,21 @@ class Variant:
         return {
             # Without it vLLM leaves a core to its HTTP server.
             "OMP_NUM_THREADS": str(threads),
+            # Its documentation for CPUs asks for both.
+            "LD_PRELOAD": ":".join(preloads(Path(self.python))),
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
+
+
+def preloads(python: Path) -> list[str]:
+    """Intel's OpenMP of the environment, and the system's tcmalloc, as far as they are there."""
+    openmp = python.absolute().parent.parent / "lib" / "libiomp5.so"
+    found = ctypes.util.find_library("tcmalloc_minimal")
+    return [*([found] if found else []), *([str(openmp)] if openmp.exists() else [])]
 
 
 def setup(folder: Path) -> None:
@@ -289,7 +299,7 @@ def main() -> None:
             "environment": variant.environment(arguments.threads),
             "interface": "LLM.generate, core in process"
             if variant.engine == "vllm"
-            else "kvist.engine.bench.local, core in process; OMP_NUM_THREADS and GOMP_SPINCOUNT "
+            else "kvist.engine.bench.direct, core in process; OMP_NUM_THREADS and GOMP_SPINCOUNT "
             "as kvist serve sets them",
             "flags": list(variant.flags),
         }

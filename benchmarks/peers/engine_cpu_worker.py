@@ -72,10 +72,10 @@ class Vllm:
 
 
 class Kvist:
-    """Our core on a thread of this process (kvist.engine.bench.local), as `kvist bench` has it."""
+    """Our core on a thread of this process (kvist.engine.bench.direct), as `kvist bench` has it."""
 
     def __init__(self, plan: dict[str, Any], stack: contextlib.ExitStack) -> None:
-        from kvist.engine.bench.local import LocalEngine
+        from kvist.engine.bench.direct import DirectEngine
         from kvist.engine.cli import build_parser
         from kvist.engine.config import config_from_flags
 
@@ -83,10 +83,10 @@ class Kvist:
         flags += ["--max-model-len", str(plan["max_model_len"])]
         flags += ["--kv-cache-memory-bytes", "1GiB", *plan["flags"]]
         self._config = config_from_flags(build_parser().parse_args(flags))
-        self._engine = stack.enter_context(LocalEngine(self._config))
+        self._engine = stack.enter_context(DirectEngine(self._config))
 
     def generate(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        """LocalEngine.generate on token ids."""
+        """DirectEngine.generate on token ids."""
         answers = self._engine.generate(prompts, [tokens] * len(prompts))
         return [answer.tokens for answer in answers]
 

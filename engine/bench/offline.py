@@ -21,7 +21,7 @@ from rich.progress import (
 )
 
 from kvist.engine.bench.datasets import items_of
-from kvist.engine.bench.local import Generated, LocalEngine
+from kvist.engine.bench.direct import DirectEngine, Generated
 from kvist.engine.bench.workload import Vocabulary, warm_up_items
 from kvist.engine.config import EngineConfig, config_from_flags
 from kvist.proto.errors import ConfigInvalid
@@ -165,13 +165,13 @@ def _encoder(model: str) -> Callable[[str], list[int]]:
 
 
 @contextlib.contextmanager
-def opened(config: EngineConfig, console: Console, quiet: bool) -> Iterator[LocalEngine]:
+def opened(config: EngineConfig, console: Console, quiet: bool) -> Iterator[DirectEngine]:
     """An engine, loaded before a bar."""
     with contextlib.ExitStack() as stack:
         showing = contextlib.ExitStack()
         load = showing.enter_context(_loading(console, quiet))
         with showing:
-            engine = stack.enter_context(LocalEngine(config, load))
+            engine = stack.enter_context(DirectEngine(config, load))
         yield engine
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kvist.proto.errors import ConfigInvalid
 
@@ -257,12 +259,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         ConfigInvalid: it cannot be read, or a line is not an object.
     """
-    import gzip
-    import lzma
-
-    opened: Callable[..., Any] = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with _opened(path) as file:
             for number, text in enumerate(file, 1):
                 if not text.strip():
                     continue
@@ -272,6 +270,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, document
     except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
         raise ConfigInvalid(f"--dataset-path: {path}: {error}") from None
+
+
+def _opened(path: Path) -> IO[str]:
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8")
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
 
 
 def _repeat(made: list[Item], count: int, path: Path) -> list[Item]:

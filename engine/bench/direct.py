@@ -76,7 +76,7 @@ class Generated:
     total_s: float = 0.0
 
 
-class LocalEngine:
+class DirectEngine:
     """A core on a thread of this process; a context manager.
 
     The core's loop has a thread to itself, and whoever waits for answers sleeps, so the steps
