@@ -243,6 +243,14 @@ def ratios(ours: dict[str, float], peer: dict[str, float]) -> dict[str, float]:
     }
 
 
+def _named(environment: dict[str, str]) -> dict[str, str]:
+    """The same without the paths of this machine."""
+    return {
+        key: ":".join(Path(part).name for part in value.split(":")) if "/" in value else value
+        for key, value in environment.items()
+    }
+
+
 def _rounded(figures: Any, digits: int) -> Any:
     if isinstance(figures, dict):
         return {key: _rounded(value, digits) for key, value in figures.items()}
@@ -296,7 +304,7 @@ def main() -> None:
         result = report(rounds, str(folder))
     how = {
         variant.name: {
-            "environment": variant.environment(arguments.threads),
+            "environment": _named(variant.environment(arguments.threads)),
             "interface": "LLM.generate, core in process"
             if variant.engine == "vllm"
             else "kvist.engine.bench.direct, core in process; OMP_NUM_THREADS and GOMP_SPINCOUNT "

@@ -106,17 +106,13 @@ class Target:
     """Where requests go and what is in all of them.
 
     Attributes:
-        base_url: of the server.
         backend: one of ENDPOINTS.
         endpoint: path of the requests.
-        headers: of every request.
         fields: of every body.
     """
 
-    base_url: str
     backend: str
     endpoint: str
-    headers: Mapping[str, str]
     fields: Mapping[str, Any]
 
     def body(self, item: Item) -> bytes:

@@ -61,15 +61,15 @@ class Load:
                 outcome = Outcome(due, item.prompt_tokens)
                 outcomes.append(outcome)
                 tasks.append(asyncio.create_task(self._one(item, outcome)))
-            everything = asyncio.gather(*tasks)
+            everything = asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.wait((everything, stopped), return_when=asyncio.FIRST_COMPLETED)
-            if not stop.is_set():
-                everything.result()
         finally:
             for task in (*tasks, stopped):
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.gather(*tasks, stopped, return_exceptions=True)
+            ended = await asyncio.gather(*tasks, stopped, return_exceptions=True)
+        for error in ended:
+            if isinstance(error, Exception):  # a bug: what servers do is in the outcomes
+                raise error
         return outcomes
 
     async def _wait_until(self, due: float, stopped: asyncio.Task[bool]) -> None:

@@ -49,7 +49,8 @@ class Run:
     """A run, ready to begin.
 
     Attributes:
-        target: the server.
+        wire: to the server.
+        target: what is asked of it.
         items: the requests.
         warm_up: requests before them.
         due_s: when each of items is due.
@@ -57,6 +58,7 @@ class Run:
         limit: requests under way at most.
     """
 
+    wire: Wire
     target: Target
     items: Sequence[Item]
     warm_up: Sequence[Item]
@@ -195,11 +197,8 @@ def prepare(flags: argparse.Namespace, arrivals: Arrivals, console: Console) -> 
     headers = {"content-type": "application/json", "accept-encoding": "identity"}
     headers |= {} if flags.api_key is None else {"authorization": f"Bearer {flags.api_key}"}
     headers |= pairs(flags.header, "--header")
-    try:
-        http = httpx.Client(base_url=url, headers=headers)
-    except httpx.InvalidURL as error:
-        raise ConfigInvalid(f"--base-url: {error}") from None
-    with http, console.status("making requests"):
+    wire = Wire(url, headers)
+    with httpx.Client(base_url=url, headers=headers) as http, console.status("making requests"):
         server = Server(http)
         listed = wait_ready(server, flags.ready_check_timeout_sec, flags.model)
         model = flags.model or listed
@@ -216,8 +215,9 @@ def prepare(flags: argparse.Namespace, arrivals: Arrivals, console: Console) -> 
     timed = flags.dataset_name == "timed_trace" and flags.self_timed
     due_s = [item.at_s or 0.0 for item in items]
     endpoint = flags.endpoint or ENDPOINTS[flags.backend]
-    target = Target(url, flags.backend, endpoint, headers, fields_of(flags, model))
+    target = Target(flags.backend, endpoint, fields_of(flags, model))
     return Run(
+        wire,
         target,
         items,
         warm_up_items(vocabulary, items[0], flags.num_warmups, flags.seed),
@@ -293,9 +293,8 @@ async def play(run: Run, progress: Callable[[Outcome], None]) -> tuple[list[Outc
     def now() -> float:
         return time.perf_counter() - started
 
-    wire = Wire(run.target.base_url, run.target.headers)
-    with contextlib.closing(wire):
-        client = BenchClient(wire, run.target, now)
+    with contextlib.closing(run.wire):
+        client = BenchClient(run.wire, run.target, now)
         warm_up = Load(client.ask, now, run.limit or 1, lambda _: None)
         await warm_up.run(run.warm_up, [0.0] * len(run.warm_up), stop)
         started = time.perf_counter()
