@@ -237,6 +237,17 @@ def other() -> Iterator[str]:
     server.server_close()
 
 
+def test_a_tokenizer_from_files_stands_in_for_the_servers(
+    url: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got = bench(
+        capsys,
+        *("serve", "--base-url", url, "--tokenizer", str(model), "--served-model-name", "tiny"),
+        *("--model", "some/name", "--num-prompts", "2", "--input-len", "11", "--output-len", "2"),
+    )
+    assert (got["model_id"], got["total_input_tokens"]) == ("tiny", 22)
+
+
 def test_a_server_that_counts_nothing_gets_words_and_its_chunks_counted(
     other: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

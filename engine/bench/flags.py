@@ -30,6 +30,10 @@ def add_bench_serve_flags(parser: argparse.ArgumentParser) -> None:
     to.add_argument("--port", type=int, default=8000, help="of the server (%(default)s)")
     to.add_argument("--endpoint", metavar="PATH", help="default: the backend's")
     to.add_argument("--model", help="name in requests; default: the first that the server lists")
+    to.add_argument("--served-model-name", metavar="NAME", help="in requests, instead of --model")
+    to.add_argument(
+        "--tokenizer", metavar="MODEL", help="folder or .gguf file; default: the server's /tokenize"
+    )
     to.add_argument("--api-key", help="the server's key")
     to.add_argument("--header", metavar="NAME=VALUE", nargs="*", help="of every request")
     to.add_argument(

@@ -200,13 +200,13 @@ def prepare(flags: argparse.Namespace, arrivals: Arrivals, console: Console) -> 
     wire = Wire(url, headers)
     with httpx.Client(base_url=url, headers=headers) as http, console.status("making requests"):
         server = Server(http)
-        listed = wait_ready(server, flags.ready_check_timeout_sec, flags.model)
-        model = flags.model or listed
-        ids = None if flags.backend == CHAT else server.tokenize(model, words_text())
-        vocabulary = vocabulary_of(ids)
+        named = flags.served_model_name or flags.model
+        model = wait_ready(server, flags.ready_check_timeout_sec, named)
+        tokenize = tokenizer_of(flags, server, model)
+        vocabulary = vocabulary_of(None if flags.backend == CHAT else tokenize(words_text()))
 
         def count(text: str) -> int:
-            tokens = server.tokenize(model, text)
+            tokens = tokenize(text)
             return max(1, len(text) // CHARS_PER_TOKEN) if tokens is None else len(tokens)
 
         items = items_of(flags, vocabulary, count)
@@ -227,8 +227,24 @@ def prepare(flags: argparse.Namespace, arrivals: Arrivals, console: Console) -> 
     ), model
 
 
+def tokenizer_of(
+    flags: argparse.Namespace, server: Server, model: str
+) -> Callable[[str], list[int] | None]:
+    """What turns a text into ids, or gives None: a tokenizer from files, or the server's.
+
+    Raises:
+        ConfigInvalid: --tokenizer cannot be read.
+    """
+    if flags.tokenizer is None:
+        return lambda text: server.tokenize(model, text)
+    from kvist.engine.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(flags.tokenizer)
+    return lambda text: tokenizer.encode(text, False)
+
+
 def wait_ready(server: Server, timeout_s: float, named: str | None) -> str:
-    """The first model that the server lists, once it answers.
+    """The model named, or else the first that the server lists, once it answers.
 
     Raises:
         BenchError: it does not answer in time, or lists nothing though no model was named.
@@ -236,7 +252,8 @@ def wait_ready(server: Server, timeout_s: float, named: str | None) -> str:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            return server.model()
+            listed = server.model()
+            return named or listed
         except BenchError:
             if server.answers and named is not None:
                 return named

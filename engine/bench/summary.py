@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -170,12 +170,12 @@ def peak_concurrency(outcomes: Sequence[Outcome], duration_s: float) -> int:
 
 def peak_rate(good: Sequence[Outcome]) -> float:
     """Output tokens of the best second; a chunk stands for its share of the answer's tokens."""
-    seconds: Counter[int] = Counter()
+    seconds: defaultdict[int, float] = defaultdict(float)
     for outcome in good:
         share = outcome.output_tokens / max(1, len(outcome.chunk_s))
         for time in outcome.chunk_s:
-            seconds[math.floor(time)] += share  # type: ignore[assignment]
-    return float(max(seconds.values(), default=0.0))
+            seconds[math.floor(time)] += share
+    return max(seconds.values(), default=0.0)
 
 
 def cached_tokens(good: Sequence[Outcome]) -> dict[str, Any]:
