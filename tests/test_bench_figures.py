@@ -281,10 +281,12 @@ def test_a_file_of_prompts_may_hold_text_or_ids(tmp_path: Path) -> None:
 def test_a_chunked_body_is_the_same_however_its_bytes_are_cut(
     parts: list[bytes], seed: int
 ) -> None:
-    wire = b"".join(b"%x;note=1\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+    wire = b"".join(b"%x;note=1\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n"
+    wire += b"trailer: 1\r\n" * (seed % 2) + b"\r\n"
     chance = random.Random(seed)
     dechunker, got = Dechunker(), b""
     while wire:
+        assert not dechunker.ended
         cut = chance.randint(1, 9)
         got += dechunker.push(wire[:cut])
         wire = wire[cut:]

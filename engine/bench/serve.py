@@ -198,7 +198,10 @@ def prepare(flags: argparse.Namespace, arrivals: Arrivals, console: Console) -> 
     headers |= {} if flags.api_key is None else {"authorization": f"Bearer {flags.api_key}"}
     headers |= pairs(flags.header, "--header")
     wire = Wire(url, headers)
-    with httpx.Client(base_url=url, headers=headers) as http, console.status("making requests"):
+    with (
+        httpx.Client(base_url=url, headers=headers, trust_env=False) as http,
+        console.status("making requests"),
+    ):
         server = Server(http)
         named = flags.served_model_name or flags.model
         model = wait_ready(server, flags.ready_check_timeout_sec, named)

@@ -69,12 +69,14 @@ class Dechunker:
     """Takes the chunked encoding off a body, however its bytes are cut.
 
     Attributes:
-        ended: the last chunk has come.
+        ended: the body is complete, and so is what stands behind its last chunk: whatever comes
+            next on the connection belongs to the next answer.
     """
 
     def __init__(self) -> None:
         self._held = b""
         self._left = 0
+        self._last = False
         self.ended = False
 
     def push(self, data: bytes) -> bytes:
@@ -98,8 +100,11 @@ class Dechunker:
                 if not found:
                     self._held, data = data, b""
                     break
-                self._begin(line)
                 data = rest
+                if self._last:  # fields behind the body, up to an empty line
+                    self.ended = not line
+                else:
+                    self._begin(line)
         return b"".join(parts)
 
     def _begin(self, line: bytes) -> None:
@@ -107,8 +112,8 @@ class Dechunker:
             size = int(line.split(b";")[0], 16)
         except ValueError:
             raise WireError(f"the answer is cut off or garbled at {line[:20]!r}") from None
-        self.ended = size == 0
-        self._left = size + 2
+        self._last = size == 0
+        self._left = size + 2 if size else 0
 
 
 class Answer:
@@ -133,7 +138,10 @@ class Answer:
         chunks = Dechunker() if self.head.chunked else None
         left = self.head.length
         while not (left == 0 or (chunks is not None and chunks.ended)):
-            data = await self._reader.read(READ_BYTES)
+            try:
+                data = await self._reader.read(READ_BYTES)
+            except OSError as error:
+                raise WireError(f"the connection broke: {error}") from None
             if not data:
                 if chunks is None and left is None:
                     break
