@@ -305,6 +305,26 @@ def test_latency_runs_batch_after_batch(model: Path, capsys: pytest.CaptureFixtu
     assert got["percentiles"]["10"] <= got["percentiles"]["99"] <= max(got["latencies"])
 
 
+def test_the_peers_benchmark_measures_our_engine_in_every_figure(model: Path) -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "peers" / "engine_cpu.py"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-P", str(script), "--model-dir", str(model), "--threads", "1"),
+            *("--rounds", "1", "--repeats", "2", "--decode-tokens", "3"),
+            *("--prefills", "64", "100", "--prefix", "128"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout.splitlines()[-1])
+    figures = {"decode_b1_tok_s", "decode_b16_tok_s", "prefill_64_tok_s", "prefill_100_tok_s"}
+    assert got["medians"]["kvist"].keys() == figures | {"ttft_new_ms", "ttft_cached_ms"}
+    assert all(value > 0 for value in got["medians"]["kvist"].values())
+    assert got["greedy_equal_tokens"] == {"kvist": [12, 12]}
+    assert got["ratios"] == {}
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [

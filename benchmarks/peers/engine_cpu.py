@@ -6,7 +6,8 @@ turns over the rounds. Both are asked in process and by one call per batch: vLLM
 with its core in the same process, ours by kvist.engine.bench.direct. Decode is the difference
 between an answer of many tokens and one of a single token; prefill and TTFT are answers of a
 single token. In `ratios` more is better for us everywhere; the first greedy tokens of both show
-that both compute the model.
+that both compute the model. `core_share` is the processor time that an engine got of its threads'
+time: far below 1 for either, something else was running and the ratios mean little.
 
 vLLM comes from an environment of its own: `--setup DIR` makes one, `--vllm-python` names it.
 """
@@ -17,7 +18,6 @@ import argparse
 import ctypes.util
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -35,7 +35,8 @@ TORCH = "torch==2.13.0"
 # Needed for pictures and sound only, or installed before.
 LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec", "intel-openmp")
 OPENMP = "intel-openmp==2024.2.1"
-MAX_MODEL_LEN = 4096
+BATCHES = (1, 16)
+SPARE_TOKENS = 128
 GREEDY_TOKENS = 12
 QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.")
 
@@ -137,19 +138,23 @@ def run_worker(python: str, arguments: list[str], env: dict[str, str], stdin: st
 
 def measure(variant: Variant, arguments: argparse.Namespace, model: str, number: int) -> Any:
     """One round of one variant."""
+    longest = max(*arguments.prefills, arguments.prefix, arguments.decode_tokens)
+    vocabulary = load_tokenizer(model).vocab_size
     plan = {
         "engine": variant.engine,
         "eager": variant.eager,
         "model": variant.model or model,
         "flags": variant.flags,
         "threads": arguments.threads,
-        "max_model_len": MAX_MODEL_LEN,
+        "max_model_len": longest + SPARE_TOKENS,
+        # Ordinary text: special tokens stand at either end of a vocabulary.
+        "ids": [vocabulary // 50, vocabulary * 4 // 5],
         "round": number,
         "repeats": arguments.repeats,
         "decode_tokens": arguments.decode_tokens,
-        "batches": [1, 16] if variant.whole else [1],
-        "prefills": [512, 2048] if variant.whole else [],
-        "prefix": 2048 if variant.whole else 0,
+        "batches": BATCHES if variant.whole else BATCHES[:1],
+        "prefills": arguments.prefills if variant.whole else [],
+        "prefix": arguments.prefix if variant.whole else 0,
         "greedy": greedy_prompts(model),
         "greedy_tokens": GREEDY_TOKENS,
     }
@@ -226,9 +231,12 @@ def report(rounds: dict[str, list[Any]], model: str) -> dict[str, Any]:
             ]
             for name, results in rounds.items()
         },
-        "load_s": {
-            name: round(statistics.median(result["load_s"] for result in results), 1)
-            for name, results in rounds.items()
+        **{
+            key: {
+                name: round(statistics.median(result[key] for result in results), 2)
+                for name, results in rounds.items()
+            }
+            for key in ("load_s", "core_share")
         },
         "about": {name: results[0]["about"] for name, results in rounds.items()},
     }
@@ -280,6 +288,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="values per turn (%(default)s)")
     parser.add_argument("--decode-tokens", type=int, default=64, help="of each (%(default)s)")
+    parser.add_argument("--prefills", type=int, nargs="+", default=[512, 2048], metavar="TOKENS")
+    parser.add_argument("--prefix", type=int, default=2048, help="cached (%(default)s)")
     return parser.parse_args()
 
 
@@ -313,8 +323,8 @@ def main() -> None:
         }
         for variant in variants
     }
-    settings = {key: getattr(arguments, key) for key in ("threads", "rounds", "repeats")}
-    settings |= {"decode_tokens": arguments.decode_tokens, "machine": platform.processor() or ""}
+    names = ("threads", "rounds", "repeats", "decode_tokens", "prefix")
+    settings = {key: getattr(arguments, key) for key in names}
     print(json.dumps({"bench": "engine_cpu", **result, **settings, "how": how}))
 
 

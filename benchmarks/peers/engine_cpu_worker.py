@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-# Ids of ordinary text in SmolLM2's vocabulary of 49,152.
-IDS = range(1000, 40000)
 DECODE_PROMPT_TOKENS = 32
 QUESTION_TOKENS = 16
 
@@ -143,7 +141,7 @@ class Meter:
         return float(batch * tokens / (self._seconds(prompts, 1 + tokens) - short))
 
     def _draw(self, count: int) -> list[int]:
-        return self._chance.choices(IDS, k=count)
+        return self._chance.choices(range(*self._plan["ids"]), k=count)
 
     def _seconds(self, prompts: list[list[int]], tokens: int) -> float:
         started = time.perf_counter()
@@ -165,11 +163,19 @@ def measure(plan: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     with opened(plan) as engine:
         load_s = time.perf_counter() - started
-        once = {**plan, "repeats": 1, "decode_tokens": 8}
+        once = {**plan, "repeats": 1, "decode_tokens": min(8, plan["decode_tokens"])}
         Meter(engine, once, "warm-up").all()
+        started, used = time.perf_counter(), time.process_time()
         values = Meter(engine, plan, f"round {plan['round']}").all()
+        share = (time.process_time() - used) / (time.perf_counter() - started) / plan["threads"]
         greedy = engine.generate(plan["greedy"], plan["greedy_tokens"])
-        return {"load_s": load_s, "values": values, "greedy": greedy, "about": engine.about()}
+        return {
+            "load_s": load_s,
+            "core_share": share,
+            "values": values,
+            "greedy": greedy,
+            "about": engine.about(),
+        }
 
 
 def convert(folder: Path) -> None:
