@@ -4,8 +4,9 @@ One `kvist serve` after the other answers the same requests of a trace of hash i
 engine/bench/timed_trace), shortened so that a small machine can compute them: with reuse turned
 off, with pages of the HBM pool only, and with the embedded cache of DRAM beside it. The pool is
 small, as HBM is beside what a service sees in an hour: of the first 48 requests of a trace of
-coding agents, with the lengths given here, it can keep 60 % and an endless cache 76 %. Requests go out in the trace's order,
---concurrency at a time. computed_tokens are prompt tokens that went through the model.
+coding agents, with the lengths given here, it can keep 60 % and an endless cache 76 %. Requests
+go out in the trace's order, --concurrency at a time. computed_tokens are prompt tokens that went
+through the model.
 """
 
 from __future__ import annotations
