@@ -38,7 +38,13 @@ OPENMP = "intel-openmp==2024.2.1"
 BATCHES = (1, 16)
 SPARE_TOKENS = 128
 GREEDY_TOKENS = 12
-QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.")
+# In float32 each of the first 12 tokens leads by 0.2 or more. "The capital of France" does not do:
+# its first token leads by 0.1, less than bf16's rounding, and engines differ without being wrong.
+QUESTIONS = (
+    "What is two plus two?",
+    "Write the numbers 1 to 20 with commas.",
+    "What is the chemical symbol of water?",
+)
 
 
 @dataclass(frozen=True, slots=True)
