@@ -37,7 +37,7 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
     for count in (page_bytes, stride_bytes, offset_bytes):
         assert count % WORD_BYTES == 0, f"pages are cut in words of {WORD_BYTES} bytes"
     words = torch.empty(0, dtype=torch.int64, device=tensor.device)
-    return words.set_(  # type: ignore[no-any-return]
+    return words.set_(
         tensor.untyped_storage(),
         offset_bytes // WORD_BYTES,
         (tensor.shape[0], page_bytes // WORD_BYTES),
