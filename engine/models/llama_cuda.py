@@ -5,6 +5,7 @@ Without a device the same code runs in Triton's interpreter, which is how it is 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -118,6 +119,13 @@ class CudaLlama:
         self._head = self._embedding if tied else tensors["lm_head.weight"].to(self.device)
         self._table = rope_table(loaded.rope, device)
         self._multiply = F.linear if fast else matmul
+
+    def variant(self, *, fast: bool) -> CudaLlama:
+        """A model of the same weights, which are not copied, that is fast or is not."""
+        twin = copy.copy(self)
+        twin.fast = fast
+        twin._multiply = F.linear if fast else matmul
+        return twin
 
     @property
     def compute(self) -> str:
