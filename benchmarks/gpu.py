@@ -32,6 +32,7 @@ from gpu_parts import model as whole
 from gpu_parts.clock import Clock, Result, Sizes, say
 
 from kvist.engine.models.base import ModelConfig
+from kvist.engine.models.llama_cuda import CudaLlama
 
 LLAMA_8B = ModelConfig(
     vocab=128256,
