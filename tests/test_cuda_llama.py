@@ -3,6 +3,7 @@ chunk and no neighbour, and decode steps that need nothing from the host."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from kvist.engine.models.decode_batch import DecodeBatch
 from kvist.engine.models.llama import LlamaModel
 from kvist.engine.models.llama_cuda import CudaLlama
 from kvist.engine.request import SamplingParams
+from kvist.engine.sampler import DrawState
 from kvist.engine.weights import LoadedModel, load_model
 
 BLOCK_TOKENS = 8
 PROMPT = [(7 * i * i + 3) % 200 for i in range(19)]
 OTHER = [(5 * i + 11) % 200 for i in range(10)]
 PAGES, OTHERS_PAGES = [3, 1, 4], [5, 0]
-GREEDY = SamplingParams(temperature=0)
+GREEDY = DrawState(SamplingParams(temperature=0), seed=0)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -119,7 +121,9 @@ def test_a_row_draws_by_its_own_seed_and_count(wide: LoadedModel) -> None:
     for row, rows in ((0, 1), (2, 3)):
         pool = new_pool(wide)
         batch = DecodeBatch(model, pool, rows=3, width=2, keys=64)
-        batch.place(row, 5, 1, OTHERS_PAGES, SamplingParams(temperature=1.0, seed=11))
+        batch.place(
+            row, 5, 1, OTHERS_PAGES, DrawState(SamplingParams(temperature=1.0), seed=2**64 - 11)
+        )
         tokens = []
         for _ in range(3):
             batch.run(rows)
@@ -127,6 +131,81 @@ def test_a_row_draws_by_its_own_seed_and_count(wide: LoadedModel) -> None:
         drawn.append(tokens)
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) > 1
+
+
+def test_a_drawn_stream_goes_on_where_it_was_when_its_request_is_seated_again(
+    wide: LoadedModel,
+) -> None:
+    model = CudaLlama(wide, DEVICE.type, fast=True)
+    draws = DrawState(SamplingParams(temperature=1.0), seed=5)
+    batch = DecodeBatch(model, new_pool(wide), rows=1, width=2, keys=16)
+    batch.place(0, 5, 1, OTHERS_PAGES, draws)
+    tokens = []
+    for _ in range(3):
+        batch.run(1)
+        tokens.append(int(batch.tokens[0]))
+    batch.clear(0)
+    batch.place(0, tokens[1], 3, OTHERS_PAGES, dataclasses.replace(draws, drawn=2))
+    batch.run(1)
+    assert int(batch.tokens[0]) == tokens[2]
+
+
+def test_a_step_without_a_page_or_a_place_for_each_key_is_refused(wide: LoadedModel) -> None:
+    model = CudaLlama(wide, DEVICE.type, fast=True)
+    batch = DecodeBatch(model, new_pool(wide), rows=3, width=2, keys=12)
+    batch.place(1, 5, BLOCK_TOKENS + 1, OTHERS_PAGES[:1], GREEDY)
+    with pytest.raises(AssertionError, match="no page"):
+        batch.run(2)
+    batch.set_pages(1, 1, OTHERS_PAGES[1:])
+    with pytest.raises(AssertionError, match="not in the first 1"):
+        batch.run(1)
+    with pytest.raises(AssertionError, match="row 1 is used"):
+        batch.place(1, 5, 1, OTHERS_PAGES, GREEDY)
+    batch.place(0, 5, 4, PAGES[:1], GREEDY)
+    with pytest.raises(AssertionError, match="more than 12 keys"):
+        batch.run(2)
+
+
+def test_pages_may_be_filled_until_a_layer_reads_them(wide: LoadedModel) -> None:
+    model = CudaLlama(wide, DEVICE.type, fast=True)
+    pool = new_pool(wide)
+    whole = model.forward([Chunk(PROMPT, 0, PAGES, True)], pool)
+    kept = pool[PAGES[:2]].clone()
+    pool[PAGES[:2]] = float("nan")
+    asked: list[int] = []
+
+    def fill(layer: int) -> None:
+        pool[PAGES[:2], layer] = kept[:, layer]
+        asked.append(layer)
+
+    cached = 2 * BLOCK_TOKENS
+    part = model.forward([Chunk(PROMPT[cached:], cached, PAGES, True)], pool, before_layer=fill)
+    assert asked == list(range(wide.config.layers))
+    assert relative_error(part, whole.cpu()) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+def test_a_captured_step_draws_what_an_eager_one_does(wide: LoadedModel) -> None:
+    model = CudaLlama(wide, DEVICE.type, fast=True)
+    drawn = []
+    for captured in (False, True):
+        pool = new_pool(wide)
+        model.forward(both(), pool)
+        batch = DecodeBatch(model, pool, rows=4, width=4, keys=200)
+        labels: list[str] = []
+        if captured:
+            batch.capture((4, 2), labels.append)
+            assert len(labels) == 2
+        batch.place(
+            1, PROMPT[-1], len(PROMPT), PAGES, DrawState(SamplingParams(temperature=1), seed=3)
+        )
+        tokens = []
+        for _ in range(4):
+            batch.run(2)
+            tokens.append(int(batch.tokens[1]))
+        drawn.append(tokens)
+    assert drawn[0] == drawn[1]
 
 
 def test_blocks_of_fast_and_invariant_models_are_told_apart(wide: LoadedModel) -> None:

@@ -11,6 +11,7 @@ from kvist.engine.models.base import Chunk
 from kvist.engine.models.decode_batch import DecodeBatch
 from kvist.engine.models.llama_cuda import CudaLlama
 from kvist.engine.request import SamplingParams
+from kvist.engine.sampler import DrawState
 from kvist.engine.weights import LoadedModel, tensor_shapes
 from kvist.kernels.rope import RopeParams
 
@@ -18,7 +19,7 @@ from kvist.kernels.rope import RopeParams
 # latency is this much and this much more for each token of context (vLLM blog, 2026-04-22).
 VLLM_STEP_MS = 6.44
 VLLM_CONTEXT_MS = 4.37e-5
-GREEDY = SamplingParams(temperature=0)
+GREEDY = DrawState(SamplingParams(temperature=0), seed=0)
 
 
 def random_model(sizes: Sizes, device: torch.device) -> CudaLlama:

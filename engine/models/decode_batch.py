@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from kvist.engine.models.llama_cuda import CudaLlama
-from kvist.engine.request import SamplingParams
+from kvist.engine.sampler import DrawState
 from kvist.kernels.decode_attention import DecodePlan
 from kvist.kernels.paged import Paged
 from kvist.kernels.sampling import Draws, new_draws, sample
@@ -47,10 +48,14 @@ class DecodeBatch:
         self._tables = torch.zeros((rows, width), dtype=torch.int32, device=device)
         self._draws = new_draws(rows, device)
         self._plan = model.decode_plan(rows, keys) if model.fast else None
+        # What the host knows of the rows: it says no before the device reads or writes elsewhere.
+        self._keys = keys
+        self._held = np.zeros(rows, dtype=np.int64)
+        self._room = np.zeros(rows, dtype=np.int64)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def place(
-        self, row: int, token: int, length: int, pages: Sequence[int], params: SamplingParams
+        self, row: int, token: int, length: int, pages: Sequence[int], draws: DrawState
     ) -> None:
         """Seat a request.
 
@@ -59,38 +64,51 @@ class DecodeBatch:
             token: that the next step computes.
             length: positions up to and with that token's; the others have their KV in the pages.
             pages: of the request; more can be set later.
-            params: temperature, top_k, top_p, min_p and seed are read; a seed of None is 0.
+            draws: how it draws. The device counts on from drawn by itself. What a seed draws is
+                the same in any row and batch, but not what engine/sampler draws from it.
         """
+        assert self._held[row] == 0, f"row {row} is used"
         self.tokens[row] = token
         self._lengths[row] = length
+        self._held[row], self._room[row] = length, 0
         self.set_pages(row, 0, pages)
-        draws = self._draws
-        draws.temperature[row] = params.temperature
-        draws.top_k[row] = max(params.top_k, 0)
-        draws.top_p[row] = params.top_p
-        draws.min_p[row] = params.min_p
-        draws.seeds[row] = params.seed or 0
-        draws.drawn[row] = 0
+        mine, params = self._draws, draws.params
+        mine.temperature[row] = params.temperature
+        mine.top_k[row] = max(params.top_k, 0)
+        mine.top_p[row] = params.top_p
+        mine.min_p[row] = params.min_p
+        seed = draws.seed & (2**64 - 1)
+        mine.seeds[row] = seed - 2**64 if seed >= 2**63 else seed
+        mine.drawn[row] = draws.drawn
 
     def set_pages(self, row: int, first: int, pages: Sequence[int]) -> None:
         """Tell where a request's positions from first * block_tokens on go, before they come."""
         new = torch.tensor(pages, dtype=torch.int32)
-        self._tables[row, first : first + len(new)].copy_(new, non_blocking=True)
+        last = first + len(new)
+        assert last <= self._tables.shape[1], f"more than {self._tables.shape[1]} pages"
+        self._tables[row, first:last].copy_(new, non_blocking=True)
+        self._room[row] = max(self._room[row], last * self._pool.shape[4])
 
     def clear(self, row: int) -> None:
         """Take a request away; its row is computed for nothing until it is placed anew."""
         self._lengths[row] = 0
+        self._held[row] = 0
 
     def run(self, rows: int) -> None:
-        """Compute a step of rows [0, rows); tokens then holds what each drew.
+        """Compute a step of rows [0, rows), which all requests are in; tokens is what each drew.
 
         Nothing is waited for: whoever reads tokens on the host waits.
         """
+        held = self._held
+        assert not held[rows:].any(), f"a request is not in the first {rows} rows"
+        assert (held <= self._room)[:rows].all(), "a token has no page"
+        assert held.sum() <= self._keys, f"more than {self._keys} keys"
         size = min((size for size in self._graphs if size >= rows), default=None)
         if size is None:
             self._step(rows)
         else:
             self._graphs[size].replay()
+        held += held > 0
 
     @torch.inference_mode()
     def _step(self, rows: int) -> None:
@@ -115,7 +133,7 @@ class DecodeBatch:
             progress: told after each one, with the memory that is left.
         """
         assert self._model.device.type == "cuda", "only a CUDA device has graphs"
-        assert not bool(self._lengths.any()), "a row is in use: a capture would advance it"
+        assert not self._held.any(), "a row is used: a capture would advance it"
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         memory = None
         for size in sorted(sizes, reverse=True):

@@ -140,13 +140,25 @@ class CudaLlama:
         return self.device.type == "cuda"
 
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk], pool: torch.Tensor) -> torch.Tensor:
-        """Compute the chunks; the contract is Model's, but see fast."""
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        pool: torch.Tensor,
+        before_layer: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """Compute the chunks; the contract is Model's, but see fast.
+
+        Args:
+            chunks: see Model.
+            pool: see Model.
+            before_layer: called with each layer's number right before that layer's attention is
+                launched, which is where a copy that it needs can be waited for on the device.
+        """
         singles = sorted(range(len(chunks)), key=lambda i: len(chunks[i].tokens) > 1)
         ordered = [chunks[i] for i in singles]
         decodes = sum(len(chunk.tokens) == 1 for chunk in ordered) if self.fast else 0
         step = self._step(ordered, decodes, pool)
-        hidden = self.run(step)
+        hidden = self.run(step, before_layer)
         ends = torch.tensor([len(chunk.tokens) for chunk in ordered]).cumsum(0).tolist()
         last_row = {i: end - 1 for i, end in zip(singles, ends, strict=True)}
         wanted = [last_row[i] for i, chunk in enumerate(chunks) if chunk.want_logits]
@@ -154,8 +166,10 @@ class CudaLlama:
             return hidden.new_empty((0, self.config.vocab), dtype=torch.float32)
         return self.logits(hidden[torch.tensor(wanted, device=self.device)]).float()
 
-    def run(self, step: DeviceStep) -> torch.Tensor:
-        """Compute all layers.
+    def run(
+        self, step: DeviceStep, before_layer: Callable[[int], None] | None = None
+    ) -> torch.Tensor:
+        """Compute all layers; see forward for before_layer.
 
         Returns:
             (rows, hidden): normalized, ready for logits.
@@ -171,6 +185,8 @@ class CudaLlama:
                 projected, step.positions, self._table, step.paged, number, step.slots
             )
             attended = torch.empty_like(queries)
+            if before_layer is not None:
+                before_layer(number)
             step.attend(queries, number, attended)
             x = self._multiply(attended.view(rows, config.heads * config.head_dim), layer.out)
             x = add_rms_norm(x, hidden, layer.mlp_norm, eps)
