@@ -25,13 +25,12 @@ import triton
 import triton.language as tl
 
 from kvist.kernels.launch import OPTIONS, dot_precision, grid_programs
-from kvist.kernels.paged import Paged, attend_tile, gather_reference
+from kvist.kernels.paged import Paged, attend_keys, gather_reference
 from kvist.kernels.worklist import WorkList, cut, new_work_list
 
 # Keys of a split: part of a row's arithmetic. Partial results are 2 * heads / kv_heads float32 rows
 # per 2 * SPLIT rows of K and V: 3 % of the bytes at 256 keys, 4 groups and bfloat16.
 SPLIT = 256
-TILE = 64  # keys of a step; a divisor of SPLIT
 LEAST_ROWS = 16  # of a tl.dot; the query heads of a KV head are padded to it
 MERGED = 32  # splits that are added up at a time; part of a row's arithmetic
 
@@ -43,15 +42,14 @@ class DecodePlan:
     Attributes:
         work: splits of all sequences.
         partial: (capacity, heads, head_dim), float32: unnormalized sums of a split.
-        peaks: (capacity, heads), float32: largest score of a split, times log2(e).
-        sums: (capacity, heads), float32: of 2^(score - peak).
+        stats: (capacity, heads, 2), float32: the largest score of a split times log2(e), its peak,
+            and the sum of 2^(score - peak).
         programs: of the persistent grid.
     """
 
     work: WorkList
     partial: torch.Tensor
-    peaks: torch.Tensor
-    sums: torch.Tensor
+    stats: torch.Tensor
     programs: int
 
     def cut(self, lengths: torch.Tensor) -> None:
@@ -72,12 +70,10 @@ def new_decode_plan(
         device: of the pool.
     """
     capacity = keys // SPLIT + sequences
-    room = torch.zeros((capacity, heads), dtype=torch.float32, device=device)
     return DecodePlan(
         new_work_list(SPLIT, sequences, capacity, device),
         torch.zeros((capacity, heads, head_dim), dtype=torch.float32, device=device),
-        room,
-        room.clone(),
+        torch.zeros((capacity, heads, 2), dtype=torch.float32, device=device),
         grid_programs(device),
     )
 
@@ -111,15 +107,35 @@ def decode_attention(
     """
     paged.check(layer)
     sequences, heads, head_dim = q.shape
-    _, _, _, kv_heads, block_tokens, _ = paged.pool.shape
+    kv_heads = paged.pool.shape[3]
     assert q.is_contiguous(), "q is not contiguous"
     assert out.is_contiguous(), "out is not contiguous"
     assert out.shape == q.shape, "out is not like q"
     assert heads % kv_heads == 0, "query heads are a multiple of KV heads"
     assert sequences == paged.lengths.shape[0] == plan.work.firsts.shape[0], "rows differ"
-    shape = {"KV_HEADS": kv_heads, "GROUPS": heads // kv_heads, "HEAD_DIM": head_dim}
-    shape["DIMS"] = max(16, triton.next_power_of_2(head_dim))
-    plane = paged.pool[:, layer]
+    _split(q, paged, layer, plan)
+    _merge_kernel[(sequences, heads)](
+        out,
+        plan.partial,
+        plan.stats,
+        paged.lengths,
+        plan.work.firsts,
+        paged.scale,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        DIMS=triton.next_power_of_2(head_dim),
+        SPLIT=SPLIT,
+        MERGED=MERGED,
+        num_warps=4,
+        **OPTIONS,
+    )
+
+
+def _split(q: torch.Tensor, paged: Paged, layer: int, plan: DecodePlan) -> None:
+    """Fill the plan's partial results."""
+    _, heads, head_dim = q.shape
+    _, _, _, kv_heads, block_tokens, _ = paged.pool.shape
+    groups, plane = heads // kv_heads, paged.pool[:, layer]
     _split_kernel[(plan.programs,)](
         q,
         plane,
@@ -128,36 +144,20 @@ def decode_attention(
         plan.work.items,
         plan.work.count,
         plan.partial,
-        plan.peaks,
-        plan.sums,
+        plan.stats,
         paged.scale,
         plane.stride(0),
         paged.tables.stride(0),
-        plan.programs,
-        **shape,
+        KV_HEADS=kv_heads,
+        GROUPS=groups,
+        HEAD_DIM=head_dim,
+        DIMS=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_TOKENS=block_tokens,
-        ROWS=max(LEAST_ROWS, triton.next_power_of_2(heads // kv_heads)),
+        ROWS=max(LEAST_ROWS, triton.next_power_of_2(groups)),
         SPLIT=SPLIT,
-        TILE=TILE,
         PRECISION=dot_precision(q),
         num_warps=4,
-        **OPTIONS,
         num_stages=3,
-    )
-    _merge_kernel[(sequences, heads)](
-        out,
-        plan.partial,
-        plan.peaks,
-        plan.sums,
-        paged.lengths,
-        plan.work.firsts,
-        paged.scale,
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        DIMS=shape["DIMS"],
-        SPLIT=SPLIT,
-        MERGED=MERGED,
-        num_warps=4,
         **OPTIONS,
     )
 
@@ -172,12 +172,10 @@ def _split_kernel(  # noqa: PLR0913
     items,
     count,
     partial,
-    peaks,
-    totals,
+    stats,
     scale,
     page_stride,
     table_stride,
-    programs,
     KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -185,48 +183,37 @@ def _split_kernel(  # noqa: PLR0913
     BLOCK_TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
-    TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row = tl.arange(0, ROWS)
-    dim = tl.arange(0, DIMS)
+    row, dim = tl.arange(0, ROWS), tl.arange(0, DIMS)
     real = (row < GROUPS)[:, None] & (dim < HEAD_DIM)[None, :]
-    # KV heads of one split are neighbours in the list as they are in the page.
-    for task in range(tl.program_id(0), tl.load(count) * KV_HEADS, programs):
+    # All keys are masked, in one loop: that costs nothing where memory is the bound.
+    for task in range(tl.program_id(0), tl.load(count) * KV_HEADS, tl.num_programs(0)):
         item, head = task // KV_HEADS, task % KV_HEADS
         sequence = tl.load(items + 2 * item)
         first = tl.load(items + 2 * item + 1) * SPLIT
         last = tl.minimum(first + SPLIT, tl.load(lengths + sequence))
         line = (sequence * KV_HEADS + head) * GROUPS + row
         queries = tl.load(q + line[:, None] * HEAD_DIM + dim[None, :], mask=real, other=0)
-        peak = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, DIMS], tl.float32)
-        for at in range(first, last, TILE):
-            peak, total, acc = attend_tile(
-                queries,
-                peak,
-                total,
-                acc,
-                plane + head * BLOCK_TOKENS * HEAD_DIM,
-                tables + sequence.to(tl.int64) * table_stride,
-                at,
-                last,
-                last + tl.zeros_like(row),
-                scale,
-                page_stride,
-                KV_HEADS,
-                HEAD_DIM,
-                BLOCK_TOKENS,
-                TILE,
-                DIMS,
-                True,
-                PRECISION,
-            )
+        peak, total, acc = attend_keys(
+            queries,
+            plane + head * BLOCK_TOKENS * HEAD_DIM,
+            tables + sequence.to(tl.int64) * table_stride,
+            first,
+            first,
+            last,
+            last + tl.zeros_like(row),
+            scale,
+            page_stride,
+            KV_HEADS,
+            HEAD_DIM,
+            BLOCK_TOKENS,
+            PRECISION,
+        )
         place = (tl.cast(item, tl.int64) * KV_HEADS + head) * GROUPS + row
         tl.store(partial + place[:, None] * HEAD_DIM + dim[None, :], acc, mask=real)
-        tl.store(peaks + place, peak, mask=row < GROUPS)
-        tl.store(totals + place, total, mask=row < GROUPS)
+        tl.store(stats + 2 * place, peak, mask=row < GROUPS)
+        tl.store(stats + 2 * place + 1, total, mask=row < GROUPS)
 
 
 @triton.jit
@@ -234,8 +221,7 @@ def _split_kernel(  # noqa: PLR0913
 def _merge_kernel(  # noqa: PLR0913
     out,
     partial,
-    peaks,
-    totals,
+    stats,
     lengths,
     firsts,
     scale,
@@ -258,8 +244,8 @@ def _merge_kernel(  # noqa: PLR0913
         split = at + tl.arange(0, MERGED)
         there = split < splits
         place = (first + split) * HEADS + head
-        higher = tl.load(peaks + place, mask=there, other=float("-inf"))
-        weight = tl.load(totals + place, mask=there, other=0.0)
+        higher = tl.load(stats + 2 * place, mask=there, other=float("-inf"))
+        weight = tl.load(stats + 2 * place + 1, mask=there, other=0.0)
         mask = there[:, None] & inside[None, :]
         part = tl.load(partial + place[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
         highest = tl.maximum(peak, tl.max(higher, 0))

@@ -22,6 +22,7 @@ import triton.language as tl
 from kvist.kernels.launch import dot
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+TILE = tl.constexpr(64)  # keys of a step: part of a row's arithmetic
 POOL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
@@ -68,49 +69,51 @@ def gather_reference(paged: Paged, layer: int, sequence: int) -> tuple[torch.Ten
 
 @triton.jit
 @no_type_check
-def attend_tile(  # noqa: PLR0913
+def attend_keys(  # noqa: PLR0913
     q,
-    peak,
-    sums,
-    acc,
     plane,
     table,
-    at,
-    end,
+    first,
+    full,
+    last,
     horizon,
     scale,
     page_stride,
-    KV_HEADS: tl.constexpr,
+    kv_heads,
     HEAD_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-    TILE: tl.constexpr,
-    DIMS: tl.constexpr,
-    MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # q: (ROWS, DIMS), zero beyond HEAD_DIM. plane: the pool at the K of
-    # one layer and head. table: the sequence's pages. Keys in [at, min(at + TILE, end)) are read;
-    # row r sees those before horizon[r]. Without MASKED all rows see the whole tile.
-    key = at + tl.arange(0, TILE)
+    # Steps over keys [first, last). q: (ROWS, DIMS), zero beyond HEAD_DIM. plane: the pool at the K
+    # of one layer and head. table: the sequence's pages. All rows see the keys before full, which
+    # is first plus whole tiles; of the others row r sees those before horizon[r].
+    ROWS: tl.constexpr = q.shape[0]
+    DIMS: tl.constexpr = q.shape[1]
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    sums = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIMS], tl.float32)
     dim = tl.arange(0, DIMS)
-    there = key < end
-    page = tl.load(table + key // BLOCK_TOKENS, mask=there, other=0)
-    # int64: a pool passes 2^31 elements at 4 GiB of bfloat16.
-    row = page.to(tl.int64) * page_stride + (key % BLOCK_TOKENS) * HEAD_DIM
     inside = dim < HEAD_DIM
-    k = tl.load(
-        plane + row[None, :] + dim[:, None], mask=there[None, :] & inside[:, None], other=0.0
-    )
-    nothing = tl.zeros([q.shape[0], TILE], tl.float32)
-    scores = dot(q, k.to(q.dtype), nothing, PRECISION) * (scale * LOG2_E)
-    if MASKED:
-        seen = there[None, :] & (key[None, :] < horizon[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
-    higher = tl.maximum(peak, tl.max(scores, 1))
-    shrink = tl.exp2(peak - higher)
-    weights = tl.exp2(scores - higher[:, None])
-    value = plane + KV_HEADS * BLOCK_TOKENS * HEAD_DIM + row[:, None] + dim[None, :]
-    v = tl.load(value, mask=there[:, None] & inside[None, :], other=0.0).to(q.dtype)
-    sums = sums * shrink + tl.sum(weights, 1)
-    acc = dot(weights.to(q.dtype), v, acc * shrink[:, None], PRECISION)
-    return higher, sums, acc
+    for masked in tl.static_range(2):
+        for at in range(full if masked else first, last if masked else full, TILE):
+            key = at + tl.arange(0, TILE)
+            there = key < last
+            page = tl.load(table + key // BLOCK_TOKENS, mask=there, other=0)
+            # int64: a pool passes 2^31 elements at 4 GiB of bfloat16.
+            row = page.to(tl.int64) * page_stride + (key % BLOCK_TOKENS) * HEAD_DIM
+            mask = there[None, :] & inside[:, None]
+            k = tl.load(plane + row[None, :] + dim[:, None], mask=mask, other=0.0)
+            nothing = tl.zeros([ROWS, TILE], tl.float32)
+            scores = dot(q, k.to(q.dtype), nothing, PRECISION) * (scale * LOG2_E)
+            if masked:
+                seen = there[None, :] & (key[None, :] < horizon[:, None])
+                scores = tl.where(seen, scores, float("-inf"))
+            higher = tl.maximum(peak, tl.max(scores, 1))
+            shrink = tl.exp2(peak - higher)
+            weights = tl.exp2(scores - higher[:, None])
+            value = plane + kv_heads * BLOCK_TOKENS * HEAD_DIM + row[:, None] + dim[None, :]
+            v = tl.load(value, mask=there[:, None] & inside[None, :], other=0.0).to(q.dtype)
+            sums = sums * shrink + tl.sum(weights, 1)
+            acc = dot(weights.to(q.dtype), v, acc * shrink[:, None], PRECISION)
+            peak = higher
+    return peak, sums, acc

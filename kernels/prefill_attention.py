@@ -26,11 +26,10 @@ import triton
 import triton.language as tl
 
 from kvist.kernels.launch import OPTIONS, dot_precision
-from kvist.kernels.paged import Paged, attend_tile, gather_reference
+from kvist.kernels.paged import TILE, Paged, attend_keys, gather_reference
 from kvist.kernels.worklist import WorkList, cut, new_work_list
 
 ROWS = 128  # lines of a tile: tokens times query heads of a KV head
-TILE = 64  # keys of a step: part of a row's arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +123,12 @@ def prefill_attention(
         paged.scale,
         plane.stride(0),
         paged.tables.stride(0),
-        KV_HEADS=kv_heads,
         GROUPS=heads // kv_heads,
         HEAD_DIM=head_dim,
         DIMS=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_TOKENS=block_tokens,
         ROWS=ROWS,
         TOKENS=plan.work.part,
-        TILE=TILE,
         PRECISION=dot_precision(q),
         num_warps=8,
         **OPTIONS,
@@ -154,82 +151,40 @@ def _prefill_kernel(  # noqa: PLR0913
     scale,
     page_stride,
     table_stride,
-    KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
-    TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # The last tiles of a sequence see most keys; they are begun first.
-    item = tl.load(count) - 1 - tl.program_id(0)
+    item = tl.load(count) - 1 - tl.program_id(0)  # the last see most keys: they begin
     if item < 0:
         return
-    head = tl.program_id(1)
+    head, kv_heads = tl.program_id(1), tl.num_programs(1)
     sequence = tl.load(items + 2 * item)
     begin = tl.load(items + 2 * item + 1) * TOKENS
     new = tl.load(counts + sequence)
-    length = tl.load(lengths + sequence)
-    line = tl.arange(0, ROWS)
-    dim = tl.arange(0, DIMS)
+    start = tl.load(lengths + sequence) - new
+    line, dim = tl.arange(0, ROWS), tl.arange(0, DIMS)
     token = begin + line // GROUPS
-    horizon = length - new + token + 1
-    row = (tl.load(firsts + sequence) + token).to(tl.int64)
-    place = ((row * KV_HEADS + head) * GROUPS + line % GROUPS) * HEAD_DIM
+    row = (tl.load(firsts + sequence) + token).to(tl.int64) * kv_heads + head
+    at = (row * GROUPS + line % GROUPS)[:, None] * HEAD_DIM + dim[None, :]
     real = ((line < TOKENS * GROUPS) & (token < new))[:, None] & (dim < HEAD_DIM)[None, :]
-    queries = tl.load(q + place[:, None] + dim[None, :], mask=real, other=0)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIMS], tl.float32)
-    keys = plane + head * BLOCK_TOKENS * HEAD_DIM
-    table = tables + sequence.to(tl.int64) * table_stride
-    end = length - new + tl.minimum(begin + TOKENS, new)
-    # Whole key tiles that the first row sees, and with it all others.
-    full = (length - new + begin + 1) // TILE * TILE
-    for at in range(0, full, TILE):
-        peak, total, acc = attend_tile(
-            queries,
-            peak,
-            total,
-            acc,
-            keys,
-            table,
-            at,
-            end,
-            horizon,
-            scale,
-            page_stride,
-            KV_HEADS,
-            HEAD_DIM,
-            BLOCK_TOKENS,
-            TILE,
-            DIMS,
-            False,
-            PRECISION,
-        )
-    for at in range(full, end, TILE):
-        peak, total, acc = attend_tile(
-            queries,
-            peak,
-            total,
-            acc,
-            keys,
-            table,
-            at,
-            end,
-            horizon,
-            scale,
-            page_stride,
-            KV_HEADS,
-            HEAD_DIM,
-            BLOCK_TOKENS,
-            TILE,
-            DIMS,
-            True,
-            PRECISION,
-        )
-    result = (acc * (scale / total)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + place[:, None] + dim[None, :], result, mask=real)
+    _, total, acc = attend_keys(
+        tl.load(q + at, mask=real, other=0),
+        plane + head * BLOCK_TOKENS * HEAD_DIM,
+        tables + sequence.to(tl.int64) * table_stride,
+        0,
+        (start + begin + 1) // TILE * TILE,
+        start + tl.minimum(begin + TOKENS, new),
+        start + token + 1,
+        scale,
+        page_stride,
+        kv_heads,
+        HEAD_DIM,
+        BLOCK_TOKENS,
+        PRECISION,
+    )
+    tl.store(out + at, (acc * (scale / total)[:, None]).to(out.dtype.element_ty), mask=real)

@@ -60,6 +60,15 @@ def find_slots(paged: Paged, rows: torch.Tensor, positions: torch.Tensor) -> tor
     return torch.where(rows < 0, -1, pages * block_tokens + positions % block_tokens)
 
 
+def _query_heads(projected: torch.Tensor, paged: Paged) -> int:
+    """How many of the projected heads are queries."""
+    _, _, _, kv_heads, _, head_dim = paged.pool.shape
+    heads = projected.shape[1] // head_dim - 2 * kv_heads
+    assert projected.is_contiguous(), "the projections are not contiguous"
+    assert projected.shape[1] == (heads + 2 * kv_heads) * head_dim, "not heads of this pool"
+    return heads
+
+
 def rope_store(
     projected: torch.Tensor,
     positions: torch.Tensor,
@@ -76,32 +85,28 @@ def rope_store(
         table: angles, on the device.
         paged: the pool that keys and values go to.
         layer: of the pool.
-        slots: (rows,), int64, from find_slots; no two are the same but for -1, which is not stored.
+        slots: (rows,), int64, from find_slots; all different but for -1, which is not stored.
 
     Returns:
         (rows, heads, head_dim): queries, turned and times 1 / sqrt(head_dim), rounded once.
     """
     paged.check(layer)
     _, _, _, kv_heads, block_tokens, head_dim = paged.pool.shape
-    rows = projected.shape[0]
-    heads = projected.shape[1] // head_dim - 2 * kv_heads
-    assert projected.is_contiguous(), "the projections are not contiguous"
-    assert projected.shape[1] == (heads + 2 * kv_heads) * head_dim, "not heads of this pool"
+    heads = _query_heads(projected, paged)
     assert positions.dtype == slots.dtype == torch.int64, "positions and slots are int64"
     assert table.cos.shape[1] * 2 == head_dim, "the angles are for another head size"
-    out = torch.empty((rows, heads, head_dim), dtype=projected.dtype, device=projected.device)
-    plane = paged.pool[:, layer]
-    _rope_store_kernel[(rows, triton.cdiv(heads + 2 * kv_heads, HEADS_AT_ONCE))](
+    out = projected.new_empty((len(projected), heads, head_dim))
+    _rope_store_kernel[(len(projected), triton.cdiv(heads + 2 * kv_heads, HEADS_AT_ONCE))](
         projected,
         out,
-        plane,
+        paged.pool[:, layer],
         positions,
         slots,
         table.cos,
         table.sin,
         head_dim**-0.5,
         1.0 / paged.scale,
-        plane.stride(0),
+        paged.pool.stride(0),
         HEADS=heads,
         KV_HEADS=kv_heads,
         HALF=head_dim // 2,
@@ -147,26 +152,22 @@ def _rope_store_kernel(  # noqa: PLR0913
     angle = tl.load(positions + row) * HALF + pair
     cos = tl.load(cos_table + angle, mask=pair < HALF, other=0)
     sin = tl.load(sin_table + angle, mask=pair < HALF, other=0)
-    is_query = head < HEADS
     is_value = head >= HEADS + KV_HEADS
     left = tl.where(is_value, first, first * cos - second * sin)
     right = tl.where(is_value, second, second * cos + first * sin)
 
     target = out + (row * HEADS + head) * (2 * HALF) + pair
-    dtype = out.dtype.element_ty
-    tl.store(target, (left * factor).to(dtype), mask=real & is_query)
-    tl.store(target + HALF, (right * factor).to(dtype), mask=real & is_query)
+    asked = real & (head < HEADS)
+    tl.store(target, (left * factor).to(out.dtype.element_ty), mask=asked)
+    tl.store(target + HALF, (right * factor).to(out.dtype.element_ty), mask=asked)
 
     slot = tl.load(slots + row) + tl.zeros_like(head)
-    left *= inverse_scale
-    right *= inverse_scale
+    left, right = left * inverse_scale, right * inverse_scale
     if LIMIT > 0:
-        left = tl.minimum(tl.maximum(left, -LIMIT), LIMIT)
-        right = tl.minimum(tl.maximum(right, -LIMIT), LIMIT)
+        left, right = tl.clamp(left, -LIMIT, LIMIT), tl.clamp(right, -LIMIT, LIMIT)
     # A page's planes are K of every head, then V of every head, which is the order of head here.
     place = (head - HEADS) * BLOCK_TOKENS + slot % BLOCK_TOKENS
     target = plane + slot // BLOCK_TOKENS * page_stride + place * (2 * HALF) + pair
-    dtype = plane.dtype.element_ty
     kept = real & (head >= HEADS) & (slot >= 0)
-    tl.store(target, left.to(dtype), mask=kept)
-    tl.store(target + HALF, right.to(dtype), mask=kept)
+    tl.store(target, left.to(plane.dtype.element_ty), mask=kept)
+    tl.store(target + HALF, right.to(plane.dtype.element_ty), mask=kept)

@@ -166,6 +166,30 @@ def _noise(seed, drawn, token):
 
 @triton.jit
 @no_type_check
+def _choose(  # noqa: PLR0913
+    row, vocab, peak, rate, floor, min_p, seed, drawn, noisy, BLOCK: tl.constexpr
+):
+    # The token whose logit is highest, of all; or, noisy, of those kept, with noise.
+    best = tl.full([], float("-inf"), tl.float32)
+    chosen = tl.zeros([], tl.int32)
+    for at in range(0, vocab, BLOCK):
+        x, token, order = _load(row, at, vocab, BLOCK)
+        score = x
+        if noisy:
+            log_weight = (x - peak) * rate
+            kept = (order >= floor) & (tl.exp2(log_weight) >= min_p) & (token < vocab)
+            drawn_score = log_weight / LOG2_E + _noise(seed, drawn, token)
+            score = tl.where(kept, drawn_score, float("-inf"))
+        high = tl.max(score, 0)
+        # The lowest id of several equal ones, as argmax has it.
+        first = tl.min(tl.where((score == high) & (token < vocab), token, vocab), 0)
+        chosen = tl.where(high > best, first, chosen)
+        best = tl.maximum(best, high)
+    return chosen
+
+
+@triton.jit
+@no_type_check
 def _sample_kernel(  # noqa: PLR0913
     logits,
     row_stride,
@@ -204,19 +228,5 @@ def _sample_kernel(  # noqa: PLR0913
         least = _threshold(row, vocab, peak, rate, floor, top_p * mass, True, BLOCK)
         floor = tl.maximum(floor, least)
 
-    best = tl.full([], float("-inf"), tl.float32)
-    chosen = tl.zeros([], tl.int32)
-    for at in range(0, vocab, BLOCK):
-        x, token, order = _load(row, at, vocab, BLOCK)
-        score = x
-        if temperature > 0:
-            log_weight = (x - peak) * rate
-            kept = (order >= floor) & (tl.exp2(log_weight) >= min_p) & (token < vocab)
-            noisy = log_weight / LOG2_E + _noise(seed, drawn, token)
-            score = tl.where(kept, noisy, float("-inf"))
-        high = tl.max(score, 0)
-        # The lowest id of several equal ones, as argmax has it.
-        first = tl.min(tl.where((score == high) & (token < vocab), token, vocab), 0)
-        chosen = tl.where(high > best, first, chosen)
-        best = tl.maximum(best, high)
+    chosen = _choose(row, vocab, peak, rate, floor, min_p, seed, drawn, temperature > 0, BLOCK)
     tl.store(out + me, chosen.to(tl.int64))

@@ -208,11 +208,11 @@ def test_a_draw_depends_on_its_own_row_only_and_follows_its_seed_and_count() -> 
 
 
 def test_draws_come_as_often_as_their_probability() -> None:
-    rows = 150 if DEVICE.type == "cpu" else 20000
-    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 1.5], device=DEVICE).expand(rows, 5).contiguous()
+    rows = 90 if DEVICE.type == "cpu" else 20000
+    logits = torch.tensor([0.0, 1.0, 1.5], device=DEVICE).expand(rows, 3).contiguous()
     tokens = torch.full((rows,), -1, device=DEVICE)
     sample(logits, draws_of([(1.0, 0, 1.0, 0.0, seed, 0) for seed in range(rows)]), tokens)
-    counts = torch.bincount(tokens.cpu(), minlength=5)
+    counts = torch.bincount(tokens.cpu(), minlength=3)
     expected = torch.softmax(logits[0].cpu(), dim=-1) * rows
-    # Chi-square with 4 degrees of freedom: 23.5 is passed once in 10,000 sets of seeds.
-    assert float(((counts - expected) ** 2 / expected).sum()) < 23.5
+    # Chi-square with 2 degrees of freedom: 18.4 is passed once in 10,000 sets of seeds.
+    assert float(((counts - expected) ** 2 / expected).sum()) < 18.4

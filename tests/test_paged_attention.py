@@ -40,7 +40,6 @@ def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """In 128 keys there would be one split of 256, and nothing to merge."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(decode_module, "SPLIT", 32)
-        monkeypatch.setattr(decode_module, "TILE", 16)
         monkeypatch.setattr(decode_module, "MERGED", 2)
 
 
