@@ -1,8 +1,8 @@
 """Compile every Triton kernel for a GPU that need not be there, and say what the code needs.
 
 The launchers are called with the shapes of Llama 8B, but instead of being launched each kernel is
-compiled: registers and shared memory of a program, bytes that spill to local memory, which matrix
-and which asynchronous copy instructions it has. The interpreter accepts what the compiler does not,
+compiled: registers and shared memory of a program, bytes that spill to local memory, and how often
+its code has matrix instructions, asynchronous copies and fused multiply-adds. The interpreter accepts what the compiler does not,
 so this is also the proof that the kernels compile. Needs no GPU; must not run with
 TRITON_INTERPRET set.
 """
@@ -101,6 +101,7 @@ def _resources(code: dict[str, Any]) -> dict[str, int]:
         "spilled_bytes": usage["STACK"] + usage["LOCAL"],
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
+        "fused": ptx.count("fma.rn.f32") + ptx.count("fma.rn.ftz.f32"),
         "async_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
     }
 
