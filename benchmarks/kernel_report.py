@@ -2,9 +2,9 @@
 
 The launchers are called with the shapes of Llama 8B, but instead of being launched each kernel is
 compiled: registers and shared memory of a program, bytes that spill to local memory, and how often
-its code has matrix instructions, asynchronous copies and fused multiply-adds. The interpreter accepts what the compiler does not,
-so this is also the proof that the kernels compile. Needs no GPU; must not run with
-TRITON_INTERPRET set.
+its code has matrix instructions, asynchronous copies and fused multiply-adds. The interpreter
+accepts what the compiler does not, so this is also the proof that the kernels compile. Needs no
+GPU; must not run with TRITON_INTERPRET set.
 """
 
 from __future__ import annotations
