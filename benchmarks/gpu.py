@@ -160,6 +160,7 @@ class Bench:
         self.phase("decode_attention", lambda: attention.decode_rates(sizes, one, pool, copy))
         self.phase("prefill_attention", lambda: attention.prefill_rates(sizes, one, pool, product))
         self.phase("small_kernels", lambda: small.small_rates(sizes, one, pool, copy))
+        self.phase("products", lambda: small.product_rates(sizes, one, (copy, product)))
 
     def model(self, pool: torch.Tensor, model: CudaLlama) -> None:
         """The whole model, then blocks that move beside it."""

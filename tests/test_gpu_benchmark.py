@@ -51,7 +51,9 @@ def test_a_tiny_run_goes_through_every_phase_and_finds_every_kernel_right(tmp_pa
     assert line["tiny"]
     kernels = {*line["attention_errors"], *line["small_errors"]} - {"seconds"}
     assert len(kernels) == 11
-    for phase in ("decode_attention", "prefill_attention", "small_kernels", "decode_steps", "hits"):
+    for phase in ("decode_attention", "prefill_attention", "small_kernels", "products"):
+        assert len(line[phase]) > 2
+    for phase in ("decode_steps", "prefill", "tiers", "hits", "invariance"):
         assert len(line[phase]) > 1
     assert {"a_ms", "b_ms_per_token", "floor_a_ms"} <= set(line["step_line"])
     assert line["offline"]["tok_per_s"] > 0

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from gpu_parts.attention import lay_out, relative_error
 from gpu_parts.clock import Clock, Result, Sizes, percent
@@ -15,7 +16,8 @@ from kvist.kernels.gate import silu_gate
 from kvist.kernels.kv_copy import gather, scatter
 from kvist.kernels.linear import linear_reference
 from kvist.kernels.matmul import matmul
-from kvist.kernels.rope import RopeParams, rope_table
+from kvist.kernels.paged import Paged
+from kvist.kernels.rope import RopeParams, RopeTable, rope_table
 from kvist.kernels.rope_store import find_slots, rope_store, rope_store_reference
 from kvist.kernels.sampling import new_draws, sample
 
@@ -58,12 +60,7 @@ def small_errors(sizes: Sizes, clock: Clock, pool: torch.Tensor) -> Result:
 
 def _rope_errors(sizes: Sizes, clock: Clock, pool: torch.Tensor, rows: int) -> dict[str, float]:
     model = sizes.model
-    paged = lay_out([rows], pool)
-    positions = torch.arange(rows, device=clock.device)
-    slots = find_slots(paged, torch.zeros_like(positions), positions)
-    table = rope_table(RopeParams(model.rope_theta, model.head_dim, rows), clock.device.type)
-    width = (model.heads + 2 * model.kv_heads) * model.head_dim
-    projected = _random(sizes, clock, rows, width)
+    projected, positions, table, paged, slots = _rope_inputs(sizes, clock, pool, rows)
     queries = rope_store(projected, positions, table, paged, 0, slots)
     exact = rope_store_reference(projected, positions, table, model.heads, model.kv_heads)
     stored = pool[slots // sizes.block_tokens, 0, :, :, slots % sizes.block_tokens]
@@ -72,6 +69,19 @@ def _rope_errors(sizes: Sizes, clock: Clock, pool: torch.Tensor, rows: int) -> d
         "rope_store_keys": relative_error(stored[:, 0], exact[1]),
         "rope_store_values": relative_error(stored[:, 1], exact[2]),
     }
+
+
+def _rope_inputs(
+    sizes: Sizes, clock: Clock, pool: torch.Tensor, rows: int
+) -> tuple[torch.Tensor, torch.Tensor, RopeTable, Paged, torch.Tensor]:
+    """Projections, positions, table, pages and slots of one sequence."""
+    model = sizes.model
+    paged = lay_out([rows], pool)
+    positions = torch.arange(rows, device=clock.device)
+    slots = find_slots(paged, torch.zeros_like(positions), positions)
+    table = rope_table(RopeParams(model.rope_theta, model.head_dim, rows), clock.device.type)
+    width = (model.heads + 2 * model.kv_heads) * model.head_dim
+    return _random(sizes, clock, rows, width), positions, table, paged, slots
 
 
 @torch.inference_mode()
@@ -85,13 +95,16 @@ def small_rates(sizes: Sizes, clock: Clock, pool: torch.Tensor, copy_gb_per_s: f
     ids = [torch.randperm(len(pool), device=clock.device)[:count] for _ in range(COPIES)]
     staging = torch.empty((count, *pool.shape[1:]), dtype=pool.dtype, device=clock.device)
     stream = xs[0].clone()
+    turn, turned_bytes = _rope_call(sizes, clock, pool, rows)
     moved = {
+        "rope_store": turned_bytes,
         "add_rms_norm": 4 * xs[0].nbytes,
         "silu_gate": inners[0].nbytes * 3 // 2,
         "gather": 2 * staging.nbytes,
         "scatter": 2 * staging.nbytes,
     }
     calls: dict[str, list[Callable[[], object]]] = {
+        "rope_store": [functools.partial(turn, layer) for layer in range(pool.shape[1])],
         "add_rms_norm": [
             functools.partial(add_rms_norm, x, stream, weight, model.rms_eps) for x in xs
         ],
@@ -113,6 +126,45 @@ def small_rates(sizes: Sizes, clock: Clock, pool: torch.Tensor, copy_gb_per_s: f
         tokens = torch.zeros(len(logits), dtype=torch.int64, device=clock.device)
         timing = clock.time_graph([functools.partial(sample, logits, draws, tokens)])
         result[f"sample_{name}"] = {"rows": len(logits), "us": round(timing.ms * 1e3, 1)}
+    return result
+
+
+def _rope_call(
+    sizes: Sizes, clock: Clock, pool: torch.Tensor, rows: int
+) -> tuple[Callable[[int], object], int]:
+    """rope_store of a layer, and the bytes that it reads and writes."""
+    projected, positions, table, paged, slots = _rope_inputs(sizes, clock, pool, rows)
+
+    def turn(layer: int) -> torch.Tensor:
+        return rope_store(projected, positions, table, paged, layer, slots)
+
+    return turn, 2 * projected.nbytes + table.cos.nbytes + table.sin.nbytes
+
+
+@torch.inference_mode()
+def product_rates(sizes: Sizes, clock: Clock, ceilings: tuple[float, float]) -> Result:
+    """Products with the largest weight of a layer: cuBLAS' and those of fixed tiles, for one row in
+    percent of copy bandwidth, for a chunk in percent of the rate of a large product.
+
+    Args:
+        ceilings: copy in GB/s, product in TFLOP/s.
+    """
+    model, copy_gb_per_s, tflop_per_s = sizes.model, *ceilings
+    shape = (2 * model.intermediate, model.hidden)
+    weights = [_random(sizes, clock, *shape) for _ in range(COPIES)]
+    result: Result = {}
+    for name, multiply in (("cublas", F.linear), ("fixed_tiles", matmul)):
+        for rows in (1, sizes.chunk):
+            x = _random(sizes, clock, rows, model.hidden)
+            calls = [functools.partial(multiply, x, weight) for weight in weights]
+            ms = clock.time_graph(calls).ms
+            entry = {"us": round(ms * 1e3, 1)}
+            if rows == 1:
+                entry["percent_of_copy"] = percent(weights[0].nbytes / ms / 1e6, copy_gb_per_s)
+            else:
+                rate = 2.0 * rows * weights[0].numel() / ms / 1e9
+                entry["percent_of_matmul"] = percent(rate, tflop_per_s)
+            result[f"{name}_{rows}"] = entry
     return result
 
 
