@@ -118,7 +118,8 @@ AIMS = (
     ("prefill_percent_of_matmul", ("prefill_attention", "16384", "percent_of_matmul"), 60),
     ("step_over_floor", ("step_line", "a_over_floor"), 1.3),
     ("offline_percent_of_roofline", ("offline", "percent_of_roofline"), 60),
-    ("inflation_percent", ("step_inflation", "inflation_percent"), 5),
+    ("load_inflation_percent", ("step_inflation", "load", "inflation_percent"), 5),
+    ("store_inflation_percent", ("step_inflation", "store", "inflation_percent"), 5),
 )
 
 
@@ -178,10 +179,9 @@ class Bench:
             rates = self.phase("tiers", lambda: tiers.tier_rates(sizes, one, slots))
             self.phase("hits", lambda: tiers.hits(sizes, one, model, slots, pool))
             if rates and isinstance(steps, whole.Steps):
-                rate = rates["load_gb_per_s"]
                 self.phase(
                     "step_inflation",
-                    lambda: tiers.step_inflation(sizes, one, steps, slots, rate),
+                    lambda: tiers.step_inflation(sizes, one, steps, slots, rates),
                 )
         if isinstance(steps, whole.Steps):
             self.phase("invariance", lambda: whole.invariance_cost(sizes, one, model, pool, steps))

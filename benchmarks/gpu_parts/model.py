@@ -79,7 +79,8 @@ class Steps:
         return rows * pages <= len(self._pool)
 
     def seat(self, rows: int, context: int) -> None:
-        """Place requests, each on pages of its own."""
+        """Place requests, each on pages of its own, instead of those that are there."""
+        self.leave()
         each = len(pages_for(self._sizes, 0, context + self.margin))
         for row in range(rows):
             pages = list(range(row * each, (row + 1) * each))
@@ -204,6 +205,7 @@ def offline_run(
     rows = min(sizes.offline_rows, len(pool) // each)
     prompt = [(p * 31 + 7) % sizes.model.vocab for p in range(before)]
     at_once = max(1, sizes.chunk // before)
+    steps.leave()
     clock.sync()
     begin = time.perf_counter()
     for first in range(0, rows, at_once):

@@ -16,7 +16,7 @@ TAIL_TOKENS = 16
 
 
 class Slots:
-    """A pinned arena of slots, each the bytes of a page, and the streams that copy."""
+    """A pinned arena of slots, each the bytes of a page, and the stream that copies."""
 
     def __init__(self, sizes: Sizes, clock: Clock, pool: torch.Tensor) -> None:
         shape = (sizes.slots, *pool.shape[1:])
@@ -24,7 +24,7 @@ class Slots:
         self.arena.copy_(torch.randn(shape[1:]).to(pool.dtype).expand(shape))
         self.pool = pool
         self._clock = clock
-        self.load_stream = torch.cuda.Stream() if clock.cuda else None  # type: ignore[no-untyped-call]
+        self.copy_stream = torch.cuda.Stream() if clock.cuda else None  # type: ignore[no-untyped-call]
 
     def load(self, pages: list[int]) -> None:
         """Copy slots into pages, one copy a block; slots are taken in turn."""
@@ -60,37 +60,38 @@ def tier_rates(sizes: Sizes, clock: Clock, slots: Slots) -> Result:
     return result
 
 
-def step_inflation(sizes: Sizes, clock: Clock, steps: Steps, slots: Slots, rate: float) -> Result:
-    """How much longer a decode step is while blocks are loaded beside it.
+def step_inflation(sizes: Sizes, clock: Clock, steps: Steps, slots: Slots, rates: Result) -> Result:
+    """How much longer a decode step is while blocks are loaded or stored beside it.
 
     Args:
-        rate: of loads, GB/s.
+        rates: from tier_rates.
     """
-    stream = slots.load_stream
+    stream = slots.copy_stream
     if stream is None:
         return {"skipped": "no device to copy beside"}
     rows = max(rows for rows in sizes.rows if steps.fits(rows, sizes.contexts[0]))
-    alone = steps.time_ms(rows, sizes.contexts[0])
-    # Enough copies for all steps that are timed, twice over. The pages at the end of the pool are
-    # loaded; those at its beginning are being read.
-    wanted = 2 * (sizes.repeats + 1) * alone
-    count = math.ceil(wanted / (sizes.page_bytes / rate / 1e6))
-    pages = [len(slots.pool) - 1 - number % 8 for number in range(count)]
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        slots.load(pages)
-        copied.record(stream)
-    beside = steps.time_ms(rows, sizes.contexts[0])
-    still = not copied.query()  # type: ignore[no-untyped-call]
-    clock.sync()
-    return {
-        "rows": rows,
-        "context": sizes.contexts[0],
-        "alone_ms": alone,
-        "beside_loads_ms": beside,
-        "inflation_percent": percent(beside - alone, alone),
-        "copies_outlasted_steps": still,
-    }
+    result: Result = {"rows": rows, "context": sizes.contexts[0]}
+    moves: dict[str, Callable[[list[int]], None]] = {"load": slots.load, "store": slots.store}
+    for name, move in moves.items():
+        alone = steps.time_ms(rows, sizes.contexts[0])
+        # Enough copies for all steps that are timed, twice over, on the last pages of the pool:
+        # the first ones are being read.
+        copy_ms = sizes.page_bytes / rates[f"{name}_gb_per_s"] / 1e6
+        count = math.ceil(2 * (sizes.repeats + 1) * alone / copy_ms)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            move([len(slots.pool) - 1 - number % 8 for number in range(count)])
+            copied.record(stream)
+        beside = steps.time_ms(rows, sizes.contexts[0])
+        result[name] = {
+            "alone_ms": alone,
+            "beside_copies_ms": beside,
+            "inflation_percent": percent(beside - alone, alone),
+            # If not, a part of the steps was timed alone and the figure is too good.
+            "copies_outlasted_steps": not copied.query(),  # type: ignore[no-untyped-call]
+        }
+        clock.sync()
+    return result
 
 
 def hits(sizes: Sizes, clock: Clock, model: CudaLlama, slots: Slots, pool: torch.Tensor) -> Result:
