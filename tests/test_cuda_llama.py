@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from sim.device import DEVICE
 from sim.models import tiny_llama
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from kvist.engine.models.base import Chunk
 from kvist.engine.models.decode_batch import DecodeBatch
@@ -18,6 +20,7 @@ from kvist.engine.models.llama_cuda import CudaLlama
 from kvist.engine.request import SamplingParams
 from kvist.engine.sampler import DrawState
 from kvist.engine.weights import LoadedModel, load_model
+from kvist.kernels.worklist import _cut_kernel
 
 BLOCK_TOKENS = 8
 PROMPT = [(7 * i * i + 3) % 200 for i in range(19)]
@@ -225,3 +228,28 @@ def test_a_checkpoint_on_the_device_is_not_copied(tmp_path: Path) -> None:
     loaded = load_model(tiny_llama(tmp_path), "float32")
     model = CudaLlama(loaded, "cpu")
     assert model._embedding.data_ptr() == loaded.tensors["model.embed_tokens.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["invariant", "fast"])
+def test_a_decode_step_reads_nothing_back_from_the_device(
+    wide: LoadedModel, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+
+    def launch(kernel: Any, *_args: Any, **_named: Any) -> None:
+        launched.append(kernel.fn.__name__)
+
+    # Fake tensors have shapes and no values: whoever asks for one gets an error, as a capture does.
+    monkeypatch.setattr(type(_cut_kernel), "run", launch)
+    with FakeTensorMode():
+        tensors = {name: torch.empty(tensor.shape) for name, tensor in wide.tensors.items()}
+        model = CudaLlama(dataclasses.replace(wide, tensors=tensors), "cpu", fast=fast)
+        pool = torch.empty((8, wide.config.layers, 2, wide.config.kv_heads, 8, 16))
+        batch = DecodeBatch(model, pool, rows=4, width=4, keys=200)
+        with pytest.raises(DataDependentOutputException):
+            batch.tokens.tolist()
+        batch._step(3)
+    attention = "_split_kernel" if fast else "_prefill_kernel"
+    assert launched.count(attention) == wide.config.layers
+    assert launched[0] == "_cut_kernel"
+    assert launched[-1] == "_sample_kernel"
