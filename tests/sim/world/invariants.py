@@ -32,7 +32,7 @@ Row: TypeAlias = tuple[int, BlockKey, int | None, int | None]
 """Row, key, slot in DRAM, slot on flash."""
 
 # Counted block by block; counted once for all that stands on it.
-_ONE_BY_ONE = ("dram_evicted", "flash_evicted", "expired")
+_ONE_BY_ONE = ("dram_evicted", "flash_evicted", "expired", "flash_let_go")
 _REASONS = (*_ONE_BY_ONE, "dram_corrupt", "flash_corrupt")
 
 
