@@ -32,7 +32,8 @@ VARIANTS = 10
 # What the wire format trips over: field tags, ends of groups, lengths that are not there.
 _PIECES = (
     b"\x00", b"\x0a", b"\x0b", b"\x0c", b"\x12\x10", b"\x7f", b"\x80", b"\x80" * 9 + b"\x01",
-    b"\xff", b"\xff" * 4 + b"\x0f", b"\xfe" + b"\xff" * 9 + b"\x01", b"\x0a" + b"\xff" * 4 + b"\x07",
+    b"\xff", b"\xff" * 4 + b"\x0f", b"\xfe" + b"\xff" * 9 + b"\x01",
+    b"\x0a" + b"\xff" * 4 + b"\x07",
 )  # fmt: skip
 # It starts with 60; what an input may leave behind must not add up.
 SIDECAR_BYTES_MAX = 160 << 20
