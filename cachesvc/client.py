@@ -348,7 +348,7 @@ class CacheClient:
     # What needs a call.
 
     def store(self, items: Sequence[StoreItem]) -> StoreResult:
-        """Copy blocks into the cache: a Reserve and a Commit for each 32 MiB of new blocks.
+        """Copy blocks into the cache: a Reserve and a Commit for each 48 MiB of new blocks.
 
         Args:
             items: parents before their children.

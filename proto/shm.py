@@ -9,7 +9,8 @@ bytes, then the origin buckets of 64 bytes, then the claim buckets of 128 bytes.
     offset  bytes  header field
          0      8  magic          "KVISTIDX"
          8      4  version        SHM_VERSION
-        12      4  flash_state    FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED
+        12      4  flash_state    FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED or
+                                  FLASH_UNREAD
         16     16  boot_epoch     random id of this life of the sidecar
         32      8  buckets        >= 1
         40      8  slot_bytes     bytes of one DRAM slot
@@ -74,7 +75,9 @@ FLASH_STATE_OFFSET = 12
 HEARTBEAT_OFFSET = 56
 SESSIONS_OFFSET = 72
 VERIFY_OFFSET = 80
-FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED = range(4)
+FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED, FLASH_UNREAD = range(5)
+"""FLASH_FAILED: what is there is in the index. FLASH_UNREAD: the folder is not open, and what is in
+it is known to nobody."""
 
 BUCKET_ROWS = 8
 BUCKET_KEYS_BYTES = 128
