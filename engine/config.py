@@ -63,6 +63,7 @@ class EngineConfig:
         cache_dram_bytes: DRAM of the embedded cache.
         cache_flash_bytes: flash of the embedded cache; 0 turns that tier off.
         cache_flash_path: folder of the embedded flash tier.
+        cache_overlap: load beside the computation, layer by layer, where that is shorter.
         cache_load_bytes_per_s: cap of copies out of the cache; 0 is none.
         cache_store_bytes_per_s: cap of copies into it; 0 is none.
         enable_prefix_caching: reuse pages in the HBM tier; False turns all reuse off.
@@ -91,6 +92,7 @@ class EngineConfig:
     cache_dram_bytes: int = 1 << 30
     cache_flash_bytes: int = 4 << 30
     cache_flash_path: str = field(default_factory=default_flash_path)
+    cache_overlap: bool = True
     cache_load_bytes_per_s: int = 0
     cache_store_bytes_per_s: int = 0
     enable_prefix_caching: bool = True
@@ -266,6 +268,12 @@ def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float])
     ):
         text = f"{what} ({format_bytes(size)})"
         kv.add_argument(flag, type=_size, default=size, metavar="SIZE", help=text)
+    kv.add_argument(
+        "--cache-overlap",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load layer by layer beside the computation; --no-cache-overlap loads before it",
+    )
     for way, what in (("load", "out of the cache"), ("store", "into the cache")):
         kv.add_argument(
             f"--cache-{way}-bandwidth",

@@ -142,17 +142,18 @@ def test_blocks_that_are_cheaper_to_compute_do_not_rise_and_are_counted_as_such(
 
 
 @pytest.mark.parametrize(("beside", "by_layers"), [(0, True), (3, False)])
-def test_a_load_that_is_longer_than_its_computation_runs_beside_it_only_when_nobody_else_computes(
+def test_a_load_longer_than_its_computation_runs_beside_it_when_nobody_else_computes(
     bench: Bench, beside: int, by_layers: bool
 ) -> None:
-    prompt = list(range(41))
+    prompt = list(range(241))
     bench.put(prompt, "dram")
     weigher = bench.connector.weigher
     assert weigher is not None
-    weigher.cost.loaded(["dram"] * 10, START_S + 0.030)  # 3 ms a block, 4 ms to compute it
-    weigher.cost.prefill.observe(64, 0.0, 0.064)
+    # 60 ms to load all blocks, 25 to compute the rest, 100 to compute one block more.
+    weigher.cost.loaded(["dram"] * 60, START_S + 0.060)
+    weigher.cost.prefill.observe(64, 0.0, 64 * 0.025)
     bench.connector.beside(beside)
     asked = bench.add(prompt)
     assert bench.scheduler.schedule().loads == [asked]
-    assert asked.found == ("dram",) * 10
+    assert asked.found == ("dram",) * 60
     assert (asked.gate is not None, asked.state is State.RUNNING) == (by_layers, by_layers)
