@@ -262,3 +262,45 @@ def test_a_sidecar_that_is_killed_amid_a_load_costs_nothing_and_is_a_miss_afterw
     assert cached.core.stats.misses_tokens["detached"] > 0
     cached.core.stop()
     sidecar.close()
+
+
+def test_a_step_does_not_wait_for_loads_that_wait_for_flash(cached: Cached) -> None:
+    copiers = cached.core.parts.connector._copiers
+    assert copiers is not None
+    go = threading.Event()
+    for _ in range(2):  # as many as there are loaders, each waiting for a block
+        copiers._load_jobs.put(Stuck(go))  # type: ignore[arg-type]
+    assert cached.ask() == (cached.expected, BLOCKS * BLOCK_TOKENS)
+    go.set()
+
+
+class Stuck:
+    """A load that waits."""
+
+    gate = None
+    pages = (0,)
+
+    def __init__(self, go: threading.Event) -> None:
+        self._go = go
+
+    def take(self, _now: float, _patience_s: float) -> None:
+        """No block, after a while."""
+        assert self._go.wait(30)
+
+
+def test_a_step_that_fails_amid_a_load_leaks_no_page_and_the_next_request_is_served(
+    cached: Cached,
+) -> None:
+    runner = cached.core.parts.runner
+    forward = runner._model.forward
+
+    def broken(*_arguments: Any) -> Any:
+        runner._model.forward = forward  # type: ignore[method-assign]
+        raise RuntimeError("the test was asked to fail")
+
+    runner._model.forward = broken  # type: ignore[method-assign,assignment]
+    request = cached.submit()
+    assert cached.core.last(request).finish_reason == "error"
+    cached.core.settle()
+    cached.core.parts.pages.check({})
+    assert cached.ask() == (cached.expected, BLOCKS * BLOCK_TOKENS)
