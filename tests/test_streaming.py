@@ -52,7 +52,7 @@ class Cached:
         expected: the answer of a full computation.
     """
 
-    def __init__(self, model: str, folder: Path, cache: str = "embedded") -> None:
+    def __init__(self, model: str, folder: Path, cache: str = "embedded", **more: Any) -> None:
         config: dict[str, Any] = {
             "dtype": "float32",
             "block_tokens": BLOCK_TOKENS,
@@ -62,6 +62,7 @@ class Cached:
             "cache": cache,
             "cache_dram_bytes": 16 << 20,
             "cache_flash_bytes": 0,
+            **more,
         }
         self.log = io.StringIO()
         parts = open_parts(EngineConfig(model=model, **config), Log(self.log), time.monotonic)
@@ -304,3 +305,25 @@ def test_a_step_that_fails_amid_a_load_leaks_no_page_and_the_next_request_is_ser
     cached.core.settle()
     cached.core.parts.pages.check({})
     assert cached.ask() == (cached.expected, BLOCKS * BLOCK_TOKENS)
+
+
+def test_a_cap_slows_loads_and_changes_no_answer(model: str, tmp_path: Path) -> None:
+    cached = Cached(model, tmp_path, cache_load_bytes_per_s=1 << 20)
+    assert cached.ask() == (cached.expected, BLOCKS * BLOCK_TOKENS)
+    cached.core.settle()
+    copied = BLOCKS * cached.core.parts.format.payload_bytes
+    throttled = cached.core.stats.loads.throttled_s
+    # But for what the bucket held in the beginning.
+    assert throttled["load"] > 0.5 * copied / (1 << 20)
+    assert throttled["store"] == 0
+    cached.core.stop()
+
+
+def test_told_not_to_overlap_it_loads_whole_blocks_before_the_computation(
+    model: str, tmp_path: Path
+) -> None:
+    cached = Cached(model, tmp_path, cache_overlap=False)
+    assert cached.ask() == (cached.expected, BLOCKS * BLOCK_TOKENS)
+    cached.core.settle()
+    assert cached.core.stats.loads.ways == {"layers": 0, "blocks": 1}
+    cached.core.stop()
