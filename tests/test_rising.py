@@ -96,7 +96,32 @@ def test_it_is_admitted_when_its_blocks_have_come_and_loads_beside_its_own_compu
     assert rising.gate is not None
     bench.connector.load(rising)
     assert rising.gate.finish()
+    (done,) = bench.connector.poll()
+    bench.scheduler.loaded(done.sequence, done.blocks)
     assert bench.connector.deferred == 0
+    # It was on flash when it was asked for, whoever brought it up meanwhile.
+    assert bench.cache.counted == [(13, {"flash": 12}, {"tail": 1})]
+
+
+@pytest.mark.parametrize(("step_s", "measured"), [(0.001, True), (0.5, False)])
+def test_a_rise_is_timed_when_it_was_looked_at_often_enough(
+    bench: Bench, step_s: float, measured: bool
+) -> None:
+    bench.put(HIGH, "flash")
+    bench.cache.stuck = True
+    weigher = bench.connector.weigher
+    assert weigher is not None
+    bench.add(HIGH)
+    for _ in range(10):
+        bench.now_s += 0.001
+        bench.scheduler.schedule()
+    bench.cache.flash.clear()
+    bench.now_s += step_s
+    assert len(bench.scheduler.schedule().loads) == 1
+    rate = weigher.cost.rates["flash"]
+    assert rate.measured == measured
+    if measured:
+        assert rate.bytes_per_s == pytest.approx(3 * PAGE_BYTES / (0.011 - START_S))
 
 
 def test_it_waits_no_longer_than_its_patience(bench: Bench) -> None:
