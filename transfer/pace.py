@@ -13,8 +13,8 @@ DIRECTIONS: tuple[Direction, ...] = ("load", "store")
 # A bucket holds what may be copied in this time: short, or a cap of 1 GB/s would let a burst of
 # 100 MB through; long enough that a sleep (0.1 ms late, mostly) is little beside it.
 BURST_S = 0.02
-# A store that is held up keeps its page, and a load may wait for flash for seconds: a store waits so
-# long for the loads that there are, and then only for one that has begun since.
+# A store that is held up keeps its page, and a load may wait for flash for seconds: a store waits
+# so long for the loads that there are, and then only for one that has begun since.
 YIELD_MAX_S = 0.05
 
 
