@@ -235,7 +235,9 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--threads", type=whole, default=usable_cores(), help="compute (%(default)s)")
     run.add_argument("--seed", type=whole, default=0, help="of random draws (%(default)s)")
     run.add_argument("--log-level", default="info", help=f"{', '.join(LOG_LEVELS)} (%(default)s)")
-    _add_cache_flags(parser.add_argument_group("KV cache"), whole)
+    kv = parser.add_argument_group("KV cache")
+    _add_cache_flags(kv, whole)
+    _add_copy_flags(kv)
 
 
 def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float]) -> None:
@@ -269,6 +271,16 @@ def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float])
         text = f"{what} ({format_bytes(size)})"
         kv.add_argument(flag, type=_size, default=size, metavar="SIZE", help=text)
     kv.add_argument(
+        "--cache-flash-path",
+        default=default_flash_path(),
+        metavar="FOLDER",
+        help="of the embedded flash tier (%(default)s)",
+    )
+
+
+def _add_copy_flags(kv: argparse._ArgumentGroup) -> None:
+    """How blocks move."""
+    kv.add_argument(
         "--cache-overlap",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -283,12 +295,6 @@ def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float])
             metavar="SIZE",
             help=f"cap of copies {what}, per second, like 2GiB; 0 is none (%(default)s)",
         )
-    kv.add_argument(
-        "--cache-flash-path",
-        default=default_flash_path(),
-        metavar="FOLDER",
-        help="of the embedded flash tier (%(default)s)",
-    )
 
 
 def config_from_flags(flags: argparse.Namespace) -> EngineConfig:
