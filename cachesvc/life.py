@@ -107,6 +107,11 @@ class Life:
         with self._ring_lock:
             self._ring.add(counter, count)
 
+    def show(self, rates: Mapping[str, int]) -> None:
+        """Say what was measured."""
+        with self._ring_lock:
+            self._ring.show(rates)
+
     def ring_bell(self) -> bool:
         """Wake the sidecar; False when it did not take the call, it looks by itself soon."""
         try:

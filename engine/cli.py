@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from kvist.cachesvc.flash_verify import add_verify_flags, run_verify
+from kvist.cachesvc.stats_table import add_stats_flags, run_stats
 from kvist.engine.bench.flags import (
     add_bench_latency_flags,
     add_bench_serve_flags,
@@ -169,6 +170,12 @@ COMMANDS = (
                 "what a cache of some size would hit on a trace of requests",
                 _add_replay_flags,
                 _replay,
+            ),
+            Command(
+                "stats",
+                "what a running kvistd holds and serves, and from which length loading pays",
+                add_stats_flags,
+                run_stats,
             ),
             Command(
                 "verify",
