@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from kvist.cachesvc.blocks import NO_ROW
 from kvist.cachesvc.shadow import Shadow
+from kvist.proto.hints import Hint
 
 Rows: TypeAlias = NDArray[np.int64]
 """Row numbers of a chain of blocks, each standing on the one before it; first block first."""
@@ -91,6 +92,15 @@ class Learner(Protocol):
 
     def stored(self, rows: Rows, request: int, at: int) -> None:
         """New blocks go on with a prompt; the tree knows what the first of them stands on."""
+        ...
+
+    def hinted(self, rows: Rows, request: int, hint: Hint) -> None:
+        """What a request's sender says of it; may be told more than once, or wrong.
+
+        Args:
+            rows: the chain that the request has found, which is told of already; what it stores
+                comes after. It has found nothing where this is empty.
+        """
         ...
 
     def restored(self, rows: Rows, at: int) -> None:
@@ -174,6 +184,9 @@ class LeafLru:
         """See Learner."""
 
     def stored(self, rows: Rows, request: int, at: int) -> None:
+        """See Learner."""
+
+    def hinted(self, rows: Rows, request: int, hint: Hint) -> None:
         """See Learner."""
 
     def restored(self, rows: Rows, at: int) -> None:

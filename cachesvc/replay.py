@@ -26,6 +26,7 @@ from kvist.cachesvc.rgg import make_policy
 from kvist.cachesvc.trace import Trace
 from kvist.cachesvc.uses import Uses
 from kvist.cachesvc.whatif import Estimate, WhatIf
+from kvist.proto.hints import NO_HINT
 
 # Tokens before a token that cost as much as its own share of the weights: 2 * 8.0e9 operations
 # for the parameters of a Llama 3 8B, 4 * 4096 * 32 for each token attended to.
@@ -110,12 +111,15 @@ class PolicyCache:
     def _may_go(self, row: int) -> bool:
         return not self._children_of[row] and bool(self._is_in_of[row])
 
-    def request(self, at_s: float, number: int, prompt: Rows) -> int:  # noqa: ARG002 - see Cache
+    def request(self, at_s: float, number: int, prompt: Rows) -> int:
         """See Cache."""
         self._now_s = at_s
         hits = _leading(self._is_in[prompt])
+        hint = self.trace.hints.get(number, NO_HINT)
         if hits:
-            self._uses.found(prompt[:hits])
+            self._uses.found(prompt[:hits], hint)
+        elif hint != NO_HINT and len(prompt):
+            self._uses.expected(self.name(int(prompt[0])), hint)
         if hits < len(prompt):
             self._store(prompt, hits)
             self._evict()
