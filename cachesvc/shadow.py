@@ -10,6 +10,8 @@ traces at six sizes. O(1) per run of blocks with the same last request.
 
 from __future__ import annotations
 
+from math import sqrt
+
 import numpy as np
 
 # The guard. Half of what happened before 2,800 requests is forgotten. It waits until the cache has
@@ -20,6 +22,10 @@ _DECAY = 1 - 1 / 4096
 _LOSS = 0.003
 _REQUESTS_MIN = 1024
 _TURNOVERS_MIN = 2
+# A loss that is no chance need not be waited for: one over 3 standard deviations of a sum of
+# independent gains and losses by request, and of 1 % of the cache. See docs/architecture.md.
+_SIGMAS = 3
+_LOSS_OF_CAPACITY = 0.01
 _PENALTY_REQUESTS = 1024
 _PENALTY_MAX = 65536
 
@@ -57,6 +63,8 @@ class Shadow:
         self._part = 0  # blocks of the request before the oldest
         self._lead = 0.0
         self._weight = 0.0
+        self._before = 0.0  # the lead when the last request began
+        self._squares = 0.0  # of what each request won or lost
         self._stored = 0
         self._since = 0
         self._penalty = _PENALTY_REQUESTS
@@ -74,8 +82,10 @@ class Shadow:
         self._blocks[request & self._mask] = 0
         self._is_broken[request & self._mask] = 0
         self._newest = request
+        self._squares = (self._squares + (self._lead - self._before) ** 2) * _DECAY**2
         self._lead *= _DECAY
         self._weight *= _DECAY
+        self._before = self._lead
         self._judge(request)
 
     def found(self, blocks: int) -> None:
@@ -149,13 +159,20 @@ class Shadow:
                 return
             self.is_losing = False
             self._penalty = min(2 * self._penalty, _PENALTY_MAX)
-            self._lead = self._weight = 0.0
+            self._lead = self._weight = self._before = self._squares = 0.0
             self._since = request
-        elif (
-            request - self._since >= _REQUESTS_MIN
-            and self._stored >= _TURNOVERS_MIN * self._capacity
-            and self._lead < -_LOSS * self._weight
-        ):
+        elif self._is_behind(request):
             self.is_losing = True
             self.falls += 1
             self._since = request
+
+    def _is_behind(self, request: int) -> bool:
+        """Whether the policy loses for sure, or has lost for long."""
+        loss = -self._lead
+        if loss > _LOSS_OF_CAPACITY * self._capacity and loss > _SIGMAS * sqrt(self._squares):
+            return True
+        return (
+            request - self._since >= _REQUESTS_MIN
+            and self._stored >= _TURNOVERS_MIN * self._capacity
+            and loss > _LOSS * self._weight
+        )
