@@ -7,8 +7,11 @@
              reuses that came after the block had gone, so nothing is learned from survivors only
     rank     the Gittins index of its class at its age (gittins.py); the lowest of 64 leaves taken
              at random goes, and from there up its chain as long as the next block ranks lowest
-    guard    leaf-LRU is counted beside it all the time (shadow.py); a tier in which the policy
-             falls behind for long is evicted by age for a while
+    hints    what the sender of a request says of its future stands in for the rhythm, in classes
+             of their own (hints.py): so they are learned from, and not trusted for longer than
+             they are right. A priority multiplies a block's worth
+    guard    leaf-LRU is counted beside it all the time (shadow.py); the policy may stake what it
+             has won, and a tier in which it falls behind is evicted by age for a while
 
 Each number is smoothing or resolution. None was chosen for one workload; halving or doubling any
 moves the hit ratio of two traces by tenths of a point.
@@ -181,9 +184,10 @@ class Gittins:
         starts = [0, *(np.flatnonzero(last[1:] != last[:-1]) + 1).tolist()]
         runs = list(zip(last[starts].tolist(), pairwise([*starts, len(rows)]), strict=True))
         for shadow, held in zip(self.shadows, self._held, strict=True):
-            shadow.found(held(rows))
-            for owner, (start, stop) in runs:
-                shadow.used(request, owner, stop - start)
+            kept = held(rows)
+            shadow.found(kept)
+            for owner, (start, stop) in runs:  # what a tier lacks of a chain is its end, mostly
+                shadow.used(request, owner, stop - start, max(0, stop - max(start, kept)))
 
     def stored(self, rows: Rows, request: int, at: int) -> None:
         """See Learner."""
@@ -251,7 +255,7 @@ class Gittins:
         estimator.reused_at(cell, blocks)
         estimator.lost_at(cell, lost)
         for shadow in self.shadows:
-            shadow.used(request, last, blocks)
+            shadow.used(request, last, blocks, blocks)
             shadow.forget(last, lost)
         rhythm = rhythm_of(gap, ghosts.rhythm[ghost])
         ghosts.drop(ghost)

@@ -6,11 +6,15 @@ enough to know, per request, how many blocks were used by it last. A block that 
 tells its last request, which either is among those held or not. Exact but for blocks that nobody
 remembers (see ghosts.py), which count as misses: within 0.2 points of a simulated leaf-LRU on two
 traces at six sizes. O(1) per run of blocks with the same last request.
+
+A block that leaf-LRU holds and the policy has let go is at stake: the most that can be lost by it
+is one hit. So the policy may go its own way as far as what it stakes, times the risk that leaf-LRU
+hits a staked block, is covered by what it has won lately and a little more; beyond that leaf-LRU's
+order holds, from one eviction to the next. The risk is learned from what became of stakes. That
+bounds a loss before it is made; the guard ends one that goes on nevertheless.
 """
 
 from __future__ import annotations
-
-from math import sqrt
 
 import numpy as np
 
@@ -22,12 +26,13 @@ _DECAY = 1 - 1 / 4096
 _LOSS = 0.003
 _REQUESTS_MIN = 1024
 _TURNOVERS_MIN = 2
-# A loss that is no chance need not be waited for: one over 3 standard deviations of a sum of
-# independent gains and losses by request, and of 1 % of the cache. See docs/architecture.md.
-_SIGMAS = 3
-_LOSS_OF_CAPACITY = 0.01
 _PENALTY_REQUESTS = 1024
 _PENALTY_MAX = 65536
+# The stake. What 6 requests ask for may be lost, 0.15 % of what _DECAY remembers. Before anything
+# is known one staked block in 2 is taken to be lost, as if seen of 1 % of the cache.
+_ALLOWED_REQUESTS = 6
+_RISK = 1 / 2
+_RISK_OF_CAPACITY = 0.01
 
 
 class Shadow:
@@ -56,15 +61,17 @@ class Shadow:
         self._size = 1 << max(10, (capacity - 1).bit_length())
         self._mask = self._size - 1
         self._blocks = np.zeros(self._size, np.int32).data
+        self._staked = np.zeros(self._size, np.int32).data
         self._is_broken = bytearray(self._size)
+        self._stake = 0
+        self._lost = 0.0  # staked blocks that leaf-LRU then hit
+        self._kept = 0.0  # and such that it dropped too
         self._newest = 0
         self._oldest = 0  # held whole
         self._whole = 0  # blocks of those
         self._part = 0  # blocks of the request before the oldest
         self._lead = 0.0
         self._weight = 0.0
-        self._before = 0.0  # the lead when the last request began
-        self._squares = 0.0  # of what each request won or lost
         self._stored = 0
         self._since = 0
         self._penalty = _PENALTY_REQUESTS
@@ -80,21 +87,46 @@ class Shadow:
         if request - self._oldest >= self._size:  # very many small ones
             self._shed(request - self._size + 1)
         self._blocks[request & self._mask] = 0
+        self._staked[request & self._mask] = 0
         self._is_broken[request & self._mask] = 0
         self._newest = request
-        self._squares = (self._squares + (self._lead - self._before) ** 2) * _DECAY**2
         self._lead *= _DECAY
         self._weight *= _DECAY
-        self._before = self._lead
+        self._lost *= _DECAY
+        self._kept *= _DECAY
         self._judge(request)
+
+    @property
+    def is_cautious(self) -> bool:
+        """Whether leaf-LRU's order shall hold now: the policy loses, or stakes all it may."""
+        prior = _RISK_OF_CAPACITY * self._capacity
+        risk = (self._lost + _RISK * prior) / (self._lost + self._kept + prior)
+        allowed = _ALLOWED_REQUESTS * self.asked / max(1, self._newest)
+        return self.is_losing or risk * self._stake > self._lead + allowed
+
+    def evicted(self, last: int) -> None:
+        """The policy lets go a block that a request used last."""
+        if last >= self._oldest and self._newest - last < self._size:
+            self._staked[last & self._mask] += 1
+            self._stake += 1
+
+    def _unstake(self, last: int, blocks: int) -> int:
+        """Blocks of a request are not at stake any more; how many of them were."""
+        if last < self._oldest or self._newest - last >= self._size:
+            return 0
+        blocks = min(blocks, self._staked[last & self._mask])
+        self._staked[last & self._mask] -= blocks
+        self._stake -= blocks
+        return blocks
 
     def found(self, blocks: int) -> None:
         """The policy's own hits."""
         self.own_hits += blocks
         self._lead += blocks
 
-    def used(self, request: int, last: int, blocks: int) -> None:
-        """A request uses blocks that another one used last."""
+    def used(self, request: int, last: int, blocks: int, gone: int) -> None:
+        """A request uses blocks that another one used last; the tier lacks some of them."""
+        self._lost += self._unstake(last, gone)
         ours = self._take(last, blocks)
         broken, place = self._is_broken, request & self._mask
         if not broken[place]:
@@ -111,6 +143,7 @@ class Shadow:
 
     def forget(self, last: int, blocks: int) -> None:
         """Blocks will not be heard of again."""
+        self._unstake(last, blocks)
         if self._newest - last < self._size:
             self._blocks[last & self._mask] -= blocks
             if last >= self._oldest:
@@ -129,6 +162,7 @@ class Shadow:
         while self._oldest < oldest:
             self._part = self._blocks[self._oldest & self._mask]
             self._whole -= self._part
+            self._kept += self._unstake(self._oldest, self._capacity)
             self._oldest += 1
 
     def _take(self, last: int, blocks: int) -> int:
@@ -159,20 +193,13 @@ class Shadow:
                 return
             self.is_losing = False
             self._penalty = min(2 * self._penalty, _PENALTY_MAX)
-            self._lead = self._weight = self._before = self._squares = 0.0
+            self._lead = self._weight = 0.0
             self._since = request
-        elif self._is_behind(request):
+        elif (
+            request - self._since >= _REQUESTS_MIN
+            and self._stored >= _TURNOVERS_MIN * self._capacity
+            and self._lead < -_LOSS * self._weight
+        ):
             self.is_losing = True
             self.falls += 1
             self._since = request
-
-    def _is_behind(self, request: int) -> bool:
-        """Whether the policy loses for sure, or has lost for long."""
-        loss = -self._lead
-        if loss > _LOSS_OF_CAPACITY * self._capacity and loss > _SIGMAS * sqrt(self._squares):
-            return True
-        return (
-            request - self._since >= _REQUESTS_MIN
-            and self._stored >= _TURNOVERS_MIN * self._capacity
-            and loss > _LOSS * self._weight
-        )
