@@ -7,7 +7,7 @@
 Only leaves go, so that no block is kept that cannot be reached. The service and `kvist cache
 replay` run this code, the same objects; only what a leaf is, and what time it is, comes from them.
 
-The policies: LeafLru here, run-ghost Gittins in cachesvc/rgg.py.
+The policies: LeafLru here, run-ghost Gittins in cachesvc/rgg.py, for hits or for saved work.
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ from kvist.proto.hints import Hint
 Rows: TypeAlias = NDArray[np.int64]
 """Row numbers of a chain of blocks, each standing on the one before it; first block first."""
 
-PolicyName = Literal["rgg", "lru"]
-POLICIES: tuple[PolicyName, ...] = ("rgg", "lru")
+PolicyName = Literal["rgg", "cost", "lru"]
+POLICIES: tuple[PolicyName, ...] = ("rgg", "cost", "lru")
+
+BLOCK_TOKENS = 64
+EVEN_TOKENS = 30518
+"""Tokens before a token that cost as much to attend to as its own share of the weights: 2 * 8.0e9
+operations for the parameters of a Llama 3 8B, 4 * 4096 * 32 for each token attended to. 53,000 for
+a 70B, 11,000 for a 0.5B."""
 
 TICKS_PER_S = 32
 TICK_MASK = 0xFFFFFFFF
@@ -149,10 +155,12 @@ class Policy(Learner, Protocol):
     Attributes:
         name: of the policy.
         shadows: leaf-LRU counted beside it, one for each order; none beside leaf-LRU itself.
+        block_tokens: tokens of a block, once it is known.
     """
 
     name: PolicyName
     shadows: list[Shadow]
+    block_tokens: int
 
     def order(
         self, may_go: Callable[[int], bool], held: Callable[[Rows], int], capacity: int
@@ -176,6 +184,7 @@ class LeafLru:
     name: PolicyName = "lru"
 
     def __init__(self, tree: Tree, history: History) -> None:
+        self.block_tokens = BLOCK_TOKENS
         self.shadows: list[Shadow] = []
         self._request = history.request_of
         self._depth = tree.depth

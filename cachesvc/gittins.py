@@ -52,9 +52,9 @@ _PRIOR[0, 0] = HAZARD_PER_OCTAVE * 4
 _BASES = CLASSES // FORESIGHT_KINDS
 
 # What a hint is taken to mean until it is known what came of its like: after the end of a session
-# one block in 16 comes back that would have otherwise; in a pause next to none before half of it,
+# one block in 256 comes back that would have otherwise; in a pause next to none before half of it,
 # then half of them in each half octave, and after twice the pause it is as if nothing was said.
-_END_FACTOR = 1 / 16
+_END_FACTOR = 1 / 256
 _EARLY_FACTOR = 1 / 4
 _DUE_HAZARD = 0.5
 
@@ -73,6 +73,7 @@ def _expected_hazards() -> tuple[Table, Table]:
 
 
 _FACTOR, _LEAST = _expected_hazards()
+_IS_FORETOLD = np.arange(CLASSES) % FORESIGHT_KINDS >= RHYTHM_KINDS
 
 
 def hazards(seen: Sequence[Table], weight: float, prior: Table) -> Table:
@@ -117,9 +118,11 @@ class Estimator:
     Attributes:
         worth: (CLASSES * BUCKETS,), per second; index is class * BUCKETS + bucket.
         worth_of: the same memory, for single values.
+        is_foretold: there are hints, so what they mean is worked out.
     """
 
     def __init__(self) -> None:
+        self.is_foretold = False
         self._events = np.zeros(CLASSES * BUCKETS)
         self._ends = np.zeros(CLASSES * BUCKETS)
         self.worth = np.zeros(CLASSES * BUCKETS)
@@ -151,7 +154,10 @@ class Estimator:
         pool = hazards(all_kinds, POOL_BLOCKS, _PRIOR)
         base = hazards(by_base, POOL_BLOCKS, pool)
         # A class of which nothing was seen is its base; few of them are ever seen.
-        active = np.flatnonzero(sum(table.any(axis=1) for table in seen))
+        is_active = sum(table.any(axis=1) for table in seen)
+        if self.is_foretold:
+            is_active += _IS_FORETOLD
+        active = np.flatnonzero(is_active)
         of_active, told = base[active // FORESIGHT_KINDS], active % FORESIGHT_KINDS
         prior = np.maximum(of_active * _FACTOR[told], _LEAST[told])
         own = hazards([table[active] for table in seen], CLASS_BLOCKS, prior)

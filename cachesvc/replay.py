@@ -21,17 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvist.cachesvc.blocks import NO_ROW
-from kvist.cachesvc.eviction import History, PolicyName, Rows
+from kvist.cachesvc.eviction import EVEN_TOKENS, History, PolicyName, Rows
 from kvist.cachesvc.rgg import make_policy
 from kvist.cachesvc.trace import Trace
 from kvist.cachesvc.uses import Uses
 from kvist.cachesvc.whatif import Estimate, WhatIf
 from kvist.proto.hints import NO_HINT
-
-# Tokens before a token that cost as much as its own share of the weights: 2 * 8.0e9 operations
-# for the parameters of a Llama 3 8B, 4 * 4096 * 32 for each token attended to.
-EVEN_TOKENS = 30518
-
 
 Contender = PolicyName | Literal["opt"]
 
@@ -43,7 +38,7 @@ class Score:
     Attributes:
         capacity: blocks.
         blocks, tokens, work: percent of those asked for. work counts the operations of a
-            prefill, which grow with the tokens before a block; see EVEN_TOKENS.
+            prefill, which grow with the tokens before a block; see eviction.EVEN_TOKENS.
         shadow: percent of blocks that the policy says leaf-LRU had hit; None if it does not say.
         what_if: of leaf-LRU at multiples of the capacity, as estimated on the way; () for opt.
         seconds: of processor time that it took.
@@ -268,13 +263,15 @@ def replay_policy(
         progress: as for replay.
     """
     cache = make_cache(trace, capacity, policy, seed)
+    ours = cache if isinstance(cache, PolicyCache) else None
+    if ours is not None:
+        ours.policy.block_tokens = block_tokens
     hits, seconds = replay(trace, cache, progress)
     lengths = np.diff(trace.starts)
     hit_tokens = np.minimum(hits * block_tokens, trace.tokens)
     before = np.arange(int(lengths.max()) + 1) * block_tokens
     # work[n]: of the first n blocks, in blocks that have nothing before them.
     work = np.concatenate([[0.0], np.cumsum(1 + before / EVEN_TOKENS)])
-    ours = cache if isinstance(cache, PolicyCache) else None
     shadows = ours.policy.shadows if ours else ()
     return Score(
         policy=policy,

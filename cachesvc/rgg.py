@@ -30,7 +30,17 @@ from random import Random
 import numpy as np
 
 from kvist.cachesvc.blocks import NO_ROW
-from kvist.cachesvc.eviction import TICK_MASK, History, LeafLru, Policy, PolicyName, Rows, Tree
+from kvist.cachesvc.eviction import (
+    BLOCK_TOKENS,
+    EVEN_TOKENS,
+    TICK_MASK,
+    History,
+    LeafLru,
+    Policy,
+    PolicyName,
+    Rows,
+    Tree,
+)
 from kvist.cachesvc.ghosts import NO_GHOST, Ghosts
 from kvist.cachesvc.gittins import BUCKETS, CLASSES, EDGES, Estimator, Table
 from kvist.cachesvc.hints import UNTOLD, Hints
@@ -61,12 +71,16 @@ class Gittins:
         seed: of the choice of leaves.
 
     Attributes:
+        name: "cost" multiplies the worth of a block by what it costs to compute again, which grows
+            with the tokens before it; "rgg" does not.
         shadows: one per order, in their order.
+        block_tokens: see Policy.
     """
 
     name: PolicyName = "rgg"
 
     def __init__(self, tree: Tree, history: History, capacity: int, seed: int) -> None:
+        self.block_tokens = BLOCK_TOKENS
         rows = len(history.request)
         self._tree = tree
         self._parent, self._name = tree.parent, tree.name
@@ -116,16 +130,21 @@ class Gittins:
         ages = np.uint32(at) - self._history.at[rows]
         cells = self._kind[rows] * np.int64(BUCKETS) + np.searchsorted(EDGES, ages)
         worths: Table = self._estimator.worth[cells]
+        if self.name == "cost":
+            worths = worths * (1 + self._depths[rows] * (self.block_tokens / EVEN_TOKENS))
         return worths * self._hints.weights(rows) if self._hints.is_on else worths
 
     def worth(self, row: int, at: int) -> float:
         """The same for one row."""
         cell = self._cell(self._kind_of[row], at - self._history.at_of[row])
         worth: float = self._estimator.worth_of[cell]
+        if self.name == "cost":
+            worth *= 1 + self._tree.depth[row] * self.block_tokens / EVEN_TOKENS
         return worth * self._hints.weight(row) if self._hints.is_on else worth
 
     def are_alike(self, row: int, other: int) -> bool:
-        """Whether two rows are worth the same at all times, as those of a run are."""
+        """Whether two rows are worth the same at all times, as those of a run are; of a chain the
+        one before may cost less."""
         kind_of, at_of, weight = self._kind_of, self._history.at_of, self._hints.weight
         are_of_a_run = kind_of[row] == kind_of[other] and at_of[row] == at_of[other]
         return are_of_a_run and (not self._hints.is_on or weight(row) == weight(other))
@@ -223,6 +242,9 @@ class Gittins:
     def hinted(self, rows: Rows, request: int, hint: Hint) -> None:
         """See Learner."""
         self._hints.told(request, hint)
+        if not self._estimator.is_foretold:  # the first one
+            self._estimator.is_foretold = True
+            self._rebuild(self._now)
         self._hints.used(rows, request)
         self._classify_all(rows)
 
@@ -358,4 +380,6 @@ def make_policy(name: PolicyName, tree: Tree, history: History, capacity: int, s
     """The policy of a name, for a cache of that many blocks; see Gittins."""
     if name == "lru":
         return LeafLru(tree, history)
-    return Gittins(tree, history, capacity, seed)
+    policy = Gittins(tree, history, capacity, seed)
+    policy.name = name
+    return policy

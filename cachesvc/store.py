@@ -161,6 +161,7 @@ class Store:
         """
         parts = self._parts_for(shape.record_bytes)
         session = self._sessions.open(client, pid, namespace)
+        parts.placement.policy.block_tokens = shape.block_tokens
         parts.index.set_sessions(len(self._sessions))
         self._log.info(
             "session opened", session=session.id, client=client, pid=pid,
