@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from kvist.engine.cache_hints import CacheHints
 from kvist.engine.request import CACHE_BYPASS, CACHE_ON, SamplingParams
 from kvist.proto.errors import KvistError
 from kvist.proto.hints import NO_HINT, Hint
@@ -101,19 +102,6 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """What a stream carries besides text."""
 
     include_usage: bool = False
-
-
-class CacheHints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the sender knows of what comes after the request; see kvist.proto.hints."""
-
-    session_end: bool = False
-    tool_pause_s: float = 0.0
-    priority: int = 0
-
-    @property
-    def hint(self) -> Hint:
-        """As the cache takes it."""
-        return Hint(self.session_end, self.tool_pause_s, self.priority)
 
 
 class _Generate(msgspec.Struct, frozen=True, kw_only=True):
