@@ -26,9 +26,10 @@ from kvist.cachesvc.storing import StoreItem, Storer, StoreResult
 from kvist.cachesvc.trial import RETRY_S, TrialPage, run_trial
 from kvist.proto import cache_pb2
 from kvist.proto.errors import KvistError
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey, Namespace
 from kvist.proto.record import Bytes, Wanted
-from kvist.proto.shm import CLAIM, CORRUPT, PREFETCH, RELEASE, TOUCH
+from kvist.proto.shm import CLAIM, CORRUPT, EXPECT, PREFETCH, RELEASE, TOUCH
 from kvist.transfer.pace import Pace
 
 BACKOFF_MIN_S = 0.02
@@ -238,12 +239,19 @@ class CacheClient:
                     found.append("dram" if location.dram is not None else "flash")
             return tuple(found)
 
-    def touch(self, keys: Sequence[BlockKey], blocks: int) -> None:
-        """Say that the first blocks were used; kept from eviction longer. Makes no call."""
-        if blocks:
+    def touch(self, keys: Sequence[BlockKey], blocks: int, hint: Hint = NO_HINT) -> None:
+        """Say that the first blocks were used; kept from eviction longer. Makes no call.
+
+        Args:
+            keys: of the prompt's full blocks.
+            hint: what the request's sender says; of a request that found nothing it goes with
+                the first block, which is stored later.
+        """
+        if blocks or (keys and hint != NO_HINT):
+            kind, key = (TOUCH, keys[blocks - 1]) if blocks else (EXPECT, keys[0])
             with self._entered() as life:
                 if life is not None:
-                    life.push(TOUCH, blocks, keys[blocks - 1])
+                    life.push(kind, blocks, key, hint)
 
     def prefetch(self, keys: Sequence[BlockKey], blocks: int) -> None:
         """Ask for the first blocks to rise to DRAM; the sidecar is woken. Makes no call."""

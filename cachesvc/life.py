@@ -11,6 +11,7 @@ from kvist.cachesvc.index import IndexReader
 from kvist.cachesvc.ring import RingWriter
 from kvist.proto import cache_pb2
 from kvist.proto.errors import FormatRefused
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey
 from kvist.proto.verify import Verifier
 from kvist.transfer.shm import ArenaMap
@@ -90,10 +91,10 @@ class Life:
         for close in self._closers:
             close()
 
-    def push(self, kind: int, blocks: int, key: BlockKey) -> None:
+    def push(self, kind: int, blocks: int, key: BlockKey, hint: Hint = NO_HINT) -> None:
         """Put an entry into the ring; a full ring drops it."""
         with self._ring_lock:
-            if not self._ring.push(kind, blocks, key):
+            if not self._ring.push(kind, blocks, key, hint):
                 self._ring.add("ring_drops", 1)
 
     def add(self, counts: Mapping[str, int]) -> None:

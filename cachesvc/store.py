@@ -21,6 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from kvist.cachesvc.blocks import name_of
 from kvist.cachesvc.flashio import Post
 from kvist.cachesvc.folders import locked
 from kvist.cachesvc.host import Host
@@ -32,9 +33,10 @@ from kvist.cachesvc.ring import Entry
 from kvist.cachesvc.sessions import RING_PREFIX, First, Session, SessionInfo, Sessions
 from kvist.cachesvc.watch import backoff_s
 from kvist.proto.errors import BlockCorrupt, BlockMissing, ConfigInvalid, FormatRefused
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import PAGE_BYTES, RecordShape, unpack_header
-from kvist.proto.shm import CLAIM, CORRUPT, PREFETCH, RELEASE, TOUCH
+from kvist.proto.shm import CLAIM, CORRUPT, EXPECT, PREFETCH, RELEASE, TOUCH
 
 __all__ = ["Reserved", "SessionInfo", "Store", "StoreConfig", "StoreStats"]
 
@@ -177,6 +179,7 @@ class Store:
         """
         parts = self._parts_for(shape.record_bytes)
         session = self._sessions.open(client, pid, namespace)
+        parts.placement.policy.block_tokens = shape.block_tokens
         parts.index.set_sessions(len(self._sessions))
         self._log.info(
             "session opened", session=session.id, client=client, pid=pid,
@@ -246,20 +249,20 @@ class Store:
             tiers.append("dram" if location.dram is not None else "flash")
         return tiers, "" if len(tiers) == len(keys) else index.miss_reason(keys[len(tiers)])
 
-    def prefetch(self, keys: Sequence[BlockKey]) -> int:
+    def prefetch(self, keys: Sequence[BlockKey], hint: Hint = NO_HINT) -> int:
         """Have the cached prefix of a prompt rise to DRAM; how many blocks are on the way."""
         blocks = self._parts.index.longest_prefix(keys) if self._parts else 0
-        return self._rise(_ELSEWHERE, keys[blocks - 1]) if blocks else 0
+        return self._rise(_ELSEWHERE, keys[blocks - 1], hint) if blocks else 0
 
-    def _rise(self, session: int, last: BlockKey) -> int:
+    def _rise(self, session: int, last: BlockKey, hint: Hint) -> int:
         placement = self._made.placement
         row = placement.index.locate(last)
         if row is None:
             return 0
-        placement.uses.wished(session, row)
+        placement.uses.wished(session, row, hint)
         return self._made.moves.rise_chain(row)
 
-    async def read_record(self, key: BlockKey) -> memoryview:
+    async def read_record(self, key: BlockKey, hint: Hint = NO_HINT) -> memoryview:
         """A copy of a block's record, from flash by way of DRAM if need be.
 
         Raises: BlockMissing when no tier holds it. TierFull, TierOffline, BlockCorrupt when it
@@ -267,7 +270,7 @@ class Store:
         """
         if self._parts is None:
             raise BlockMissing("nothing is stored yet")
-        return await asyncio.wrap_future(self._parts.moves.read(key))
+        return await asyncio.wrap_future(self._parts.moves.read(key, hint))
 
     def put_record(self, record: bytes | memoryview) -> Literal["stored", "present", "refused"]:
         """Store a whole record, its parent before it.
@@ -374,11 +377,13 @@ class Store:
         elif row is None:
             if entry.kind == CLAIM:
                 self._made.claims.claim(entry.key, session, now_s)
-        elif entry.kind == TOUCH:
-            placement.uses.touched(session, row)
+            elif entry.kind == EXPECT:
+                placement.uses.expected(name_of(entry.key), entry.hint)
+        elif entry.kind in (TOUCH, EXPECT):
+            placement.uses.touched(session, row, entry.hint)
             self._made.admission.used(row)
         elif entry.kind == PREFETCH:
-            self._rise(session, entry.key)
+            self._rise(session, entry.key, entry.hint)
         elif entry.kind == CORRUPT:
             self._check(row, entry.key)
 

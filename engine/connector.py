@@ -297,7 +297,8 @@ class Connector:
         self.tally.add(lookup)
         if self._cache is not None:
             self._cache.count(lookup.requested, lookup.hits, lookup.misses)
-            self._cache.touch(sequence.keys(), sequence.registered + loaded)
+            blocks = sequence.registered + loaded
+            self._cache.touch(sequence.keys(), blocks, sequence.request.hint)
 
 
 def _waits(loaded: Loaded) -> bool:

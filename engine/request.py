@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from kvist.proto.hints import NO_HINT, Hint
+
 CACHE_ON = "on"
 CACHE_BYPASS = "bypass"
 
@@ -43,6 +45,7 @@ class NewRequest(msgspec.Struct, frozen=True, tag="new"):
         params: how to sample.
         cache_salt: prompts with different salts never share blocks.
         cache: CACHE_ON, or CACHE_BYPASS to neither read nor write any tier (HBM included).
+        hint: what the sender says of what comes after it.
     """
 
     id: str
@@ -50,6 +53,7 @@ class NewRequest(msgspec.Struct, frozen=True, tag="new"):
     params: SamplingParams
     cache_salt: str = ""
     cache: str = CACHE_ON
+    hint: Hint = NO_HINT
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

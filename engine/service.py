@@ -213,6 +213,7 @@ class Service:
                     request.sampling(limit, request.logprob_count, choice),
                     request.cache_salt or "",
                     request.cache,
+                    request.hint,
                 )
                 decoder = self._tokenizer.detokenizer(prompt[-CONTEXT_IDS:])
                 stops = StopStrings(request.stop_strings)

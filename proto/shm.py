@@ -58,10 +58,13 @@ Ring file: a header of 4096 bytes, then entries of 64 bytes.
                                   not measured
 
     offset  bytes  entry field
-         0      4  kind           TOUCH, PREFETCH, CORRUPT, CLAIM or RELEASE
+         0      4  kind           TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE or EXPECT
          4      4  blocks         blocks of the prefix that ends with key
          8     16  key
         24      8  at_ns          CLOCK_MONOTONIC
+        32      4  pause_ms       of a hint, see proto/hints.py; 0 without one, as the next two
+        36      1  priority       with a sign
+        37      1  session_end    0 or 1
 """
 
 from __future__ import annotations
@@ -102,8 +105,8 @@ TAIL_OFFSET = 128
 COUNTERS_OFFSET = 512
 RATES_OFFSET = 2048
 ENTRY_BYTES = 64
-ENTRY = struct.Struct("<II16sQ")
-TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE = 1, 2, 3, 4, 5
+ENTRY = struct.Struct("<II16sQIbB")
+TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE, EXPECT = range(1, 7)
 
 TIERS = ("hbm", "dram", "flash")
 """Where a hit came from: the tier the block was in when the request was looked up."""
