@@ -15,11 +15,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from kvist.cachesvc.control import PROTOCOL_VERSION, Control, GrpcControl, local_address
-from kvist.cachesvc.life import Life
+from kvist.cachesvc.life import Claimant, Found, Life
 from kvist.cachesvc.loading import LayerLoad, load_block, stream_blocks
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.storing import StoreItem, Storer, StoreResult
@@ -32,24 +30,10 @@ from kvist.proto.record import Bytes, Wanted
 from kvist.proto.shm import CLAIM, CORRUPT, EXPECT, PREFETCH, RELEASE, TOUCH
 from kvist.transfer.pace import Pace
 
+__all__ = ["CacheClient", "Claimant", "Found", "open_cache"]
+
 BACKOFF_MIN_S = 0.02
 BACKOFF_MAX_S = 0.2
-Claimant = Literal["alone", "none", "self", "other"]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a lookup saw.
-
-    Attributes:
-        blocks: length of the longest cached prefix.
-        reason: why the prefix ends there, one of MISS_REASONS; "" when all blocks are cached.
-        epoch: boot epoch of the sidecar asked; b"" when detached.
-    """
-
-    blocks: int
-    reason: str
-    epoch: bytes
 
 
 class CacheClient:

@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
-from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
@@ -27,10 +26,10 @@ from kvist.cachesvc.folders import locked
 from kvist.cachesvc.host import Host
 from kvist.cachesvc.intake import Reserved
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.parts import ARENA_NAME, INDEX_NAME, Maker, Parts, StoreConfig
+from kvist.cachesvc.parts import Maker, Parts, StoreConfig, sweep
 from kvist.cachesvc.report import StoreStats, store_stats, unopened_flash
 from kvist.cachesvc.ring import Entry
-from kvist.cachesvc.sessions import RING_PREFIX, First, Session, SessionInfo, Sessions
+from kvist.cachesvc.sessions import First, Session, SessionInfo, Sessions
 from kvist.cachesvc.watch import backoff_s
 from kvist.proto.errors import BlockCorrupt, BlockMissing, ConfigInvalid, FormatRefused
 from kvist.proto.hints import NO_HINT, Hint
@@ -100,7 +99,7 @@ class Store:
             for folder in dict.fromkeys((self._config.run_dir, self._config.shm_dir)):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 undo.enter_context(locked(folder))
-            _sweep(self._config.shm_dir)
+            sweep(self._config.shm_dir)
             undo.callback(self._sessions.close)
             self._undo = undo.pop_all()
         try:
@@ -396,9 +395,3 @@ class Store:
                 dropped_blocks=blocks - len(placement.blocks),
                 quarantined_slots=placement.dram.quarantined,
             )  # fmt: skip
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what an earlier life left; its workers keep the memory that they have mapped."""
-    for path in (folder / INDEX_NAME, folder / ARENA_NAME, *folder.glob(f"{RING_PREFIX}*")):
-        path.unlink(missing_ok=True)
