@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -194,12 +195,15 @@ class Bench:
         )
         os.environ.update(core_environment(self.config, os.environ))
         self.engine = Engine(self.config)
-        self.blocks = flags.cached // self.config.block_tokens
-        draw = np.random.default_rng(SEED)
-        vocab = self.engine.parts.runner.vocab
-        self.draw = lambda count: draw.integers(100, vocab - 100, count).tolist()
+        self.blocks: int = flags.cached // self.config.block_tokens
+        self._rng = np.random.default_rng(SEED)
         self.prefixes = [self.draw(flags.cached) for _ in range(flags.prompts)]
         self.answers: dict[tuple[int, ...], list[int]] = {}
+
+    def draw(self, count: int) -> list[int]:
+        """Token ids that nobody has seen."""
+        last = self.engine.parts.runner.vocab - 100
+        return [int(token) for token in self._rng.integers(100, last, count)]
 
     def ask(self, prompt: list[int]) -> float:
         """TTFT in milliseconds; the answer must be what it was before."""
@@ -218,7 +222,7 @@ class Bench:
         def on_flash() -> bool:
             tiers = {row["tier"]: row for row in self.sidecar.stats()["tiers"]}
             wanted = self.blocks * len(self.prefixes)
-            return int(tiers["flash"]["used_slots"]) >= wanted
+            return int(tiers["flash"]["used_slots"]) >= int(wanted)
 
         wait_until("the prefixes to be on flash", on_flash)
 
@@ -237,12 +241,8 @@ class Bench:
 
     def log_tail(self) -> str:
         """What the sidecar said since its last start."""
-        text = (self.sidecar_log()).read_text()
+        text = (self.sidecar.socket.parent / "kvistd.log").read_text()
         return text[text.rindex(" ready socket=") :]
-
-    def sidecar_log(self) -> Path:
-        """Its file."""
-        return Path(self.sidecar.socket).parent / "kvistd.log"
 
     def overlap(self, tier: str, suffix: int) -> dict[str, Any]:
         """Measure one tier with one length of suffix."""
@@ -294,8 +294,6 @@ class Bench:
 
     def cold(self) -> dict[str, Any]:
         """A cold prompt with the cache on and off, in turns."""
-        import dataclasses
-
         off = Engine(dataclasses.replace(self.config, cache="off"))
         engines = {"on": self.engine, "off": off}
         first: dict[str, list[float]] = {"on": [], "off": []}

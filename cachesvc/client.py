@@ -15,40 +15,25 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from kvist.cachesvc.control import PROTOCOL_VERSION, Control, GrpcControl, local_address
-from kvist.cachesvc.life import Life
+from kvist.cachesvc.life import Claimant, Found, Life
 from kvist.cachesvc.loading import LayerLoad, load_block, stream_blocks
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.storing import StoreItem, Storer, StoreResult
 from kvist.cachesvc.trial import RETRY_S, TrialPage, run_trial
 from kvist.proto import cache_pb2
 from kvist.proto.errors import KvistError
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey, Namespace
 from kvist.proto.record import Bytes, Wanted
-from kvist.proto.shm import CLAIM, CORRUPT, PREFETCH, RELEASE, TOUCH
+from kvist.proto.shm import CLAIM, CORRUPT, EXPECT, PREFETCH, RELEASE, TOUCH
 from kvist.transfer.pace import Pace
+
+__all__ = ["CacheClient", "Claimant", "Found", "open_cache"]
 
 BACKOFF_MIN_S = 0.02
 BACKOFF_MAX_S = 0.2
-Claimant = Literal["alone", "none", "self", "other"]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a lookup saw.
-
-    Attributes:
-        blocks: length of the longest cached prefix.
-        reason: why the prefix ends there, one of MISS_REASONS; "" when all blocks are cached.
-        epoch: boot epoch of the sidecar asked; b"" when detached.
-    """
-
-    blocks: int
-    reason: str
-    epoch: bytes
 
 
 class CacheClient:
@@ -238,12 +223,19 @@ class CacheClient:
                     found.append("dram" if location.dram is not None else "flash")
             return tuple(found)
 
-    def touch(self, keys: Sequence[BlockKey], blocks: int) -> None:
-        """Say that the first blocks were used; kept from eviction longer. Makes no call."""
-        if blocks:
+    def touch(self, keys: Sequence[BlockKey], blocks: int, hint: Hint = NO_HINT) -> None:
+        """Say that the first blocks were used; kept from eviction longer. Makes no call.
+
+        Args:
+            keys: of the prompt's full blocks.
+            hint: what the request's sender says; of a request that found nothing it goes with
+                the first block, which is stored later.
+        """
+        if blocks or (keys and hint != NO_HINT):
+            kind, key = (TOUCH, keys[blocks - 1]) if blocks else (EXPECT, keys[0])
             with self._entered() as life:
                 if life is not None:
-                    life.push(TOUCH, blocks, keys[blocks - 1])
+                    life.push(kind, blocks, key, hint)
 
     def prefetch(self, keys: Sequence[BlockKey], blocks: int) -> None:
         """Ask for the first blocks to rise to DRAM; the sidecar is woken. Makes no call."""
@@ -372,7 +364,7 @@ class CacheClient:
     # What needs a call.
 
     def store(self, items: Sequence[StoreItem]) -> StoreResult:
-        """Copy blocks into the cache: a Reserve and a Commit for each 32 MiB of new blocks.
+        """Copy blocks into the cache: a Reserve and a Commit for each 48 MiB of new blocks.
 
         Args:
             items: parents before their children.

@@ -4,8 +4,9 @@
     compute    = c + a * tokens + b * sum of their positions      (of one step)
 
 Rates are means that forget, the second line is fitted by recursive least squares that forget. A
-load that runs beside the computation costs what is longer of the two, one that must rise from
-flash first costs both. Of all prefixes of what was found the cheapest is loaded, the rest computed.
+load that runs beside the computation costs what is longer of the two; one that must rise from flash
+first, or would hold up the computation of others, costs both. Of all prefixes of what was found the
+cheapest is loaded, the rest computed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ CROSSOVER = 4096
 # Variance over the square of a: what nothing is heard of shall not be believed to be anything.
 SPREAD_MAX = 1e4
 WEIGHT_SMALL = 0.05
+# Estimates are no better than that.
+MARGIN = 1.1
 # Variance of a step's time around what it should be, over its square.
 NOISE = 0.1**2
 # Prefixes that were computed although they were there, before one is loaded all the same, so that a
@@ -158,7 +161,9 @@ class CostModel:
         self._block_tokens = block_tokens
         self._avoided = 0
 
-    def choose(self, first: int, tiers: Sequence[str], tokens: int, queued: int) -> Choice:
+    def choose(
+        self, first: int, tiers: Sequence[str], tokens: int, queued: int, alone: bool
+    ) -> Choice:
         """Decide how much of a found prefix is loaded; tell `decided` when that is done.
 
         Args:
@@ -166,12 +171,14 @@ class CostModel:
             tiers: of each found block.
             tokens: of the whole sequence.
             queued: blocks of other loads that are under way and go first.
+            alone: nobody is held up when the load takes longer than the computation.
         """
         load_s, compute_s = self._load_s(tiers, queued), self._compute_s(first, len(tiers), tokens)
         risen = np.array([0, *np.cumsum([tier == "flash" for tier in tiers])])
-        total = np.where(risen, load_s + compute_s, np.maximum(load_s, compute_s))
-        # Of equal ones the longest: it leaves the cores to others.
-        best = len(tiers) - int(np.argmin(total[::-1]))
+        is_serial = (risen > 0) | ((load_s > compute_s) & (not alone))
+        total = np.where(is_serial, load_s + compute_s, np.maximum(load_s, compute_s))
+        # Of those that are about as good the longest: it leaves the cores to others.
+        best = int(np.flatnonzero(total <= MARGIN * total.min())[-1])
         if self._avoided >= TRY_AGAIN:
             best = len(tiers)
         return Choice(best, len(tiers) - best, float(load_s[best]), float(compute_s[best]))

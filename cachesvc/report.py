@@ -14,7 +14,11 @@ from kvist.proto.shm import MISS_REASONS, TIERS
 
 @dataclass(frozen=True, slots=True)
 class TierUse:
-    """One tier now, and what it did in this life; the fields of TierStats in cache.proto."""
+    """One tier now, and what it did in this life; the fields of TierStats in cache.proto, and
+
+    Attributes:
+        failure: why it is in state "failed", in words; "" when it is not.
+    """
 
     tier: str
     state: str
@@ -26,6 +30,7 @@ class TierUse:
     read_blocks: int
     quarantined_slots: int = 0
     huge_bytes: int = 0
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +114,20 @@ def tier_uses(placement: Placement, moves: Moves) -> tuple[TierUse, ...]:
     ]  # fmt: skip
     if flash is not None:
         used = flash.slots - flash.free_slots - flash.quarantined
-        used = 0 if moves.state == "rebuilding" else used
+        used = 0 if flash.needs_rebuild else used
         uses.append(
             TierUse(
                 "flash", moves.state, flash.slots, used, flash.slot_bytes,
                 counts.flash_evicted, counts.flash_written, counts.flash_read,
-                flash.quarantined,
+                flash.quarantined, failure=flash.failure,
             )
         )  # fmt: skip
-    elif moves.state == "failed":  # it could not even be opened
-        uses.append(TierUse("flash", "failed", 0, 0, dram.slot_bytes, 0, 0, 0))
     return tuple(uses)
+
+
+def unopened_flash(failure: str) -> TierUse:
+    """A flash tier whose folder cannot even be read, so that the size of slots is still open."""
+    return TierUse("flash", "failed", 0, 0, 0, 0, 0, 0, failure=failure)
 
 
 def eviction_uses(placement: Placement) -> tuple[EvictionUse, ...]:

@@ -8,6 +8,7 @@ from typing import Protocol
 from kvist.cachesvc.client import Claimant, Found
 from kvist.cachesvc.loading import LayerLoad
 from kvist.cachesvc.storing import StoreItem, StoreResult
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import Bytes, Wanted
 from kvist.transfer.pace import Pace
@@ -32,8 +33,8 @@ class Cache(Protocol):
         """Tier of each block of the longest cached prefix; makes no call."""
         ...
 
-    def touch(self, keys: Sequence[BlockKey], blocks: int) -> None:
-        """The first blocks were used."""
+    def touch(self, keys: Sequence[BlockKey], blocks: int, hint: Hint = NO_HINT) -> None:
+        """The first blocks were used; and what the request's sender says."""
         ...
 
     def prefetch(self, keys: Sequence[BlockKey], blocks: int) -> None:

@@ -64,6 +64,7 @@ class EngineConfig:
         cache_dram_bytes: DRAM of the embedded cache.
         cache_flash_bytes: flash of the embedded cache; 0 turns that tier off.
         cache_flash_path: folder of the embedded flash tier.
+        cache_overlap: load beside the computation, layer by layer, where that is shorter.
         cache_load_bytes_per_s: cap of copies out of the cache; 0 is none.
         cache_store_bytes_per_s: cap of copies into it; 0 is none.
         enable_prefix_caching: reuse pages in the HBM tier; False turns all reuse off.
@@ -96,6 +97,7 @@ class EngineConfig:
     cache_dram_bytes: int = 1 << 30
     cache_flash_bytes: int = 4 << 30
     cache_flash_path: str = field(default_factory=default_flash_path)
+    cache_overlap: bool = True
     cache_load_bytes_per_s: int = 0
     cache_store_bytes_per_s: int = 0
     enable_prefix_caching: bool = True
@@ -253,7 +255,9 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--seed", type=whole, default=0, help="of random draws (%(default)s)")
     run.add_argument("--log-level", default="info", help=f"{', '.join(LOG_LEVELS)} (%(default)s)")
     _add_schedule_flags(parser.add_argument_group("schedule"))
-    _add_cache_flags(parser.add_argument_group("KV cache"), whole)
+    kv = parser.add_argument_group("KV cache")
+    _add_cache_flags(kv, whole)
+    _add_copy_flags(kv)
 
 
 def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
@@ -315,6 +319,22 @@ def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float])
     ):
         text = f"{what} ({format_bytes(size)})"
         kv.add_argument(flag, type=_size, default=size, metavar="SIZE", help=text)
+    kv.add_argument(
+        "--cache-flash-path",
+        default=default_flash_path(),
+        metavar="FOLDER",
+        help="of the embedded flash tier (%(default)s)",
+    )
+
+
+def _add_copy_flags(kv: argparse._ArgumentGroup) -> None:
+    """How blocks move."""
+    kv.add_argument(
+        "--cache-overlap",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load layer by layer beside the computation; --no-cache-overlap loads before it",
+    )
     for way, what in (("load", "out of the cache"), ("store", "into the cache")):
         kv.add_argument(
             f"--cache-{way}-bandwidth",
@@ -324,12 +344,6 @@ def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float])
             metavar="SIZE",
             help=f"cap of copies {what}, per second, like 2GiB; 0 is none (%(default)s)",
         )
-    kv.add_argument(
-        "--cache-flash-path",
-        default=default_flash_path(),
-        metavar="FOLDER",
-        help="of the embedded flash tier (%(default)s)",
-    )
 
 
 def config_from_flags(flags: argparse.Namespace) -> EngineConfig:

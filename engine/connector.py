@@ -76,7 +76,7 @@ class Connector:
         self.weigher: Weigher | None = None
         self._shown_s = now()
         self._flights = None if cache is None else Flights(cache, now)
-        self._rising = None if cache is None else Rising(cache, now)
+        self._rising = None if cache is None else Rising(cache, now, self._rose)
         self._copiers = None if cache is None else Copiers(cache, page_bytes, log, now)
 
     @property
@@ -113,13 +113,16 @@ class Connector:
         # Blocks leave DRAM deepest first, so the last one tells whether any is on flash only.
         if "flash" not in self._cache.tiers(keys[blocks - 1 : blocks]):
             return
-        estimate_s = 0.0
-        if self.weigher is not None:
-            choice = self.weigher.weigh(sequence, there, self._cache.tiers(keys[:blocks]))
-            blocks, estimate_s = choice.blocks, choice.load_s
-        self._cache.prefetch(keys, blocks)
-        if blocks and self._rising is not None and self.weigher is not None:
-            self._rising.begin(sequence, keys[blocks - 1], estimate_s)
+        if self.weigher is None or self._rising is None:
+            self._cache.prefetch(keys, blocks)
+            return
+        tiers = self._cache.tiers(keys[:blocks])
+        choice = self.weigher.weigh(sequence, there, tiers)
+        self._cache.prefetch(keys, choice.blocks)
+        rises = [i for i, tier in enumerate(tiers[: choice.blocks]) if tier == "flash"]
+        sequence.rose = frozenset(there + i for i in rises)
+        if rises:
+            self._rising.begin(sequence, keys[rises[-1]], len(rises), choice.load_s)
 
     def find(self, sequence: Sequence, blocks: int) -> None:
         """See scheduler.Finder. A lookup that needs no load is counted here."""
@@ -249,6 +252,10 @@ class Connector:
 
     # On the core's thread.
 
+    def _rose(self, blocks: int, seconds: float) -> None:
+        if self.weigher is not None:
+            self.weigher.cost.loaded(["flash"] * blocks, seconds)
+
     def _find(self, cache: Cache, sequence: Sequence, blocks: int) -> None:
         """Look up what the pool lacks. The block before it is asked for as well: it tells
         whether the cache still has the prefix that the pool has, and can take what follows."""
@@ -307,7 +314,8 @@ class Connector:
         self.tally.add(lookup)
         if self._cache is not None:
             self._cache.count(lookup.requested, lookup.hits, lookup.misses)
-            self._cache.touch(sequence.keys(), sequence.registered + loaded)
+            blocks = sequence.registered + loaded
+            self._cache.touch(sequence.keys(), blocks, sequence.request.hint)
 
 
 def _waits(loaded: Loaded) -> bool:

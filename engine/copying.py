@@ -1,4 +1,4 @@
-"""The threads that copy: two bring blocks in, one takes them out, and the core never waits."""
+"""The threads that copy blocks: in, before a computation or beside it, and out."""
 
 from __future__ import annotations
 
@@ -90,12 +90,15 @@ class Copiers:
         self._log = log
         self._now = now
         self._load_jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
+        # Apart: a step waits for these, and the other loaders may be waiting for flash.
+        self._layer_jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
         self._store_jobs: queue.SimpleQueue[StoreJob | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Loaded | Stored] = queue.SimpleQueue()
         self._early: deque[Loaded | Stored] = deque()
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
-        targets = [("kvist-load", self._run_loads)] * LOADERS + [("kvist-store", self._run_stores)]
+        targets = [("kvist-load", self._run_loads)] * LOADERS
+        targets += [("kvist-layers", self._run_layers), ("kvist-store", self._run_stores)]
         for name, target in targets:
             thread = threading.Thread(target=target, name=name, daemon=True)
             self._threads.append(thread)
@@ -104,8 +107,10 @@ class Copiers:
     def load(self, job: LoadJob) -> None:
         """Queue a load; a Loaded comes of it."""
         self._cache.pace.begin_load()
-        # What goes layer by layer is for one thread: the computation has the other cores.
-        for _ in range(min(LOADERS, len(job.pages)) if job.gate is None else 1):
+        if job.gate is not None:
+            self._layer_jobs.put(job)
+            return
+        for _ in range(min(LOADERS, len(job.pages))):
             self._load_jobs.put(job)
 
     def store(self, job: StoreJob) -> None:
@@ -129,11 +134,11 @@ class Copiers:
 
     def close(self) -> None:
         """Let stores drain for CLOSE_DRAIN_S and end the threads."""
-        *loaders, storer = self._threads
         self._store_jobs.put(None)
-        storer.join(CLOSE_DRAIN_S)
+        self._threads[-1].join(CLOSE_DRAIN_S)
         self._closing.set()
-        for _ in loaders:
+        self._layer_jobs.put(None)
+        for _ in range(LOADERS):
             self._load_jobs.put(None)
         for thread in self._threads:
             thread.join(CLOSE_JOIN_S)
@@ -142,16 +147,17 @@ class Copiers:
 
     def _run_loads(self) -> None:
         while (job := self._load_jobs.get()) is not None:
-            if job.gate is not None:
-                job.began_s = self._now()
-                blocks, reason = self._stream(job)
-                self._end(job, blocks, reason)
-                continue
             patience_s = LOAD_BASE_S + LOAD_BLOCK_S * len(job.pages)
             while (taken := job.take(self._now(), patience_s)) is not None:
                 block, deadline = taken
                 if job.give(block, self._load(job, block, deadline)):
                     self._end(job, job.blocks, job.reason)
+
+    def _run_layers(self) -> None:
+        while (job := self._layer_jobs.get()) is not None:
+            job.began_s = self._now()
+            blocks, reason = self._stream(job)
+            self._end(job, blocks, reason)
 
     def _end(self, job: LoadJob, blocks: int, reason: str) -> None:
         self._cache.pace.end_load()

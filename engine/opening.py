@@ -108,6 +108,7 @@ def open_parts(
     connector = Connector(cache, pool.page_bytes, pages, log, now)
     format = namespace.format
     connector.weigher = Weigher(format.layers, format.payload_bytes, format.block_tokens)
+    connector.weigher.by_layers = config.cache_overlap
     runner = Runner(model, pool.tensor, Sampler(config.seed))
     return Parts(
         runner, pages, connector, limits, namespace.format, Digests(namespace), loaded.dtype

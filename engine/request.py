@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from kvist.proto.hints import NO_HINT, Hint
+
 CACHE_ON = "on"
 CACHE_BYPASS = "bypass"
 
@@ -46,6 +48,7 @@ class NewRequest(msgspec.Struct, frozen=True, tag="new"):
         cache_salt: prompts with different salts never share blocks.
         cache: CACHE_ON, or CACHE_BYPASS to neither read nor write any tier (HBM included).
         priority: class, see priority; None is the server's default.
+        hint: what the sender says of what comes after it.
     """
 
     id: str
@@ -54,6 +57,7 @@ class NewRequest(msgspec.Struct, frozen=True, tag="new"):
     cache_salt: str = ""
     cache: str = CACHE_ON
     priority: int | None = None
+    hint: Hint = NO_HINT
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -90,6 +90,8 @@ class Sequence:
         registered: leading pages that are complete and in the index of pages.
         found: tier of each block, from block `registered` on, that the cache was seen to hold
             when the sequence was admitted.
+        rose: numbers of blocks that were on flash when the request arrived; hits of flash, wherever
+            they are found then.
         found_end: why the cache had no more, a miss reason.
         choice: what of that is loaded and what is not, and what it was estimated to cost.
         cost: what its load was estimated to cost and what it did, once it has ended.
@@ -125,6 +127,7 @@ class Sequence:
     registered: int = 0
     found: tuple[str, ...] = ()
     found_end: str = ""
+    rose: frozenset[int] = frozenset()
     choice: Choice | None = None
     gate: LoadGate | None = None
     cost: LoadCost | None = None

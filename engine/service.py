@@ -213,6 +213,7 @@ class Service:
                     request.cache_salt or "",
                     request.cache,
                     request.priority_class,
+                    request.hint,
                 )
                 decoder = self._tokenizer.detokenizer(prompt[-CONTEXT_IDS:])
                 stops = StopStrings(request.stop_strings)

@@ -28,7 +28,7 @@ class Weigher:
     Attributes:
         cuts: see transfer.pipeline.layer_cuts.
         cost: the measured rates.
-        by_layers: loads may run beside the computation; benchmarks compare.
+        by_layers: loads may run beside the computation.
         beside: requests that are computing; the core says it before each step.
         queued: blocks of loads under way.
         rates: what was measured, by name of proto.shm.RATES, as of the last look.
@@ -54,7 +54,7 @@ class Weigher:
     def weigh(self, sequence: Sequence, first_block: int, tiers: tuple[str, ...]) -> Choice:
         """What would be chosen now; see choose."""
         first, tokens = first_block * self._block_tokens, len(sequence.tokens)
-        return self.cost.choose(first, tiers, tokens, self.queued)
+        return self.cost.choose(first, tiers, tokens, self.queued, not self.beside)
 
     def choose(self, sequence: Sequence, first_block: int, tiers: tuple[str, ...]) -> None:
         """Set a sequence's found, choice and gate.

@@ -9,7 +9,8 @@ bytes, then the origin buckets of 64 bytes, then the claim buckets of 128 bytes.
     offset  bytes  header field
          0      8  magic          "KVISTIDX"
          8      4  version        SHM_VERSION
-        12      4  flash_state    FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED
+        12      4  flash_state    FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED or
+                                  FLASH_UNREAD
         16     16  boot_epoch     random id of this life of the sidecar
         32      8  buckets        >= 1
         40      8  slot_bytes     bytes of one DRAM slot
@@ -57,10 +58,13 @@ Ring file: a header of 4096 bytes, then entries of 64 bytes.
                                   not measured
 
     offset  bytes  entry field
-         0      4  kind           TOUCH, PREFETCH, CORRUPT, CLAIM or RELEASE
+         0      4  kind           TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE or EXPECT
          4      4  blocks         blocks of the prefix that ends with key
          8     16  key
         24      8  at_ns          CLOCK_MONOTONIC
+        32      4  pause_ms       of a hint, see proto/hints.py; 0 without one, as the next two
+        36      1  priority       with a sign
+        37      1  session_end    0 or 1
 """
 
 from __future__ import annotations
@@ -76,7 +80,9 @@ FLASH_STATE_OFFSET = 12
 HEARTBEAT_OFFSET = 56
 SESSIONS_OFFSET = 72
 VERIFY_OFFSET = 80
-FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED = range(4)
+FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED, FLASH_UNREAD = range(5)
+"""FLASH_FAILED: what is there is in the index. FLASH_UNREAD: the folder is not open, and what is in
+it is known to nobody."""
 
 BUCKET_ROWS = 8
 BUCKET_KEYS_BYTES = 128
@@ -99,8 +105,8 @@ TAIL_OFFSET = 128
 COUNTERS_OFFSET = 512
 RATES_OFFSET = 2048
 ENTRY_BYTES = 64
-ENTRY = struct.Struct("<II16sQ")
-TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE = 1, 2, 3, 4, 5
+ENTRY = struct.Struct("<II16sQIbB")
+TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE, EXPECT = range(1, 7)
 
 TIERS = ("hbm", "dram", "flash")
 """Where a hit came from: the tier the block was in when the request was looked up."""

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import msgspec
 import numpy as np
 import pytest
 from sim.fake_cache import FakeCache
@@ -16,6 +17,7 @@ from kvist.engine.connector import Connector, Loaded
 from kvist.engine.pages import Pages
 from kvist.engine.request import CACHE_BYPASS, CACHE_ON, NewRequest, SamplingParams
 from kvist.engine.sequence import Limits, Sequence, State
+from kvist.proto.hints import Hint
 
 SIZE = 4
 PAGE_BYTES = 32
@@ -121,6 +123,22 @@ def test_what_one_engine_stores_another_loads_byte_for_byte(cache: FakeCache, be
     assert cache.counted == [(13, {"dram": 12}, {"tail": 1})]
     assert (sequence.cached.dram, sequence.cached.total) == (12, 12)
     assert cache.touched == sequence.keys()[:3]
+
+
+def test_hint_of_a_request_goes_with_its_touch_whatever_was_found(
+    cache: FakeCache, bench: Bench
+) -> None:
+    stored(cache, 13)
+    told = Hint(tool_pause_s=3, priority=1)
+    for tokens in (13, 3):
+        sequence = bench.sequence(tokens)
+        sequence.request = msgspec.structs.replace(sequence.request, hint=told)
+        cache.hints.clear()
+        bench.seat(sequence)
+        if sequence.found:
+            bench.connector.load(sequence)
+            bench.settled()
+        assert cache.hints == [told]
 
 
 def test_the_last_block_of_a_prompt_of_whole_blocks_is_tail(cache: FakeCache, bench: Bench) -> None:

@@ -337,7 +337,8 @@ def test_a_realtime_request_takes_the_seat_of_a_batch_one_which_goes_on_from_the
     assert core.stats.preemptions == {"decode": 0, "seat": 1, "pages": 0}
     resumed = core.stats.resumed_tokens
     assert resumed["hbm"] + resumed["dram"] >= 28
-    assert resumed["computed"] <= BLOCK_TOKENS
+    # The last page, which was not full, and a block that may still be on its way to the cache.
+    assert resumed["computed"] <= 2 * BLOCK_TOKENS
     assert sums_agree(core.stats)
 
 

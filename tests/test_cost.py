@@ -76,7 +76,7 @@ def test_whatever_was_measured_no_estimate_is_negative_or_unknown(
     model = measured()
     for tokens, start, seconds in seen:
         model.prefill.observe(tokens, tokens * (start + tokens / 2), seconds)
-    choice = model.choose(0, ["dram"] * 5 + ["flash"] * 5, 700, 3)
+    choice = model.choose(0, ["dram"] * 5 + ["flash"] * 5, 700, 3, True)
     assert 0 <= choice.load_s < math.inf
     assert 0 <= choice.compute_s < math.inf
     assert choice.blocks + choice.skipped == 10
@@ -94,36 +94,36 @@ def test_a_long_step_without_change_of_shape_does_not_drift() -> None:
 
 
 def test_what_is_cheap_to_load_is_loaded_and_what_is_not_is_computed() -> None:
-    assert measured().choose(0, ["dram"] * 8, 600, 0).blocks == 8
+    assert measured().choose(0, ["dram"] * 8, 600, 0, True).blocks == 8
     slow = measured(dram=1e7)  # 147 ms a block against 96 of computing
-    choice = slow.choose(0, ["dram"] * 8, 600, 0)
+    choice = slow.choose(0, ["dram"] * 8, 600, 0, True)
     assert choice.blocks < 8
     assert choice.skipped == 8 - choice.blocks
 
 
 def test_a_flash_tail_that_is_slower_than_computing_is_computed_and_dram_before_it_loaded() -> None:
     model = measured(flash=1e7)
-    choice = model.choose(0, ["dram"] * 6 + ["flash"] * 4, 700, 0)
+    choice = model.choose(0, ["dram"] * 6 + ["flash"] * 4, 700, 0, True)
     assert (choice.blocks, choice.skipped) == (6, 4)
 
 
 def test_with_no_rates_everything_is_loaded() -> None:
     model = CostModel(BLOCK_BYTES, BLOCK)
-    assert model.choose(0, ["dram"] * 6 + ["flash"] * 4, 700, 0).blocks == 10
+    assert model.choose(0, ["dram"] * 6 + ["flash"] * 4, 700, 0, True).blocks == 10
     assert model.rates_shown() == {}
 
 
 def test_loads_that_are_queued_count() -> None:
     model = measured(dram=1.6e7)  # 92 ms a block against 96
-    assert model.choose(0, ["dram"] * 4, 272, 0).blocks > 0
-    assert model.choose(0, ["dram"] * 4, 272, 50).blocks == 0
+    assert model.choose(0, ["dram"] * 4, 272, 0, True).blocks > 0
+    assert model.choose(0, ["dram"] * 4, 272, 50, True).blocks == 0
 
 
 def test_a_tier_that_was_slow_is_tried_again() -> None:
     model = measured(flash=1e7)
     loaded = []
     for _ in range(2 * (TRY_AGAIN + 1)):
-        choice = model.choose(0, ["flash"] * 4, 272, 0)
+        choice = model.choose(0, ["flash"] * 4, 272, 0, True)
         model.decided(choice)
         loaded.append(choice.blocks)
     assert loaded.count(4) == 2

@@ -97,7 +97,32 @@ def test_it_is_admitted_when_its_blocks_have_come_and_loads_beside_its_own_compu
     assert rising.gate is not None
     bench.connector.load(rising)
     assert rising.gate.finish()
+    (done,) = bench.connector.poll()
+    bench.scheduler.loaded(done.sequence, done.blocks)
     assert bench.connector.deferred == 0
+    # It was on flash when it was asked for, whoever brought it up meanwhile.
+    assert bench.cache.counted == [(13, {"flash": 12}, {"tail": 1})]
+
+
+@pytest.mark.parametrize(("step_s", "measured"), [(0.001, True), (0.5, False)])
+def test_a_rise_is_timed_when_it_was_looked_at_often_enough(
+    bench: Bench, step_s: float, measured: bool
+) -> None:
+    bench.put(HIGH, "flash")
+    bench.cache.stuck = True
+    weigher = bench.connector.weigher
+    assert weigher is not None
+    bench.add(HIGH)
+    for _ in range(10):
+        bench.now_s += 0.001
+        bench.scheduler.schedule(bench.now_s)
+    bench.cache.flash.clear()
+    bench.now_s += step_s
+    assert len(bench.scheduler.schedule(bench.now_s).loads) == 1
+    rate = weigher.cost.rates["flash"]
+    assert rate.measured == measured
+    if measured:
+        assert rate.bytes_per_s == pytest.approx(3 * PAGE_BYTES / (0.011 - START_S))
 
 
 def test_it_waits_no_longer_than_its_patience(bench: Bench) -> None:
@@ -143,17 +168,18 @@ def test_blocks_that_are_cheaper_to_compute_do_not_rise_and_are_counted_as_such(
 
 
 @pytest.mark.parametrize(("beside", "by_layers"), [(0, True), (3, False)])
-def test_a_load_that_is_longer_than_its_computation_runs_beside_it_only_when_nobody_else_computes(
+def test_a_load_longer_than_its_computation_runs_beside_it_when_nobody_else_computes(
     bench: Bench, beside: int, by_layers: bool
 ) -> None:
-    prompt = list(range(41))
+    prompt = list(range(241))
     bench.put(prompt, "dram")
     weigher = bench.connector.weigher
     assert weigher is not None
-    weigher.cost.loaded(["dram"] * 10, START_S + 0.030)  # 3 ms a block, 4 ms to compute it
-    weigher.cost.prefill.observe(64, 0.0, 0.064)
+    # 60 ms to load all blocks, 25 to compute the rest, 100 to compute one block more.
+    weigher.cost.loaded(["dram"] * 60, START_S + 0.060)
+    weigher.cost.prefill.observe(64, 0.0, 64 * 0.025)
     bench.connector.beside(beside)
     asked = bench.add(prompt)
     assert bench.scheduler.schedule(bench.now_s).loads == [asked]
-    assert asked.found == ("dram",) * 10
+    assert asked.found == ("dram",) * 60
     assert (asked.gate is not None, asked.state is State.RUNNING) == (by_layers, by_layers)

@@ -52,7 +52,7 @@ class Cached:
         expected: the answer of a full computation.
     """
 
-    def __init__(self, model: str, folder: Path, cache: str = "embedded") -> None:
+    def __init__(self, model: str, folder: Path, cache: str = "embedded", **more: Any) -> None:
         config: dict[str, Any] = {
             "dtype": "float32",
             "block_tokens": BLOCK_TOKENS,
@@ -62,6 +62,7 @@ class Cached:
             "cache": cache,
             "cache_dram_bytes": 16 << 20,
             "cache_flash_bytes": 0,
+            **more,
         }
         self.log = io.StringIO()
         parts = open_parts(EngineConfig(model=model, **config), Log(self.log), time.monotonic)
@@ -78,7 +79,9 @@ class Cached:
         weigher = parts.connector.weigher
         assert weigher is not None
         # What is cheaper is measured elsewhere; here everything is loaded.
-        weigher.cost.choose = lambda _first, tiers, _tokens, _queued: Choice(len(tiers), 0, 0, 0)  # type: ignore[method-assign]
+        weigher.cost.choose = lambda _first, tiers, _tokens, _queued, _alone: Choice(
+            len(tiers), 0, 0, 0
+        )  # type: ignore[method-assign]
 
     def answer(self, request: str) -> Answer:
         """Tokens of a request and their log-probabilities, which tell of any wrong bit."""
@@ -260,3 +263,67 @@ def test_a_sidecar_that_is_killed_amid_a_load_costs_nothing_and_is_a_miss_afterw
     assert cached.core.stats.misses_tokens["detached"] > 0
     cached.core.stop()
     sidecar.close()
+
+
+def test_a_step_does_not_wait_for_loads_that_wait_for_flash(cached: Cached) -> None:
+    copiers = cached.core.parts.connector._copiers
+    assert copiers is not None
+    go = threading.Event()
+    for _ in range(2):  # as many as there are loaders, each waiting for a block
+        copiers._load_jobs.put(Stuck(go))  # type: ignore[arg-type]
+    assert cached.ask() == (cached.expected, BLOCKS * BLOCK_TOKENS)
+    go.set()
+
+
+class Stuck:
+    """A load that waits."""
+
+    gate = None
+    pages = (0,)
+
+    def __init__(self, go: threading.Event) -> None:
+        self._go = go
+
+    def take(self, _now: float, _patience_s: float) -> None:
+        """No block, after a while."""
+        assert self._go.wait(30)
+
+
+def test_a_step_that_fails_amid_a_load_leaks_no_page_and_the_next_request_is_served(
+    cached: Cached,
+) -> None:
+    runner = cached.core.parts.runner
+    forward = runner._model.forward
+
+    def broken(*_arguments: Any) -> Any:
+        runner._model.forward = forward  # type: ignore[method-assign]
+        raise RuntimeError("the test was asked to fail")
+
+    runner._model.forward = broken  # type: ignore[method-assign,assignment]
+    request = cached.submit()
+    assert cached.core.last(request).finish_reason == "error"
+    cached.core.settle()
+    cached.core.parts.pages.check({})
+    assert cached.ask() == (cached.expected, BLOCKS * BLOCK_TOKENS)
+
+
+def test_a_cap_slows_loads_and_changes_no_answer(model: str, tmp_path: Path) -> None:
+    cached = Cached(model, tmp_path, cache_load_bytes_per_s=1 << 20)
+    assert cached.ask() == (cached.expected, BLOCKS * BLOCK_TOKENS)
+    cached.core.settle()
+    copied = BLOCKS * cached.core.parts.format.payload_bytes
+    throttled = cached.core.stats.loads.throttled_s
+    # But for what the bucket held in the beginning.
+    assert throttled["load"] > 0.5 * copied / (1 << 20)
+    assert throttled["store"] == 0
+    cached.core.stop()
+
+
+def test_told_not_to_overlap_it_loads_whole_blocks_before_the_computation(
+    model: str, tmp_path: Path
+) -> None:
+    cached = Cached(model, tmp_path, cache_overlap=False)
+    assert cached.ask() == (cached.expected, BLOCKS * BLOCK_TOKENS)
+    cached.core.settle()
+    assert cached.core.stats.loads.ways == {"layers": 0, "blocks": 1}
+    cached.core.stop()

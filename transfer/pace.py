@@ -13,8 +13,8 @@ DIRECTIONS: tuple[Direction, ...] = ("load", "store")
 # A bucket holds what may be copied in this time: short, or a cap of 1 GB/s would let a burst of
 # 100 MB through; long enough that a sleep (0.1 ms late, mostly) is little beside it.
 BURST_S = 0.02
-# A store that is held up keeps its page: it waits no longer than this for a block's turn, so that
-# an engine that loads all the time still stores.
+# A store that is held up keeps its page, and a load may wait for flash for seconds: a store waits
+# so long for the loads that there are, and then only for one that has begun since.
 YIELD_MAX_S = 0.05
 
 
@@ -82,6 +82,8 @@ class Pace:
             "store": Bucket(store_bytes_per_s, now, sleep),
         }
         self._loads = 0
+        self._begun = 0
+        self._passed = 0
         self._ended = threading.Condition()
 
     @property
@@ -93,6 +95,7 @@ class Pace:
         """A load is queued: stores let it go first."""
         with self._ended:
             self._loads += 1
+            self._begun += 1
 
     def end_load(self) -> None:
         """It has ended."""
@@ -106,8 +109,10 @@ class Pace:
 
     def before_store(self, count: int) -> None:
         """Called before count bytes are copied in."""
-        if self._loads:
+        if self._loads and self._begun != self._passed:
             self.yields += 1
             with self._ended:
-                self._ended.wait_for(lambda: not self._loads, YIELD_MAX_S)
+                begun = self._begun
+                if not self._ended.wait_for(lambda: not self._loads, YIELD_MAX_S):
+                    self._passed = begun
         self._buckets["store"].take(count)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from kvist.cachesvc.client import Claimant, Found
 from kvist.cachesvc.loading import LayerLoad
 from kvist.cachesvc.storing import StoreItem, StoreResult
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import NO_KEY, BlockKey
 from kvist.proto.record import Bytes, Wanted
 from kvist.proto.shm import MISS_REASONS, TIERS
@@ -53,6 +54,7 @@ class FakeCache:
         self.store_gate.set()
         self.counted: list[tuple[int, dict[str, int], dict[str, int]]] = []
         self.touched: list[BlockKey] = []
+        self.hints: list[Hint] = []
         self.prefetched: list[BlockKey] = []
         self.batches: list[int] = []
         self.alone = True
@@ -80,9 +82,10 @@ class FakeCache:
             found.append("flash" if key in self.flash else "dram")
         return tuple(found)
 
-    def touch(self, keys: Sequence[BlockKey], blocks: int) -> None:
+    def touch(self, keys: Sequence[BlockKey], blocks: int, hint: Hint = NO_HINT) -> None:
         """See CacheClient.touch."""
         self.touched += keys[:blocks]
+        self.hints.append(hint)
 
     def prefetch(self, keys: Sequence[BlockKey], blocks: int) -> None:
         """See CacheClient.prefetch."""
