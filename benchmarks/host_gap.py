@@ -9,6 +9,7 @@ bookkeeping and the sending, as far as they are not done beside the computation.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import itertools
 import json
@@ -140,13 +141,8 @@ def engines(arguments: argparse.Namespace) -> dict[bool, Engine]:
         timed = Timed(model)
         pool = PagePool(parts.format, parts.pages.total)
         runner = Runner(timed, pool.tensor, Sampler(0))
-        parts = type(parts)(**{**_fields(parts), "runner": runner})
-        made[overlap] = Engine(parts, config, timed)
+        made[overlap] = Engine(dataclasses.replace(parts, runner=runner), config, timed)
     return made
-
-
-def _fields(parts: Parts) -> dict[str, object]:
-    return {name: getattr(parts, name) for name in type(parts).__dataclass_fields__}
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:

@@ -135,7 +135,7 @@ class EngineConfig:
         self._check_range("--threads", self.threads, 1, 1024)
         self._check_range("--seed", self.seed, 0, 2**63 - 1)
         self._check_range("--drain-seconds", self.drain_seconds, 0, 86400)
-        self._check_range("--priority-aging-seconds", self.priority_aging_seconds, 0.1, 86400)
+        self._check_range("--priority-aging-seconds", self.priority_aging_seconds, 1, 86400)
         self._check_choice("--default-priority", self.default_priority, PRIORITIES)
         self._check_choice("--dtype", self.dtype, DTYPES)
         self._check_choice("--kv-cache-dtype", self.kv_cache_dtype, DTYPES)

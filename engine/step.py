@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from kvist.engine.sequence import Sequence
 
@@ -38,11 +38,12 @@ class Finder(Protocol):
         ...
 
 
-class Work(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Work:
     """Tokens [start, start + count) of a sequence, computed in a step.
 
-    A tuple, as there is one for each running request in each step: 0.3 us where a frozen dataclass
-    takes 1.5.
+    Nobody changes one. It is not frozen because there is one for each running request in each
+    step, and a frozen one takes 1.5 us to make instead of 0.4.
 
     Attributes:
         last: the sequence's next token comes out of this.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from prometheus_client import CollectorRegistry
 from sim.machine import SIZE, Machine, alone, prompt
 
 from kvist.engine.priority import BATCH, INTERACTIVE, PRIORITIES, REALTIME, priority_of
+from kvist.engine.request import CoreStats, Outputs
 from kvist.engine.sequence import State
+from kvist.engine.stats import EngineMetrics
 
 
 @pytest.mark.parametrize(
@@ -155,3 +158,33 @@ def test_a_running_prompt_grows_older_too() -> None:
         if poor.state is State.FINISHED:
             return
     raise AssertionError("it holds pages and never ends")
+
+
+def test_metrics_split_those_that_wait_by_reason_and_class_and_preemptions_by_kind() -> None:
+    registry = CollectorRegistry()
+    metrics = EngineMetrics(registry, "m", lambda: 0.0)
+    stats = CoreStats(
+        waiting=5,
+        waiting_deferred=2,
+        waiting_by_class=(0, 1, 4),
+        running_by_class=(3, 0, 0),
+        preemptions={"decode": 4, "seat": 2, "pages": 1},
+        resumed_tokens={"dram": 640},
+    )
+    metrics.observe_outputs(Outputs([], stats))
+    vllm = {"engine": "0", "model_name": "m"}
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, labels)
+
+    waiting = [
+        value("vllm:num_requests_waiting_by_reason", **vllm, reason=one)
+        for one in ("capacity", "deferred")
+    ]
+    assert waiting == [3, 2]
+    assert value("vllm:num_requests_waiting", **vllm) == 5
+    assert value("vllm:num_preemptions_total", **vllm) == 7
+    assert value("kvist_engine_preemptions_total", **{"for": "seat"}) == 2
+    assert value("kvist_engine_resumed_tokens_total", source="dram") == 640
+    assert value("kvist_engine_requests_waiting", priority="batch") == 4
+    assert value("kvist_engine_requests_running", priority="realtime") == 3
