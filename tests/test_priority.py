@@ -6,6 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from sim.machine import SIZE, Machine, alone, prompt
 
+from kvist.engine.openai import CompletionRequest, parse
 from kvist.engine.priority import BATCH, INTERACTIVE, PRIORITIES, REALTIME, priority_of
 from kvist.engine.request import CoreStats, Outputs
 from kvist.engine.sequence import State
@@ -188,3 +189,13 @@ def test_metrics_split_those_that_wait_by_reason_and_class_and_preemptions_by_ki
     assert value("kvist_engine_resumed_tokens_total", source="dram") == 640
     assert value("kvist_engine_requests_waiting", priority="batch") == 4
     assert value("kvist_engine_requests_running", priority="realtime") == 3
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("", None), (', "priority": "batch"', BATCH), (', "priority": -1', 0)]
+)
+def test_a_request_carries_its_class_or_leaves_it_to_the_server(
+    written: str, meant: int | None
+) -> None:
+    body = f'{{"prompt": "a"{written}}}'.encode()
+    assert parse(body, CompletionRequest).priority_class == meant
