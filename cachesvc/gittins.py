@@ -156,9 +156,9 @@ class Estimator:
         pool = hazards(all_kinds, POOL_BLOCKS, _PRIOR)
         base = hazards(by_base, POOL_BLOCKS, pool)
         # A class of which nothing was seen is its base; few of them are ever seen.
-        is_active = sum(table.any(axis=1) for table in seen)
-        if self.is_foretold:
-            is_active += _IS_FORETOLD
+        is_active = _IS_FORETOLD & self.is_foretold
+        for table in seen:
+            is_active |= table.any(axis=1)
         active = np.flatnonzero(is_active)
         of_active, told = base[active // FORESIGHT_KINDS], active % FORESIGHT_KINDS
         prior = np.maximum(of_active * _FACTOR[told], _LEAST[told])
