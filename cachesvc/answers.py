@@ -158,6 +158,8 @@ class Answers:
             blocks=stats.blocks,
             eviction=[cache_pb2.EvictionStats(**asdict(use)) for use in stats.eviction],
         )
+        for worker in stats.workers:
+            reply.workers.add(client=worker.client, rates=worker.rates)
         for name, estimates in stats.what_if.items():
             for estimate in estimates:
                 reply.what_if.add(tier=name, **asdict(estimate))

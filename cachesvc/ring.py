@@ -28,6 +28,8 @@ from kvist.proto.shm import (
     ENTRY_BYTES,
     HEAD_OFFSET,
     HEADER_BYTES,
+    RATES,
+    RATES_OFFSET,
     RING_HEADER,
     RING_MAGIC,
     SHM_VERSION,
@@ -40,6 +42,7 @@ RING_ENTRIES = 1024
 
 _HEAD, _TAIL, _COUNTERS = HEAD_OFFSET // 8, TAIL_OFFSET // 8, COUNTERS_OFFSET // 8
 _POSITION: Mapping[str, int] = {name: _COUNTERS + at for at, name in enumerate(COUNTERS)}
+_RATE_POSITION: Mapping[str, int] = {name: RATES_OFFSET // 8 + at for at, name in enumerate(RATES)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,11 @@ class RingWriter(_Ring):
         """
         self._words[_POSITION[counter]] += amount
 
+    def show(self, rates: Mapping[str, int]) -> None:
+        """Say what was measured; by name of RATES, each in [0, NEVER]."""
+        for name, value in rates.items():
+            self._words[_RATE_POSITION[name]] = value
+
 
 def _hint(pause_ms: int, priority: int, session_end: int) -> Hint:
     hint = Hint(bool(session_end), pause_ms / 1000, priority)
@@ -195,6 +203,11 @@ class RingReader(_Ring):
     def counters(self) -> dict[str, int]:
         """The running totals, by name."""
         return {name: self._words[at] for name, at in _POSITION.items()}
+
+    def rates(self) -> dict[str, int]:
+        """What the worker measured last, without what it did not."""
+        words = {name: self._words[at] for name, at in _RATE_POSITION.items()}
+        return {name: value for name, value in words.items() if value}
 
     def worker_is_gone(self) -> bool:
         """Whether nobody holds the worker's lock; if so it is ours from now on, until close.

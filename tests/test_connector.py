@@ -230,7 +230,7 @@ def test_pages_under_a_store_stay_held_when_the_request_ends(
 def test_a_store_call_takes_what_is_queued_up_to_a_batch(
     cache: FakeCache, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvist.engine.connector.STORE_BATCH", 32)
+    monkeypatch.setattr("kvist.engine.copying.STORE_BATCH", 32)
     cache.store_gate.clear()
     sequence = bench.sequence(4 * 81)
     bench.seat(sequence)
