@@ -23,6 +23,7 @@ from kvist.cachesvc.log import Log
 from kvist.cachesvc.placement import Placement
 from kvist.cachesvc.watch import FlashState, Watch
 from kvist.proto.errors import BlockCorrupt, BlockMissing, KvistError, TierFull, TierOffline
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import NO_KEY, BlockKey
 
 # Each holds a DRAM slot that nobody can read yet; 8 a thread keep two threads busy.
@@ -213,7 +214,7 @@ class Moves:
         self._pump()
         return wished
 
-    def read(self, key: BlockKey) -> Record:
+    def read(self, key: BlockKey, hint: Hint = NO_HINT) -> Record:
         """A copy of a block's record, from DRAM or as soon as it has risen there; counts as a use.
 
         The future gets BlockMissing when no tier holds the block, TierFull when there is no room
@@ -222,7 +223,7 @@ class Moves:
         waiter: Record = Record()
         row = self._placement.index.locate(key)
         if row is not None:
-            self._placement.uses.used(row)
+            self._placement.uses.used(row, hint)
         self._wishes.setdefault(key, []).append(waiter)
         self._pump()
         return waiter

@@ -23,7 +23,7 @@ from kvist.cachesvc.moves import Moves
 from kvist.cachesvc.pins import BUDGET_SHARE, Pins
 from kvist.cachesvc.placement import Placement
 from kvist.cachesvc.rgg import make_policy
-from kvist.cachesvc.sessions import Sessions
+from kvist.cachesvc.sessions import RING_PREFIX, Sessions
 from kvist.cachesvc.tenancy import Limits, Tenancy
 from kvist.cachesvc.wards import Rules
 from kvist.proto.errors import TierOffline
@@ -255,3 +255,9 @@ class Maker:
         thread.start()
         self._undo.callback(thread.join)
         self._undo.callback(stop.set)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what an earlier life left; its workers keep the memory that they have mapped."""
+    for path in (folder / INDEX_NAME, folder / ARENA_NAME, *folder.glob(f"{RING_PREFIX}*")):
+        path.unlink(missing_ok=True)

@@ -57,6 +57,19 @@ class EvictionUse:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerRates:
+    """What an attached worker measured.
+
+    Attributes:
+        client: its name.
+        rates: by name of proto.shm.RATES, without what it did not measure.
+    """
+
+    client: str
+    rates: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class StoreStats:
     """What the store holds and has done; the fields of StatsReply in cache.proto, and
 
@@ -66,6 +79,7 @@ class StoreStats:
         counters: totals of all workers, by name of proto.shm.COUNTERS.
         events: placement.Counts.
         wear: of flash; None without it.
+        workers: what each attached one measured.
         pinned_blocks: now; spared_blocks: how often one was passed over.
     """
 
@@ -83,6 +97,7 @@ class StoreStats:
     wear: Wear | None = None
     eviction: tuple[EvictionUse, ...] = ()
     what_if: dict[str, tuple[Estimate, ...]] = field(default_factory=dict)
+    workers: tuple[WorkerRates, ...] = ()
     pinned_blocks: int = 0
     spared_blocks: int = 0
 
@@ -149,6 +164,7 @@ def store_stats(
         events=asdict(placement.counts) if placement else {},
         eviction=eviction_uses(placement) if placement else (),
         what_if=placement.what_if if placement else {},
+        workers=tuple(WorkerRates(client, rates) for client, rates in sessions.rates()),
         pinned_blocks=placement.pins.count if placement else 0,
         spared_blocks=placement.spared if placement else 0,
     )

@@ -17,24 +17,25 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
-from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from kvist.cachesvc.blocks import name_of
 from kvist.cachesvc.flashio import Post
 from kvist.cachesvc.folders import locked
 from kvist.cachesvc.host import Host
 from kvist.cachesvc.intake import Reserved
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.parts import ARENA_NAME, INDEX_NAME, Maker, Parts, StoreConfig
+from kvist.cachesvc.parts import Maker, Parts, StoreConfig, sweep
 from kvist.cachesvc.report import StoreStats, store_stats, unopened_flash
 from kvist.cachesvc.ring import Entry
-from kvist.cachesvc.sessions import RING_PREFIX, First, Session, SessionInfo, Sessions
+from kvist.cachesvc.sessions import First, Session, SessionInfo, Sessions
 from kvist.cachesvc.watch import backoff_s
 from kvist.proto.errors import BlockCorrupt, BlockMissing, ConfigInvalid, FormatRefused
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import PAGE_BYTES, RecordShape, unpack_header
-from kvist.proto.shm import CLAIM, CORRUPT, PREFETCH, RELEASE, TOUCH
+from kvist.proto.shm import CLAIM, CORRUPT, EXPECT, PREFETCH, RELEASE, TOUCH
 
 __all__ = ["Reserved", "SessionInfo", "Store", "StoreConfig", "StoreStats"]
 
@@ -98,7 +99,7 @@ class Store:
             for folder in dict.fromkeys((self._config.run_dir, self._config.shm_dir)):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 undo.enter_context(locked(folder))
-            _sweep(self._config.shm_dir)
+            sweep(self._config.shm_dir)
             undo.callback(self._sessions.close)
             self._undo = undo.pop_all()
         try:
@@ -177,6 +178,7 @@ class Store:
         """
         parts = self._parts_for(shape.record_bytes)
         session = self._sessions.open(client, pid, namespace)
+        parts.placement.policy.block_tokens = shape.block_tokens
         parts.index.set_sessions(len(self._sessions))
         self._log.info(
             "session opened", session=session.id, client=client, pid=pid,
@@ -246,20 +248,20 @@ class Store:
             tiers.append("dram" if location.dram is not None else "flash")
         return tiers, "" if len(tiers) == len(keys) else index.miss_reason(keys[len(tiers)])
 
-    def prefetch(self, keys: Sequence[BlockKey]) -> int:
+    def prefetch(self, keys: Sequence[BlockKey], hint: Hint = NO_HINT) -> int:
         """Have the cached prefix of a prompt rise to DRAM; how many blocks are on the way."""
         blocks = self._parts.index.longest_prefix(keys) if self._parts else 0
-        return self._rise(_ELSEWHERE, keys[blocks - 1]) if blocks else 0
+        return self._rise(_ELSEWHERE, keys[blocks - 1], hint) if blocks else 0
 
-    def _rise(self, session: int, last: BlockKey) -> int:
+    def _rise(self, session: int, last: BlockKey, hint: Hint) -> int:
         placement = self._made.placement
         row = placement.index.locate(last)
         if row is None:
             return 0
-        placement.uses.wished(session, row)
+        placement.uses.wished(session, row, hint)
         return self._made.moves.rise_chain(row)
 
-    async def read_record(self, key: BlockKey) -> memoryview:
+    async def read_record(self, key: BlockKey, hint: Hint = NO_HINT) -> memoryview:
         """A copy of a block's record, from flash by way of DRAM if need be.
 
         Raises: BlockMissing when no tier holds it. TierFull, TierOffline, BlockCorrupt when it
@@ -267,7 +269,7 @@ class Store:
         """
         if self._parts is None:
             raise BlockMissing("nothing is stored yet")
-        return await asyncio.wrap_future(self._parts.moves.read(key))
+        return await asyncio.wrap_future(self._parts.moves.read(key, hint))
 
     def put_record(self, record: bytes | memoryview) -> Literal["stored", "present", "refused"]:
         """Store a whole record, its parent before it.
@@ -374,11 +376,13 @@ class Store:
         elif row is None:
             if entry.kind == CLAIM:
                 self._made.claims.claim(entry.key, session, now_s)
-        elif entry.kind == TOUCH:
-            placement.uses.touched(session, row)
+            elif entry.kind == EXPECT:
+                placement.uses.expected(name_of(entry.key), entry.hint)
+        elif entry.kind in (TOUCH, EXPECT):
+            placement.uses.touched(session, row, entry.hint)
             self._made.admission.used(row)
         elif entry.kind == PREFETCH:
-            self._rise(session, entry.key)
+            self._rise(session, entry.key, entry.hint)
         elif entry.kind == CORRUPT:
             self._check(row, entry.key)
 
@@ -391,9 +395,3 @@ class Store:
                 dropped_blocks=blocks - len(placement.blocks),
                 quarantined_slots=placement.dram.quarantined,
             )  # fmt: skip
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what an earlier life left; its workers keep the memory that they have mapped."""
-    for path in (folder / INDEX_NAME, folder / ARENA_NAME, *folder.glob(f"{RING_PREFIX}*")):
-        path.unlink(missing_ok=True)

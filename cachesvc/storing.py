@@ -14,6 +14,7 @@ from kvist.proto import cache_pb2
 from kvist.proto.errors import Detached, KvistError
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import NOT_SUMMED, BlockHeader, Bytes, checksum
+from kvist.transfer.pace import Pace
 
 # Bytes of a step: 5 ms of copying, beside which its two calls (0.2 ms) are little.
 STEP_BYTES = 48 << 20
@@ -77,8 +78,11 @@ class Storer:
         self._control = control
         self._log = log
         self._wall = wall
+        self._pace: Pace | None = None
 
-    def store(self, life: Life | None, items: Sequence[StoreItem]) -> StoreResult:
+    def store(
+        self, life: Life | None, items: Sequence[StoreItem], pace: Pace | None = None
+    ) -> StoreResult:
         """Store what the index does not show yet.
 
         The sidecar is never waited for but at both ends: the next step's slots are asked for
@@ -87,7 +91,9 @@ class Storer:
         Args:
             life: the session, entered by the caller; None when detached.
             items: parents before their children.
+            pace: asked before each copy; None never waits.
         """
+        self._pace = pace
         if life is None:
             return StoreResult(0, 0, {"detached": len(items)} if items else {})
         new = [item for item in items if not life.index.offered(item.key)]
@@ -171,6 +177,8 @@ class Storer:
     def _fill(self, life: Life, slot: int, item: StoreItem) -> None:
         if life.ended:
             raise Detached("the session ended before the block was copied")
+        if self._pace is not None:
+            self._pace.before_store(item.payload.nbytes)
         header = BlockHeader(
             key=item.key,
             parent=item.parent,

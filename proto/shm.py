@@ -54,19 +54,24 @@ Ring file: a header of 4096 bytes, then entries of 64 bytes.
         64      8  head           entries ever written, by the worker
        128      8  tail           entries ever taken, by the sidecar
        512   8*64 counters        running totals, by the worker; the order is COUNTERS
+      2048   8*16 rates           what it measured last, by the worker; the order is RATES; 0 is
+                                  not measured
 
     offset  bytes  entry field
-         0      4  kind           TOUCH, PREFETCH, CORRUPT, CLAIM or RELEASE
+         0      4  kind           TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE or EXPECT
          4      4  blocks         blocks of the prefix that ends with key
          8     16  key
         24      8  at_ns          CLOCK_MONOTONIC
+        32      4  pause_ms       of a hint, see proto/hints.py; 0 without one, as the next two
+        36      1  priority       with a sign
+        37      1  session_end    0 or 1
 """
 
 from __future__ import annotations
 
 import struct
 
-SHM_VERSION = 4
+SHM_VERSION = 5
 HEADER_BYTES = 4096
 
 INDEX_MAGIC = b"KVISTIDX"
@@ -98,9 +103,10 @@ RING_HEADER = struct.Struct("<8sII")
 HEAD_OFFSET = 64
 TAIL_OFFSET = 128
 COUNTERS_OFFSET = 512
+RATES_OFFSET = 2048
 ENTRY_BYTES = 64
-ENTRY = struct.Struct("<II16sQ")
-TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE = 1, 2, 3, 4, 5
+ENTRY = struct.Struct("<II16sQIbB")
+TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE, EXPECT = range(1, 7)
 
 TIERS = ("hbm", "dram", "flash")
 """Where a hit came from: the tier the block was in when the request was looked up."""
@@ -128,6 +134,7 @@ MISS_REASONS = (
     "flash_late",  # the block did not rise from flash in time
     "flight_late",  # another worker was computing the block, and it did not come in time
     "torn",  # the slot was reused while it was read
+    "cheaper",  # the block is there, but to load it would have taken longer than to compute it
 )
 """Why a token was computed although a cache was asked. requested = sum(hits) + sum(misses)."""
 
@@ -147,3 +154,18 @@ COUNTERS = (
     "flight_tokens",
 )
 """A worker's running totals, in the order of their words in the ring file."""
+
+RATES = (
+    "load_bytes_per_s.dram",
+    "load_bytes_per_s.flash",
+    "store_bytes_per_s.dram",
+    "prefill_tokens_per_s.512",  # of a prompt of so many tokens
+    "prefill_tokens_per_s.2048",
+    "prefill_tokens_per_s.8192",
+    "break_even_tokens.dram",  # a prefix of so many tokens is loaded faster than computed
+    "break_even_tokens.flash",
+)
+"""What a worker measured, whole numbers, in the order of their words in the ring file."""
+
+NEVER = (1 << 64) - 1
+"""As a number of tokens: no length does."""
