@@ -98,6 +98,11 @@ class Connector:
 
     def defers(self, sequence: Sequence, blocks: int) -> bool:
         """See scheduler.Finder, flights.Flights and rising.Rising."""
+        if sequence.preempted and self._storing:
+            # What it lost is being copied out, which takes less than computing it again.
+            keys = sequence.keys()[blocks : sequence.usable_blocks]
+            if not self._storing.isdisjoint(keys):
+                return True
         if self._flights is None or self._rising is None or not sequence.reuses:
             return False
         return self._rising.waits(sequence) or self._flights.defers(sequence, blocks)
@@ -151,17 +156,18 @@ class Connector:
             self._flights.computing(sequence, count)
         self._copiers.load(job)
 
-    def store(self, sequence: Sequence, blocks: Iterable[int]) -> None:
+    def store(self, sequence: Sequence, blocks: Iterable[int], leaving: bool = False) -> None:
         """Queue complete blocks; what finds no room is dropped, and so are the blocks after it.
 
         Args:
             sequence: holds the blocks' pages.
             blocks: registered ones, in order, following those that were stored before.
+            leaving: take them even where the queue is full; it is now or never.
         """
         if self._cache is None or self._flights is None or self._copiers is None:
             return
         for block in blocks:
-            reason = self._refusal(sequence, self._cache)
+            reason = self._refusal(sequence, self._cache, leaving)
             if reason:
                 sequence.store_stopped = True
                 self.store_drops[reason] += 1
@@ -188,7 +194,8 @@ class Connector:
         there = self._cache.lookup(sequence.keys()[: sequence.registered]).blocks
         sequence.store_stopped = False
         missing = range(there, sequence.registered)
-        self.store(sequence, [i for i in missing if sequence.keys()[i] not in self._storing])
+        keys = sequence.keys()
+        self.store(sequence, [i for i in missing if keys[i] not in self._storing], leaving=True)
 
     def poll(self) -> list[Loaded]:
         """Take what the threads have finished: pages are unpinned, lookups counted."""
@@ -285,12 +292,12 @@ class Connector:
         if self._cache is not None and "flash" in tiers:
             self._cache.prefetch(keys, len(tiers))
 
-    def _refusal(self, sequence: Sequence, cache: Cache) -> str:
+    def _refusal(self, sequence: Sequence, cache: Cache, leaving: bool) -> str:
         if sequence.store_stopped:
             return "no_parent"
         if cache.state != "attached":
             return "detached"
-        return "" if self._store_room > 0 else "queue_full"
+        return "" if leaving or self._store_room > 0 else "queue_full"
 
     def _item(self, sequence: Sequence, block: int, page: int) -> StoreItem:
         assert sequence.digest is not None
