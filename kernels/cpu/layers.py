@@ -1,0 +1,371 @@
+"""The layers of a Llama for AVX-512 BF16, as phases that any number of threads work through.
+
+    hidden += out(attend(rope(qkv(norm(hidden)))));  hidden += down(silu(gate) * up of norm(hidden))
+
+The residual stream and every sum are float32; what enters a product is rounded to bfloat16. All
+of it is written row by row and lane by lane, so a row's bits depend on no other row, on no number
+of threads and on no cut of a prompt.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from kvist.kernels.cpu import vectors as vec
+from kvist.kernels.cpu.attention import attend_block
+from kvist.kernels.cpu.linear import TILE, open_tile, tile_add, tile_silu, tile_store
+from kvist.kernels.cpu.vectors import LANES, compiled
+from kvist.kernels.cpu.work import finish, take
+
+PHASES = 8  # of a layer
+# Bytes of rows that are multiplied by all tiles before the next rows are: they stay in the second
+# cache, 1 MiB on a Zen 4, beside a tile.
+ROW_BYTES = 256 << 10
+# Up to this many rows each thread normalizes all of them for itself, which is cheaper than to meet.
+PRIVATE_ROWS = 4
+# Rows that a thread takes at once.
+NORM_ROWS, PLACE_ROWS = 8, 4
+# Not Python's int, or numba would compile a function again for each of them.
+QKV, OUT, GATE_UP, DOWN, HEAD = (np.int64(product) for product in range(5))
+
+
+class Weights(NamedTuple):
+    """A model's shape and where its weights are: addresses of contiguous arrays.
+
+    Attributes:
+        layers, hidden, heads, kv_heads, head_dim, inner: as in ModelConfig.
+        block_tokens: tokens of a page.
+        vocab: rounded up to a whole tile.
+        eps: added to the mean square of a row.
+        tiles: int64, (layers, 4, 2): where the tiles of QKV, OUT, GATE_UP and DOWN begin, and
+            their kind: BF16, INT8 or INT4, see linear.
+        head: where the tiles of the output projection begin.
+        head_kind: their kind.
+        norms: float32, (2 * layers + 1, hidden): before attention and MLP of each layer, and at
+            the end.
+        embedding: bfloat16, (vocab, hidden).
+        cos: float32, (positions, head_dim / 2).
+        sin: same shape.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    block_tokens: int
+    vocab: int
+    eps: float
+    tiles: int
+    head: int
+    head_kind: int
+    norms: int
+    embedding: int
+    cos: int
+    sin: int
+
+
+class Rows(NamedTuple):
+    """What a step computes; counts, and addresses of contiguous arrays of int64.
+
+    Attributes:
+        rows: of the step.
+        blocks: rows of one sequence that are all in the last of their pages.
+        wanted: rows whose logits are wanted.
+        tokens: (rows,), ids.
+        positions: (rows,).
+        places: (rows, 2): page, and place in the page, of each row's K and V.
+        block: (blocks, 5): first row, rows, where its pages begin in tables, how many, place of
+            the first row in its page.
+        tables: pages of the sequences, one after the other.
+        last: (wanted,), rows.
+        pool: where the paged pool begins.
+    """
+
+    rows: int
+    blocks: int
+    wanted: int
+    tokens: int
+    positions: int
+    places: int
+    block: int
+    tables: int
+    last: int
+    pool: int
+
+
+class Room(NamedTuple):
+    """Memory of a step, for at least as many rows as it has; addresses.
+
+    Attributes:
+        hidden: float32, (rows, hidden).
+        normed: bfloat16, (rows, hidden).
+        projected: float32, (rows, (heads + 2 kv_heads) * head_dim).
+        queries: bfloat16, (kv_heads, rows, groups, head_dim).
+        attended: bfloat16, (rows, heads * head_dim).
+        inner: bfloat16, (rows, intermediate).
+        logits: float32, (wanted rows, vocab rounded up).
+        scratch: for each thread its own.
+        scratch_bytes: of a thread.
+    """
+
+    hidden: int
+    normed: int
+    projected: int
+    queries: int
+    attended: int
+    inner: int
+    logits: int
+    scratch: int
+    scratch_bytes: int
+
+
+class Step(NamedTuple):
+    """What one thread has of a step.
+
+    Attributes:
+        scratch: its own.
+        sync: see work.
+        weights: of the model.
+        rows: to compute.
+        room: that all threads share.
+    """
+
+    scratch: int
+    sync: int
+    weights: Weights
+    rows: Rows
+    room: Room
+
+
+@compiled
+def _norm_row(source, weight, width, eps, target):  # type: ignore[no-untyped-def]
+    squares = vec.splat(0.0)
+    for column in range(0, width, LANES):
+        value = vec.load_f32(source + 4 * column)
+        squares = vec.multiply_add(value, value, squares)
+    mean = vec.lane_sum(squares) / np.float32(width)
+    scale = vec.splat(np.float32(1.0) / np.sqrt(mean + eps))
+    for column in range(0, width, LANES):
+        value = vec.multiply(vec.load_f32(source + 4 * column), scale)
+        vec.store_bf16(target + 2 * column, vec.multiply(value, vec.load_f32(weight + 4 * column)))
+
+
+@compiled
+def _norm(step, phase, norm):  # type: ignore[no-untyped-def]
+    """Normalize all rows, with the last norm those whose logits are wanted; where they are then."""
+    weights, rows, room = step.weights, step.rows, step.room
+    wanted = norm == 2 * weights.layers
+    width, eps = weights.hidden, np.float32(weights.eps)
+    weight = weights.norms + norm * width * 4
+    count = rows.wanted if wanted else rows.rows
+    private = count <= PRIVATE_ROWS
+    target = step.scratch if private else room.normed
+    done, first = 0, 0
+    while first < count:
+        if private:
+            last = count
+        else:
+            first = take(step.sync, phase, NORM_ROWS)
+            last = min(first + NORM_ROWS, count)
+        for row in range(first, last):
+            source = vec.word(rows.last + 8 * row) if wanted else row
+            place = room.hidden + 4 * source * width
+            _norm_row(place, weight, width, eps, target + 2 * row * width)
+            done += 1
+        first = last if private else first
+    if not private:
+        finish(step.sync, phase, done, count)
+    return target
+
+
+@compiled
+def _multiply(step, phase, product, tiles, x):  # type: ignore[no-untyped-def]
+    """One product of all rows, shared out by tiles of weights and parts of rows.
+
+    Args: product: QKV, OUT, GATE_UP, DOWN or HEAD; tiles: where they begin, and their kind; x:
+    address of the rows.
+    """
+    weights, rows, room = step.weights, step.rows, step.room
+    width = weights.heads * weights.head_dim
+    projected = width + 2 * weights.kv_heads * weights.head_dim
+    count, inputs = rows.rows, weights.hidden
+    if product == QKV:
+        outputs, out, out_step, tile_step = projected, room.projected, projected * 4, TILE * 4
+    elif product == GATE_UP:
+        outputs, out, out_step, tile_step = 2 * weights.inner, room.inner, weights.inner * 2, TILE
+    elif product == HEAD:
+        outputs, out, out_step, tile_step = weights.vocab, room.logits, weights.vocab * 4, TILE * 4
+        count = rows.wanted
+    else:
+        inputs = width if product == OUT else weights.inner
+        outputs, out, out_step, tile_step = weights.hidden, room.hidden, weights.hidden * 4, TILE * 4
+    most = max(24, ROW_BYTES // (2 * inputs) // 12 * 12)
+    count_of_tiles = outputs // TILE
+    items = (count + most - 1) // most * count_of_tiles
+    scratch, done = step.scratch + PRIVATE_ROWS * weights.hidden * 2, 0
+    while True:
+        item = take(step.sync, phase, 1)
+        if item >= items:
+            break
+        number, first = item % count_of_tiles, item // count_of_tiles * most
+        tile = (open_tile(tiles[1], tiles[0], number, inputs // 2, scratch), inputs // 2)
+        lines = (x + 2 * first * inputs, 2 * inputs)
+        place = (out + first * out_step + number * tile_step, out_step, 0)
+        if product == QKV or product == HEAD:
+            tile_store(lines, tile, place, min(most, count - first))
+        elif product == GATE_UP:
+            tile_silu(lines, tile, place, min(most, count - first))
+        else:
+            tile_add(lines, tile, place, min(most, count - first))
+        done += 1
+    finish(step.sync, phase, done, items)
+
+
+@compiled
+def _turn_head(source, angles, half, scale, target):  # type: ignore[no-untyped-def]
+    cos, sin = angles
+    for column in range(0, half, LANES):
+        first = vec.load_f32(source + 4 * column)
+        second = vec.load_f32(source + 4 * (column + half))
+        c = vec.multiply(vec.load_f32(cos + 4 * column), scale)
+        s = vec.multiply(vec.load_f32(sin + 4 * column), scale)
+        vec.store_bf16(
+            target + 2 * column, vec.subtract(vec.multiply(first, c), vec.multiply(second, s))
+        )
+        vec.store_bf16(
+            target + 2 * (column + half),
+            vec.add(vec.multiply(second, c), vec.multiply(first, s)),
+        )
+
+
+@compiled
+def _place_row(row, layer, step):  # type: ignore[no-untyped-def]
+    """Turn a row's queries and keys, and write its keys and values to their page."""
+    weights, rows, room = step.weights, step.rows, step.room
+    heads, kv_heads, head_dim = weights.heads, weights.kv_heads, weights.head_dim
+    groups, half = heads // kv_heads, head_dim // 2
+    offset = vec.word(rows.positions + 8 * row) * half * 4
+    angles = (weights.cos + offset, weights.sin + offset)
+    source = room.projected + row * (heads + 2 * kv_heads) * head_dim * 4
+    one, scale = vec.splat(1.0), vec.splat(np.float32(1.0) / np.sqrt(np.float32(head_dim)))
+    for head in range(heads):
+        line = (head // groups * rows.rows + row) * groups + head % groups
+        target = room.queries + line * head_dim * 2
+        _turn_head(source + head * head_dim * 4, angles, half, scale, target)
+    plane = weights.block_tokens * head_dim * 2
+    page = (vec.word(rows.places + 16 * row) * weights.layers + layer) * 2 * kv_heads
+    place = vec.word(rows.places + 16 * row + 8)
+    for head in range(kv_heads):
+        target = rows.pool + (page + head) * plane + place * head_dim * 2
+        _turn_head(source + (heads + head) * head_dim * 4, angles, half, one, target)
+        target += kv_heads * plane
+        value = source + (heads + kv_heads + head) * head_dim * 4
+        for column in range(0, head_dim, LANES):
+            vec.store_bf16(target + 2 * column, vec.load_f32(value + 4 * column))
+
+
+@compiled
+def _place(step, phase, layer):  # type: ignore[no-untyped-def]
+    done, count = 0, step.rows.rows
+    while True:
+        first = take(step.sync, phase, PLACE_ROWS)
+        if first >= count:
+            break
+        last = min(first + PLACE_ROWS, count)
+        for row in range(first, last):
+            _place_row(row, layer, step)
+        done += last - first
+    finish(step.sync, phase, done, count)
+
+
+@compiled
+def _attend(step, phase, layer):  # type: ignore[no-untyped-def]
+    weights, rows, room = step.weights, step.rows, step.room
+    heads, kv_heads, head_dim = weights.heads, weights.kv_heads, weights.head_dim
+    groups = heads // kv_heads
+    plane = weights.block_tokens * head_dim * 2
+    page_bytes = weights.layers * 2 * kv_heads * plane
+    items, done = rows.blocks * kv_heads, 0
+    while True:
+        item = take(step.sync, phase, 1)
+        if item >= items:
+            break
+        head = item % kv_heads
+        # The last blocks of a prompt have the most pages: first come those.
+        block = rows.block + 40 * (rows.blocks - 1 - item // kv_heads)
+        first, count = vec.word(block), vec.word(block + 8)
+        keys = rows.pool + (layer * 2 * kv_heads + head) * plane
+        out = room.attended + (first * heads + head * groups) * head_dim * 2
+        attend_block(
+            room.queries + (head * rows.rows + first) * groups * head_dim * 2,
+            (out, heads * head_dim * 2),
+            (rows.tables + 8 * vec.word(block + 16), vec.word(block + 24), page_bytes),
+            (keys, keys + kv_heads * plane),
+            (count, groups, head_dim, weights.block_tokens, vec.word(block + 32)),
+            step.scratch,
+        )
+        done += 1
+    finish(step.sync, phase, done, items)
+
+
+@compiled
+def _embed(step, phase):  # type: ignore[no-untyped-def]
+    hidden, count, done = step.weights.hidden, step.rows.rows, 0
+    while True:
+        first = take(step.sync, phase, NORM_ROWS)
+        if first >= count:
+            break
+        last = min(first + NORM_ROWS, count)
+        for row in range(first, last):
+            token = vec.word(step.rows.tokens + 8 * row)
+            source = step.weights.embedding + token * hidden * 2
+            target = step.room.hidden + 4 * row * hidden
+            for column in range(0, hidden, LANES):
+                vec.store_f32(target + 4 * column, vec.load_bf16(source + 2 * column))
+        done += last - first
+    finish(step.sync, phase, done, count)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def run_layers(part, span, sync, weights, rows, room):  # type: ignore[no-untyped-def]
+    """Compute some layers; before the first of all the embedding, after the last the logits.
+
+    Args:
+        part: number of this thread, 0 is the caller's; scratch is its own.
+        span: first layer, layer after the last.
+        sync: address of phases(layers) zeros, the same for all threads of a step.
+        weights: Weights. rows: Rows. room: Room.
+    """
+    step = Step(room.scratch + part * room.scratch_bytes, sync, weights, rows, room)
+    first, last = span
+    after = weights.layers * PHASES
+    if first == 0:
+        _embed(step, after)
+    for layer in range(first, last):
+        phase, tiles = layer * PHASES, weights.tiles + 64 * layer
+        x = _norm(step, phase, 2 * layer)
+        _multiply(step, phase + 1, QKV, _place_of(tiles, QKV), x)
+        _place(step, phase + 2, layer)
+        _attend(step, phase + 3, layer)
+        _multiply(step, phase + 4, OUT, _place_of(tiles, OUT), room.attended)
+        x = _norm(step, phase + 5, 2 * layer + 1)
+        _multiply(step, phase + 6, GATE_UP, _place_of(tiles, GATE_UP), x)
+        _multiply(step, phase + 7, DOWN, _place_of(tiles, DOWN), room.inner)
+    if last == weights.layers and rows.wanted:
+        x = _norm(step, after + 1, 2 * last)
+        _multiply(step, after + 2, HEAD, (weights.head, weights.head_kind), x)
+
+
+@compiled
+def _place_of(tiles, product):  # type: ignore[no-untyped-def]
+    return vec.word(tiles + 16 * product), vec.word(tiles + 16 * product + 8)
+
+
+def phases(layers: int) -> int:
+    """Phases of a step: see work."""
+    return layers * PHASES + 3

@@ -1,0 +1,253 @@
+"""Rows times weights for AVX-512 BF16: one order of additions, whatever the number of rows.
+
+    y[r, o] = sum_i x[r, i] * weight[o, i]      two neighbours i at a time, first i first
+
+A lane belongs to one output. It adds pairs of inputs in their order into one float32 register, from
+the first to the last, so a row's result cannot depend on how many rows are computed with it; that is
+true of the code and not measured. Rows are taken up to 12 at a time to use a weight in a register
+more than once. Weights lie in tiles of 32 outputs: (inputs / 2, 32, 2), 64-byte aligned.
+
+Weights in groups of 4 or 8 bits are brought to bfloat16 a tile at a time: the same values that a
+model dequantized to bfloat16 has, so the same products bit for bit, from a third of the bytes.
+
+Bound: memory for few rows, arithmetic (one instruction of 32 products per cycle on a Zen 4) after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from kvist.kernels.cpu import vectors as vec
+from kvist.kernels.cpu.vectors import FLOATS, I8, compiled, I32, I64, LANES, WORDS
+
+TILE = 32
+GROUP = 32
+PAIR_BYTES = 4 * TILE  # of one pair of inputs for the outputs of a tile, in bfloat16
+GROUP4_BYTES = 4 * TILE + GROUP * TILE // 2
+GROUP8_BYTES = 2 * TILE + GROUP * TILE
+BF16, INT8, INT4 = 0, 1, 2
+Epilogue = Callable[[Any, list[Any], Any, Any, int], None]
+
+
+def _store_tile(builder: Any, sums: list[Any], out: Any, _extra: Any, _row: int) -> None:
+    vec.store(builder, sums[0], out)
+    vec.store(builder, sums[1], out, 64)
+
+
+def _add_tile(builder: Any, sums: list[Any], out: Any, _extra: Any, _row: int) -> None:
+    for half, value in enumerate(sums):
+        before = vec.load(builder, out, FLOATS, 64 * half)
+        vec.store(builder, builder.fadd(before, value), out, 64 * half)
+
+
+def _scale_add_tile(builder: Any, sums: list[Any], out: Any, extra: Any, row: int) -> None:
+    scale = vec.broadcast(builder, vec.load(builder, extra, ir.FloatType(), 4 * row))
+    for half, value in enumerate(sums):
+        before = vec.load(builder, out, FLOATS, 64 * half)
+        vec.store(builder, vec.fused(builder, before, scale, value), out, 64 * half)
+
+
+def _silu_tile(builder: Any, sums: list[Any], out: Any, _extra: Any, _row: int) -> None:
+    gate, up = sums
+    power = vec.exponential(builder, builder.fneg(gate))
+    silu = builder.fdiv(gate, builder.fadd(vec.constant(1.0), power))
+    vec.store(builder, vec.to_bf16(builder, builder.fmul(silu, up)), out)
+
+
+def _define(rows: int, finish: Epilogue) -> Any:
+    """The product of some rows and a tile, as one loop over pairs of inputs."""
+
+    def code(builder: Any, values: Any) -> None:
+        x, x_step, weights, pairs, out, out_step, extra = values
+        start = builder.block
+        loop, end = builder.append_basic_block("loop"), builder.append_basic_block("end")
+        lines = [
+            vec.at(builder, builder.add(x, builder.mul(x_step, I64(row))), I32)
+            for row in range(rows)
+        ]
+        tile = vec.at(builder, weights, FLOATS)
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        pair = builder.phi(I64)
+        pair.add_incoming(I64(0), start)
+        sums = [[builder.phi(FLOATS) for _half in range(2)] for _row in range(rows)]
+        first = builder.mul(pair, I64(2))
+        factors = []
+        for half in range(2):
+            value = builder.load(builder.gep(tile, [builder.add(first, I64(half))]))
+            value.align = 64
+            factors.append(builder.bitcast(value, vec.BFLOAT_PAIRS))
+        done = []
+        for row in range(rows):
+            value = builder.load(builder.gep(lines[row], [pair]))
+            value.align = 2
+            inputs = builder.bitcast(vec.broadcast(builder, value), vec.BFLOAT_PAIRS)
+            done.append([])
+            for half in range(2):
+                total = sums[row][half]
+                total.add_incoming(ir.Constant(FLOATS, None), start)
+                done[row].append(vec.dot_pairs(builder, total, factors[half], inputs))
+                total.add_incoming(done[row][half], loop)
+        following = builder.add(pair, I64(1))
+        pair.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_signed("<", following, pairs), loop, end)
+        builder.position_at_end(end)
+        for row in range(rows):
+            place = builder.add(out, builder.mul(out_step, I64(row)))
+            finish(builder, done[row], place, extra, row)
+
+    @intrinsic
+    def product(_context, x, x_step, weights, pairs, out, out_step, extra):  # type: ignore[no-untyped-def]
+        def body(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+            code(builder, values)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), body
+
+    return product
+
+
+def _define_rows(finish: Epilogue) -> Any:
+    """The product of any number of rows and a tile."""
+    by12, by4, by1 = _define(12, finish), _define(4, finish), _define(1, finish)
+
+    @compiled
+    def rows_times_tile(x, tile, out, rows):  # type: ignore[no-untyped-def]
+        line, line_step = x
+        weights, pairs = tile
+        place, place_step, extra = out
+        while rows > 0:
+            if rows >= 12:
+                by12(line, line_step, weights, pairs, place, place_step, extra)
+                count = 12
+            elif rows >= 4:
+                by4(line, line_step, weights, pairs, place, place_step, extra)
+                count = 4
+            else:
+                by1(line, line_step, weights, pairs, place, place_step, extra)
+                count = 1
+            rows -= count
+            line += count * line_step
+            place += count * place_step
+            extra += count * 4
+
+    return rows_times_tile
+
+
+# Each takes x: address of the rows, bytes from one to the next; tile: its address, pairs; out:
+# address, bytes from row to row, address of a float32 per row (only for scale_add); rows.
+# out = product; out += product; out = out * extra[row] + product; out = silu(first 16) * last 16,
+# bfloat16. The others are float32.
+tile_store = _define_rows(_store_tile)
+tile_add = _define_rows(_add_tile)
+tile_scale_add = _define_rows(_scale_add_tile)
+tile_silu = _define_rows(_silu_tile)
+
+
+def _halves(builder: Any, address: Any, offset: int) -> list[Any]:
+    """32 numbers of float16 as 4 registers in which each stands twice, once per input of a pair."""
+    spread = []
+    for half in range(2):
+        narrow = vec.load(builder, address, ir.VectorType(ir.HalfType(), LANES), offset + 32 * half)
+        wide = builder.fpext(narrow, FLOATS)
+        for first in (0, 8):
+            lanes = [first + lane // 2 for lane in range(LANES)]
+            spread.append(vec.shuffled(builder, wide, wide, lanes))
+    return spread
+
+
+def _round_pairs(builder: Any, parts: list[Any], target: Any) -> None:
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    for half in range(2):
+        both = vec.call(builder, name, vec.BFLOAT_PAIRS, parts[2 * half + 1], parts[2 * half])
+        vec.store(builder, both, target, 64 * half)
+
+
+def _loop(builder: Any, count: int, body: Callable[[Any], None]) -> None:
+    """Code for body(number) for number in range(count)."""
+    start = builder.block
+    loop, end = builder.append_basic_block("group"), builder.append_basic_block("done")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    number = builder.phi(I64)
+    number.add_incoming(I64(0), start)
+    body(number)
+    following = builder.add(number, I64(1))
+    number.add_incoming(following, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, I64(count)), loop, end)
+    builder.position_at_end(end)
+
+
+def _unpack4(builder: Any, source: Any, target: Any) -> None:
+    scales, offsets = _halves(builder, source, 0), _halves(builder, source, 2 * TILE)
+    data = builder.add(source, I64(4 * TILE))
+
+    def pair(number: Any) -> None:
+        codes = builder.add(data, builder.mul(number, I64(TILE)))
+        parts = []
+        for half in range(2):
+            octets = vec.load(builder, codes, ir.VectorType(I8, LANES), LANES * half)
+            wide = builder.zext(octets, WORDS)
+            for value in (
+                builder.and_(wide, vec.broadcast_of(15)),
+                builder.lshr(wide, vec.broadcast_of(4)),
+            ):
+                number_of = builder.sitofp(value, FLOATS)
+                place = len(parts)
+                parts.append(vec.fused(builder, number_of, scales[place], offsets[place]))
+        _round_pairs(builder, parts, builder.add(target, builder.mul(number, I64(PAIR_BYTES))))
+
+    _loop(builder, GROUP // 2, pair)
+
+
+def _unpack8(builder: Any, source: Any, target: Any) -> None:
+    scales = _halves(builder, source, 0)
+    data = builder.add(source, I64(2 * TILE))
+
+    def pair(number: Any) -> None:
+        codes = builder.add(data, builder.mul(number, I64(2 * TILE)))
+        parts = []
+        for place in range(4):
+            octets = vec.load(builder, codes, ir.VectorType(I8, LANES), LANES * place)
+            value = builder.sitofp(builder.sext(octets, WORDS), FLOATS)
+            parts.append(builder.fmul(value, scales[place]))
+        _round_pairs(builder, parts, builder.add(target, builder.mul(number, I64(PAIR_BYTES))))
+
+    _loop(builder, GROUP // 2, pair)
+
+
+# A group of a tile to bfloat16: (source, target).
+unpack_group4 = vec.define(types.void, (types.int64, types.int64), _unpack4)
+unpack_group8 = vec.define(types.void, (types.int64, types.int64), _unpack8)
+
+
+@compiled
+def tile_bytes(kind, pairs):  # type: ignore[no-untyped-def]
+    """Bytes of a tile: kind is BF16, INT8 or INT4, pairs are its inputs / 2."""
+    if kind == BF16:
+        return pairs * PAIR_BYTES
+    return pairs * 2 // GROUP * (GROUP4_BYTES if kind == INT4 else GROUP8_BYTES)
+
+
+@compiled
+def open_tile(kind, weights, tile, pairs, scratch):  # type: ignore[no-untyped-def]
+    """The address of a tile in bfloat16; one that is packed is brought to scratch."""
+    size = tile_bytes(kind, pairs)
+    source = weights + tile * size
+    if kind == BF16:
+        return source
+    target = scratch
+    for _ in range(pairs * 2 // GROUP):
+        if kind == INT4:
+            unpack_group4(source, target)
+            source += GROUP4_BYTES
+        else:
+            unpack_group8(source, target)
+            source += GROUP8_BYTES
+        target += GROUP // 2 * PAIR_BYTES
+    return scratch
