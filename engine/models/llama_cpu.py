@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvist.engine.models.base import Chunk, ModelConfig
@@ -19,11 +20,10 @@ from kvist.kernels.cpu.layers import (
     run_layers,
 )
 from kvist.kernels.cpu.linear import PAIR_BYTES, TILE
-from kvist.kernels.cpu.packing import Grouped, Tiles, gate_up_order, joined, pack
-from kvist.kernels.cpu.work import PHASE_BYTES, Team, aligned
+from kvist.kernels.cpu.packing import Tiles, gate_up_order, pack
+from kvist.kernels.cpu.work import Sync, Team, aligned
+from kvist.kernels.groups import Grouped, joined
 from kvist.kernels.rope import rope_table
-
-NARROW = 32  # what every width must be a multiple of
 
 
 class CpuLlama:
@@ -43,7 +43,8 @@ class CpuLlama:
         self._team = Team(threads)
         self._tiles = [_pack_layer(loaded, layer) for layer in range(config.layers)]
         embedding = "model.embed_tokens.weight"
-        self._head = pack(_weight(loaded, embedding if config.tie_embeddings else "lm_head.weight"))
+        head = embedding if config.tie_embeddings else "lm_head.weight"
+        self._head = pack(_weight(loaded, head))
         self._embedding = loaded.tensors[embedding]
         names = [
             f"model.layers.{layer}.{norm}.weight"
@@ -75,29 +76,47 @@ class CpuLlama:
             cos=cos_at,
             sin=sin_at,
         )
-        self._sync_bytes = phases(config.layers) * PHASE_BYTES
-        self._buffers: tuple[int, int, int] = (0, 0, 0)
 
-    def forward(self, chunks: Sequence[Chunk], pool: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        pool: torch.Tensor,
+        before_layer: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
         """Compute the chunks; the contract is Model's."""
-        config, block_tokens = self.config, pool.shape[4]
+        block_tokens, layers = pool.shape[4], self.config.layers
         weights = self._weights._replace(block_tokens=block_tokens)
-        fresh = [page for chunk in chunks if (page := _fresh(chunk, block_tokens)) is not None]
-        for page in fresh:
+        for page in fresh_pages(chunks, block_tokens):
             pool[page].zero_()
-        rows, arrays = _rows(chunks, block_tokens, pool.data_ptr())
+        rows, arrays = step_rows(chunks, block_tokens, pool.data_ptr())
         logits = torch.empty((rows.wanted, self._vocab), dtype=torch.float32)
         room, memory = self._room(rows.rows, logits, block_tokens)
-        sync = np.zeros(self._sync_bytes // 8, np.int64)
-        at, layers = sync.ctypes.data, config.layers
+        sync = Sync(phases(layers))
 
-        def work(part: int) -> None:
-            # A late helper may still look at this step's memory: it keeps it.
-            _keep = memory, sync, arrays
-            run_layers(part, (0, layers), at, weights, rows, room)
+        def compute(part: int, first: int, last: int) -> None:
+            run_layers(part, (first, last), sync.address, weights, rows, room)
 
-        self._team.run(work, work)
-        return logits[:, : config.vocab]
+        def help_out(part: int) -> None:
+            # A helper that is late may still look at this step's memory: it keeps it.
+            _kept = arrays, memory, logits
+            compute(part, 0, layers)
+
+        def lead() -> None:
+            if before_layer is None:
+                sync.open(layers)
+                compute(0, 0, layers)
+                return
+            try:
+                for layer in range(layers):
+                    before_layer(layer)
+                    sync.open(layer + 1)
+                    compute(0, layer, layer + 1)
+            except BaseException:
+                sync.close()
+                raise
+
+        self._team.run(help_out, lead)
+        return logits[:, : self.config.vocab]
 
     def close(self) -> None:
         """End the threads."""
@@ -132,18 +151,21 @@ class CpuLlama:
         return room, (memory, logits)
 
 
-def _weight(loaded: LoadedModel, name: str) -> torch.Tensor | Grouped:
-    return loaded.tensors[name]
+def _weight(loaded: LoadedModel, *names: str) -> torch.Tensor | Grouped:
+    """Weights of a layer below one another: as codes if all are, in as many bits."""
+    groups = [loaded.groups[name] for name in names if name in loaded.groups]
+    if len(groups) == len(names) and len({part.bits for part in groups}) == 1:
+        return joined(groups)
+    return torch.cat([loaded.tensors[name] for name in names])
 
 
 def _pack_layer(loaded: LoadedModel, layer: int) -> tuple[Tiles, ...]:
     def weight(*names: str) -> torch.Tensor | Grouped:
-        parts = [_weight(loaded, f"model.layers.{layer}.{name}.weight") for name in names]
-        return torch.cat(parts)
+        return _weight(loaded, *(f"model.layers.{layer}.{name}.weight" for name in names))
 
     gate_up = weight("mlp.gate_proj", "mlp.up_proj")
     order = gate_up_order(loaded.config.intermediate)
-    gate_up = gate_up[order]
+    gate_up = gate_up.rows(order) if isinstance(gate_up, Grouped) else gate_up[order]
     return (
         pack(weight("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         pack(weight("self_attn.o_proj")),
@@ -152,7 +174,14 @@ def _pack_layer(loaded: LoadedModel, layer: int) -> tuple[Tiles, ...]:
     )
 
 
-def _rows(chunks: Sequence[Chunk], block_tokens: int, pool: int) -> tuple[Rows, tuple[np.ndarray, ...]]:
+def step_rows(
+    chunks: Sequence[Chunk], block_tokens: int, pool: int
+) -> tuple[Rows, tuple[npt.NDArray[np.int64], ...]]:
+    """What a step computes, in the order of its chunks, and the arrays that it points to.
+
+    Args:
+        chunks: see Model. block_tokens: of a page. pool: its address.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     places: list[tuple[int, int]] = []
@@ -160,30 +189,32 @@ def _rows(chunks: Sequence[Chunk], block_tokens: int, pool: int) -> tuple[Rows, 
     tables: list[int] = []
     last: list[int] = []
     for chunk in chunks:
-        row, table = len(tokens), len(tables)
-        end = chunk.start + len(chunk.tokens)
+        row, table, at = len(tokens), len(tables), chunk.start
+        end = at + len(chunk.tokens)
         tokens += chunk.tokens
-        positions += range(chunk.start, end)
-        places += [(chunk.pages[p // block_tokens], p % block_tokens) for p in range(chunk.start, end)]
+        positions += range(at, end)
         tables += chunk.pages[: (end - 1) // block_tokens + 1]
-        at = chunk.start
         while at < end:
-            page = at // block_tokens
-            stop = min(end, (page + 1) * block_tokens)
-            blocks.append((row + at - chunk.start, stop - at, table, page + 1, at % block_tokens))
-            at = stop
+            number, place = divmod(at, block_tokens)
+            count = min(end - at, block_tokens - place)
+            page = chunk.pages[number]
+            places += [(page, place + one) for one in range(count)]
+            blocks.append((row, count, table, number + 1, place))
+            at += count
+            row += count
         if chunk.want_logits:
-            last.append(len(tokens) - 1)
+            last.append(row - 1)
     lists = (tokens, positions, places, blocks, tables, last)
     arrays = tuple(np.array(values, np.int64) for values in lists)
     addresses = [int(array.ctypes.data) for array in arrays]
     return Rows(len(tokens), len(blocks), len(last), *addresses, pool), arrays
 
 
-def _fresh(chunk: Chunk, block_tokens: int) -> int | None:
-    """The page begun here and not filled: what an earlier owner left in it must not be read."""
-    end = chunk.start + len(chunk.tokens)
-    page = end // block_tokens
-    if end % block_tokens and page * block_tokens >= chunk.start:
-        return chunk.pages[page]
-    return None
+def fresh_pages(chunks: Sequence[Chunk], block_tokens: int) -> list[int]:
+    """Pages begun here and not filled: what an earlier owner left in them must not be read."""
+    pages = []
+    for chunk in chunks:
+        number, place = divmod(chunk.start + len(chunk.tokens), block_tokens)
+        if place and number * block_tokens >= chunk.start:
+            pages.append(chunk.pages[number])
+    return pages

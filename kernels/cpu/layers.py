@@ -18,7 +18,7 @@ from kvist.kernels.cpu import vectors as vec
 from kvist.kernels.cpu.attention import attend_block
 from kvist.kernels.cpu.linear import TILE, open_tile, tile_add, tile_silu, tile_store
 from kvist.kernels.cpu.vectors import LANES, compiled
-from kvist.kernels.cpu.work import finish, take
+from kvist.kernels.cpu.work import finish, may_compute, take
 
 PHASES = 8  # of a layer
 # Bytes of rows that are multiplied by all tiles before the next rows are: they stay in the second
@@ -338,7 +338,7 @@ def run_layers(part, span, sync, weights, rows, room):  # type: ignore[no-untype
     Args:
         part: number of this thread, 0 is the caller's; scratch is its own.
         span: first layer, layer after the last.
-        sync: address of phases(layers) zeros, the same for all threads of a step.
+        sync: address of a work.Sync of phases(layers), the same for all threads of a step.
         weights: Weights. rows: Rows. room: Room.
     """
     step = Step(room.scratch + part * room.scratch_bytes, sync, weights, rows, room)
@@ -347,6 +347,8 @@ def run_layers(part, span, sync, weights, rows, room):  # type: ignore[no-untype
     if first == 0:
         _embed(step, after)
     for layer in range(first, last):
+        if not may_compute(sync, layer):
+            return
         phase, tiles = layer * PHASES, weights.tiles + 64 * layer
         x = _norm(step, phase, 2 * layer)
         _multiply(step, phase + 1, QKV, _place_of(tiles, QKV), x)

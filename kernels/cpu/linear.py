@@ -23,10 +23,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvist.kernels.cpu import vectors as vec
-from kvist.kernels.cpu.vectors import FLOATS, I8, compiled, I32, I64, LANES, WORDS
+from kvist.kernels.cpu.vectors import FLOATS, I8, I32, I64, LANES, WORDS, compiled
+from kvist.kernels.groups import GROUP
 
 TILE = 32
-GROUP = 32
 PAIR_BYTES = 4 * TILE  # of one pair of inputs for the outputs of a tile, in bfloat16
 GROUP4_BYTES = 4 * TILE + GROUP * TILE // 2
 GROUP8_BYTES = 2 * TILE + GROUP * TILE

@@ -19,9 +19,36 @@ from numba import types
 from kvist.kernels.cpu.vectors import compiled, fetch_add, pause, read
 
 PHASE_BYTES = 16  # items taken, items done
-# About 10 us of looking, then the core is offered to others at each look.
-SPINS = 300
+GATE_BYTES = 64  # before the phases: layers that may be computed, or CLOSED
+CLOSED = -1
+# About 10 us of looking, then the core is offered to others at each look, then given away.
+SPINS, YIELDS, NAP_US = 300, 200, 50
 _yield_core = types.ExternalFunction("sched_yield", types.int32())
+_nap = types.ExternalFunction("usleep", types.int32(types.uint32))
+
+
+@compiled
+def _wait(spins):  # type: ignore[no-untyped-def]
+    if spins < SPINS:
+        pause()
+    elif spins < SPINS + YIELDS:
+        _yield_core()
+    else:
+        _nap(np.uint32(NAP_US))
+
+
+@compiled
+def may_compute(sync, layer):  # type: ignore[no-untyped-def]
+    """Wait until a layer is let through; False when the step was given up."""
+    spins = 0
+    while True:
+        layers = read(sync - GATE_BYTES)
+        if layers == CLOSED:
+            return False
+        if layers > layer:
+            return True
+        _wait(spins)
+        spins += 1
 
 
 @compiled
@@ -38,10 +65,33 @@ def finish(sync, phase, done, items):  # type: ignore[no-untyped-def]
         fetch_add(place, done)
     spins = 0
     while read(place) < items:
-        pause()
+        _wait(spins)
         spins += 1
-        if spins > SPINS:
-            _yield_core()
+
+
+class Sync:
+    """The counters of one step; a new one for each, as a helper that is late may look at an old one.
+
+    Args:
+        phases: of the step.
+    """
+
+    def __init__(self, phases: int) -> None:
+        self._words = aligned(GATE_BYTES + phases * PHASE_BYTES).view(np.int64)
+        self._words.fill(0)
+
+    @property
+    def address(self) -> int:
+        """Of the first phase."""
+        return int(self._words.ctypes.data) + GATE_BYTES
+
+    def open(self, layers: int) -> None:
+        """Let so many layers be computed."""
+        self._words[0] = layers
+
+    def close(self) -> None:
+        """Give the step up: who waits for a layer goes home."""
+        self._words[0] = CLOSED
 
 
 Job = Callable[[int], None]
@@ -58,15 +108,15 @@ class Team:
         self.threads = threads
         self._helpers = [_Helper(number) for number in range(1, threads)]
 
-    def run(self, job: Job, work: Job) -> None:
-        """Run work(0) here and job(number) on every helper that is free, at the same time.
+    def run(self, job: Job, lead: Callable[[], None]) -> None:
+        """Run lead() here and job(number) on every helper that is free, at the same time.
 
         A helper that has not come back from an earlier job is left alone: what it would do, the
         others do. Both must leave nothing undone that the caller needs, see the module.
         """
         for helper in self._helpers:
             helper.offer(job)
-        work(0)
+        lead()
 
     def close(self) -> None:
         """End the threads; a job under way is finished."""
