@@ -32,8 +32,9 @@ setup: $(VENV)/.dev  ## Make .venv with everything in it
 demo: $(VENV)/.engine  ## Run the main job: two engines, one sidecar, real chats (KEEP=1 leaves it running)
 	@$(VENV)/bin/kvist demo $(if $(KEEP),--keep) $(if $(SVG),--svg $(SVG))
 
+# Two workers: most tests wait for processes, disks and clocks half of the time.
 test: $(VENV)/.dev  ## Run every test, linters and types included
-	$(VENV)/bin/pytest $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## Only linters, types and house rules
 	$(VENV)/bin/pytest tests/test_tidy.py $(PYTEST_ARGS)

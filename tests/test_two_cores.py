@@ -24,6 +24,9 @@ from kvist.engine.weights import load_model
 from kvist.proto.keys import BlockKey, block_keys
 
 PROMPT = 600
+# Copies behind the step may hold a quarter of the pool: here that is more than the prompt's blocks,
+# so none is dropped however slow the machine is at the moment.
+POOL_BYTES = 2 << 20
 USABLE = (PROMPT - 1) // BLOCK_TOKENS * BLOCK_TOKENS
 
 
@@ -48,7 +51,7 @@ def start(model: str, tmp_path: Path, sidecar: Sidecar) -> Iterator[Callable[[],
     def make() -> CoreThread:
         folder = tmp_path / str(len(running))
         folder.mkdir()
-        chosen = settings(model, tmp_path, cache=sidecar.address)
+        chosen = settings(model, tmp_path, cache=sidecar.address, kv_cache_bytes=POOL_BYTES)
         parts = open_parts(EngineConfig(**chosen), Log(io.StringIO()), time.monotonic)
         del chosen["model"]
         core = CoreThread(folder, parts, **chosen)
