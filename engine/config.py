@@ -224,7 +224,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         "--quantization",
         default="auto",
         help=f"of the weights in memory: {', '.join(QUANTIZATIONS)}; auto keeps those that the "
-        "file has in 4 or 8 bits and gives the bits that none gives (%(default)s)",
+        "file has in 4 or 8 bits in these, where the processor has the instructions (%(default)s)",
     )
     run.add_argument("--max-model-len", type=whole, metavar="TOKENS", help="default: the model's")
     run.add_argument(

@@ -20,9 +20,6 @@ from kvist.kernels.linear import best_cpu_dtype
 from kvist.kernels.rope import RopeParams
 from kvist.proto.layout import BlockFormat
 
-# What --quantization means to the weights: as they are; packed where the file has them packed;
-# rounded.
-QUANTIZATIONS = ("none", "auto", "int8", "int4")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -36,9 +33,9 @@ class LoadedModel:
         dtype: "bfloat16" or "float32": of the tensors and of the computation.
         tensors: by Hugging Face name, contiguous, on the CPU.
         groups: 4 and 8-bit codes by the same names, of those weights that are to be kept in them;
-            tensors has their values.
-        fingerprint: 32 hex digits over every tensor's name, shape, dtype and bytes, the config
-            and the rope: KV of models with different fingerprints is never exchanged.
+            tensors has their values, rounded to dtype.
+        fingerprint: 32 hex digits over the name, shape, dtype and bytes of every tensor and code,
+            the config and the rope: KV of models with different fingerprints is never exchanged.
     """
 
     config: ModelConfig
@@ -86,7 +83,7 @@ def load_model(
         rope=source.rope,
         dtype=str(torch_dtype).removeprefix("torch."),
         tensors=tensors,
-        fingerprint=fingerprint(source.config, source.rope, tensors),
+        fingerprint=fingerprint(source.config, source.rope, {**tensors, **_parts(reader.groups)}),
         groups=reader.groups,
     )
 
@@ -182,6 +179,17 @@ def _read_tensors(
         tensors[name] = tensor
         progress(done, len(expected))
     return tensors
+
+
+def _parts(groups: Mapping[str, Grouped]) -> dict[str, torch.Tensor]:
+    """Codes, scales and offsets, each by a name of its own."""
+    parts = {f"{name} codes": group.codes for name, group in groups.items()}
+    parts |= {f"{name} scales": group.scales for name, group in groups.items()}
+    return parts | {
+        f"{name} offsets": group.offsets
+        for name, group in groups.items()
+        if group.offsets is not None
+    }
 
 
 def _more(names: list[str]) -> str:

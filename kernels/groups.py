@@ -1,9 +1,10 @@
 """Weights of 4 and 8 bits in groups of 32 inputs, as GGUF files have them (Q4_0, Q4_1, Q8_0).
 
-    value = code * scale + offset    in float32; the model computes with it rounded to bfloat16
+    value = code * scale + offset
 
-The rounded values are the weights, whatever they are stored as: a kernel that reads codes and one
-that reads bfloat16 must give the same products bit for bit.
+A product with codes (kernels/cpu/linear) does not round these values to bfloat16, as one with the
+dequantized weight does, so the two differ in bits: models that compute with codes have a
+fingerprint of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ GROUP = 32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grouped:
-    """A weight in groups of 32 inputs: value = code * scale + offset, in float32, then bfloat16.
+    """A weight in groups of 32 inputs: value = code * scale + offset.
 
     Attributes:
         codes: (outputs, inputs): int8, or uint8 in [0, 16).

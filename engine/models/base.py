@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,13 +71,20 @@ class Model(Protocol):
 
     config: ModelConfig
 
-    def forward(self, chunks: Sequence[Chunk], pool: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        pool: torch.Tensor,
+        before_layer: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
         """Compute the chunks, write their K and V to their pages.
 
         Args:
             chunks: one per request; a page written by one is in no other chunk's pages unless
                 that other chunk only reads it.
             pool: (pages, layers, 2, kv_heads, block_tokens, head_dim), contiguous.
+            before_layer: called with each layer's number right before that layer first reads the
+                pages; complete pages of earlier positions may be filled until it returns.
 
         Returns:
             (chunks with want_logits, vocab), float32, in the order of the chunks.

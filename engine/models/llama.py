@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,7 @@ class Step:
         gathered: room for the largest gather, in the pool's dtype, flat.
         widened: the same in the dtype of the computation; the same memory if that is the same.
         least: query rows per product, see kernels.attention.least_rows.
+        before_layer: see Model.forward.
     """
 
     plan: StepPlan
@@ -77,6 +78,7 @@ class Step:
     gathered: torch.Tensor
     widened: torch.Tensor
     least: int
+    before_layer: Callable[[int], None] | None
 
 
 class LlamaModel:
@@ -106,9 +108,14 @@ class LlamaModel:
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk], pool: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        pool: torch.Tensor,
+        before_layer: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
         """Compute the chunks; the contract is Model's."""
-        step = self._step(chunks, pool)
+        step = self._step(chunks, pool, before_layer)
         pool[step.plan.fresh] = 0
         hidden = F.embedding(step.plan.tokens, self._embedding)
         for number, layer in enumerate(self._layers):
@@ -126,7 +133,12 @@ class LlamaModel:
     def _eps(self) -> float:
         return self.config.rms_eps
 
-    def _step(self, chunks: Sequence[Chunk], pool: torch.Tensor) -> Step:
+    def _step(
+        self,
+        chunks: Sequence[Chunk],
+        pool: torch.Tensor,
+        before_layer: Callable[[int], None] | None,
+    ) -> Step:
         block_tokens, head_dim = pool.shape[4:]
         dtype = self._embedding.dtype
         mask = page_mask(block_tokens, dtype, pool.device)
@@ -140,6 +152,7 @@ class LlamaModel:
             gathered=self._room(pool.dtype, most * block_tokens * head_dim),
             widened=self._room(dtype, most * block_tokens * head_dim),
             least=least_rows(block_tokens, head_dim, dtype),
+            before_layer=before_layer,
         )
 
     def _room(self, dtype: torch.dtype, count: int) -> torch.Tensor:
@@ -163,6 +176,8 @@ class LlamaModel:
         step.pool_rows.index_copy_(0, step.plan.stores[number, 1], values.to(dtype))
         queries = turned[:, : config.heads].view(len(x), config.kv_heads, -1, config.head_dim)
         out = torch.empty_like(queries)
+        if step.before_layer is not None:
+            step.before_layer(number)
         for gather in step.plan.gathers:
             self._attend(queries, out, gather, number, step)
         return layer.out(out.flatten(1))

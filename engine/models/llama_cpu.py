@@ -19,10 +19,10 @@ from kvist.kernels.cpu.layers import (
     phases,
     run_layers,
 )
-from kvist.kernels.cpu.linear import PAIR_BYTES, TILE
+from kvist.kernels.cpu.linear import GROUP_BYTES, TILE
 from kvist.kernels.cpu.packing import Tiles, gate_up_order, pack
 from kvist.kernels.cpu.work import Sync, Team, aligned
-from kvist.kernels.groups import Grouped, joined
+from kvist.kernels.groups import GROUP, Grouped, joined
 from kvist.kernels.rope import rope_table
 
 
@@ -127,9 +127,14 @@ class CpuLlama:
     ) -> tuple[Room, tuple[object, ...]]:
         config = self.config
         width = config.heads * config.head_dim
+        widest = max(config.hidden, config.intermediate, width)
         lines = config.heads // config.kv_heads * min(rows, block_tokens)
-        scratch = PRIVATE_ROWS * config.hidden * 2 + max(
-            max(config.hidden, config.intermediate, width) // 2 * PAIR_BYTES,
+        scratch = max(
+            # See layers: a thread's own rows and sums, an opened group, a tile of all rows.
+            PRIVATE_ROWS * (config.hidden * 2 + widest // GROUP * 4)
+            + 64
+            + GROUP_BYTES
+            + max(rows, len(logits)) * TILE * 4,
             scratch_bytes(config.head_dim, lines),
         )
         scratch = -(-scratch // 64) * 64
@@ -140,6 +145,7 @@ class CpuLlama:
             (rows * width + 3 * config.head_dim) * 2,
             rows * width * 2,
             rows * config.intermediate * 2,
+            rows * (widest // GROUP) * 4,
             scratch * self._team.threads,
         )
         memory = aligned(sum(-(-size // 64) * 64 for size in sizes))
@@ -147,7 +153,7 @@ class CpuLlama:
         for size in sizes:
             places.append(at)
             at += -(-size // 64) * 64
-        room = Room(*places[:6], logits.data_ptr(), places[6], scratch)
+        room = Room(*places[:7], logits.data_ptr(), places[7], scratch)
         return room, (memory, logits)
 
 

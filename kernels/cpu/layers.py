@@ -16,11 +16,22 @@ from numba import njit
 
 from kvist.kernels.cpu import vectors as vec
 from kvist.kernels.cpu.attention import attend_block
-from kvist.kernels.cpu.linear import TILE, open_tile, tile_add, tile_silu, tile_store
+from kvist.kernels.cpu.linear import (
+    BF16,
+    GROUP_BYTES,
+    TILE,
+    sum_groups,
+    tile_add,
+    tile_bytes,
+    tile_groups,
+    tile_silu,
+    tile_store,
+)
 from kvist.kernels.cpu.vectors import LANES, compiled
+from kvist.kernels.groups import GROUP
 from kvist.kernels.cpu.work import finish, may_compute, take
 
-PHASES = 8  # of a layer
+PHASES = 12  # of a layer
 # Bytes of rows that are multiplied by all tiles before the next rows are: they stay in the second
 # cache, 1 MiB on a Zen 4, beside a tile.
 ROW_BYTES = 256 << 10
@@ -108,6 +119,7 @@ class Room(NamedTuple):
         queries: bfloat16, (kv_heads, rows, groups, head_dim).
         attended: bfloat16, (rows, heads * head_dim).
         inner: bfloat16, (rows, intermediate).
+        sums: float32, (most inputs / 32, rows): of groups of inputs, for weights in codes.
         logits: float32, (wanted rows, vocab rounded up).
         scratch: for each thread its own.
         scratch_bytes: of a thread.
@@ -119,6 +131,7 @@ class Room(NamedTuple):
     queries: int
     attended: int
     inner: int
+    sums: int
     logits: int
     scratch: int
     scratch_bytes: int
@@ -184,46 +197,107 @@ def _norm(step, phase, norm):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def _sum(step, phase, x, inputs, count):  # type: ignore[no-untyped-def]
+    """The sums of all rows' groups of inputs, and bytes from group to group."""
+    private = count <= PRIVATE_ROWS
+    own = step.scratch + PRIVATE_ROWS * step.weights.hidden * 2
+    target = own if private else step.room.sums
+    done, first, groups = 0, 0, inputs // GROUP
+    while first < count:
+        if private:
+            last = count
+        else:
+            first = take(step.sync, phase, NORM_ROWS)
+            last = min(first + NORM_ROWS, count)
+        for row in range(first, last):
+            sum_groups(x + 2 * row * inputs, groups, target + 4 * row, 4 * count)
+            done += 1
+        first = last if private else first
+    if not private:
+        finish(step.sync, phase, done, count)
+    return target, 4 * count
+
+
+@compiled
+def _silu(source, out, out_step, rows):  # type: ignore[no-untyped-def]
+    """Of a tile: silu of the first 16 outputs times the last, rounded."""
+    for row in range(rows):
+        gate = vec.load_f32(source + row * 4 * TILE)
+        up = vec.load_f32(source + row * 4 * TILE + 4 * LANES)
+        below = vec.add(vec.splat(1.0), vec.exp(vec.subtract(vec.splat(0.0), gate)))
+        vec.store_bf16(out + row * out_step, vec.multiply(vec.divide(gate, below), up))
+
+
+@compiled
+def _tile_of_codes(product, tile, lines, place, more):  # type: ignore[no-untyped-def]
+    """_multiply for codes: the sum goes where it belongs, or to scratch before silu."""
+    out, out_step = place
+    sums, scratch = more
+    count = lines[2]
+    target = (scratch + GROUP_BYTES, 4 * TILE) if product == GATE_UP else place
+    if product != OUT and product != DOWN:
+        zero = vec.splat(0.0)
+        for row in range(count):
+            vec.store_f32(target[0] + row * target[1], zero)
+            vec.store_f32(target[0] + row * target[1] + 64, zero)
+    tile_groups(lines, tile, target, sums, scratch)
+    if product == GATE_UP:
+        _silu(target[0], out, out_step, count)
+
+
+@compiled
 def _multiply(step, phase, product, tiles, x):  # type: ignore[no-untyped-def]
     """One product of all rows, shared out by tiles of weights and parts of rows.
 
     Args: product: QKV, OUT, GATE_UP, DOWN or HEAD; tiles: where they begin, and their kind; x:
     address of the rows.
     """
-    weights, rows, room = step.weights, step.rows, step.room
-    width = weights.heads * weights.head_dim
-    projected = width + 2 * weights.kv_heads * weights.head_dim
-    count, inputs = rows.rows, weights.hidden
-    if product == QKV:
-        outputs, out, out_step, tile_step = projected, room.projected, projected * 4, TILE * 4
-    elif product == GATE_UP:
-        outputs, out, out_step, tile_step = 2 * weights.inner, room.inner, weights.inner * 2, TILE
-    elif product == HEAD:
-        outputs, out, out_step, tile_step = weights.vocab, room.logits, weights.vocab * 4, TILE * 4
-        count = rows.wanted
-    else:
-        inputs = width if product == OUT else weights.inner
-        outputs, out, out_step, tile_step = weights.hidden, room.hidden, weights.hidden * 4, TILE * 4
+    weights, rows = step.weights, step.rows
+    inputs, outputs, out, out_step, tile_step = _size_of(weights, step.room, product)
+    count = rows.wanted if product == HEAD else rows.rows
     most = max(24, ROW_BYTES // (2 * inputs) // 12 * 12)
-    count_of_tiles = outputs // TILE
-    items = (count + most - 1) // most * count_of_tiles
-    scratch, done = step.scratch + PRIVATE_ROWS * weights.hidden * 2, 0
+    width, kind, pairs = outputs // TILE, tiles[1], inputs // 2
+    items, size = (count + most - 1) // most * width, tile_bytes(kind, inputs)
+    sums, sums_step = _sum(step, phase, x, inputs, count) if kind != BF16 else (x, x)
+    scratch = step.scratch + PRIVATE_ROWS * (weights.hidden * 2 + inputs // GROUP * 4)
+    scratch, done = (scratch + 63) // 64 * 64, 0
     while True:
-        item = take(step.sync, phase, 1)
+        item = take(step.sync, phase + 1, 1)
         if item >= items:
             break
-        number, first = item % count_of_tiles, item // count_of_tiles * most
-        tile = (open_tile(tiles[1], tiles[0], number, inputs // 2, scratch), inputs // 2)
-        lines = (x + 2 * first * inputs, 2 * inputs)
-        place = (out + first * out_step + number * tile_step, out_step, 0)
-        if product == QKV or product == HEAD:
-            tile_store(lines, tile, place, min(most, count - first))
+        number, first = item % width, item // width * most
+        part, tile = min(most, count - first), tiles[0] + number * size
+        line, place = x + 2 * first * inputs, out + first * out_step + number * tile_step
+        if kind != BF16:
+            _tile_of_codes(
+                product,
+                (tile, inputs // GROUP, kind),
+                (line, 2 * inputs, part),
+                (place, out_step),
+                ((sums + 4 * first, sums_step), scratch),
+            )
+        elif product == QKV or product == HEAD:
+            tile_store((line, 2 * inputs), (tile, pairs), (place, out_step, 0), part)
         elif product == GATE_UP:
-            tile_silu(lines, tile, place, min(most, count - first))
+            tile_silu((line, 2 * inputs), (tile, pairs), (place, out_step, 0), part)
         else:
-            tile_add(lines, tile, place, min(most, count - first))
+            tile_add((line, 2 * inputs), (tile, pairs), (place, out_step, 0), part)
         done += 1
-    finish(step.sync, phase, done, items)
+    finish(step.sync, phase + 1, done, items)
+
+
+@compiled
+def _size_of(weights, room, product):  # type: ignore[no-untyped-def]
+    """Inputs, outputs, where the result goes, bytes from row to row and from tile to tile."""
+    hidden, inner, width = weights.hidden, weights.inner, weights.heads * weights.head_dim
+    projected = width + 2 * weights.kv_heads * weights.head_dim
+    if product == QKV:
+        return hidden, projected, room.projected, projected * 4, TILE * 4
+    if product == GATE_UP:
+        return hidden, 2 * inner, room.inner, inner * 2, TILE
+    if product == HEAD:
+        return hidden, weights.vocab, room.logits, weights.vocab * 4, TILE * 4
+    return width if product == OUT else inner, hidden, room.hidden, hidden * 4, TILE * 4
 
 
 @compiled
@@ -352,12 +426,12 @@ def run_layers(part, span, sync, weights, rows, room):  # type: ignore[no-untype
         phase, tiles = layer * PHASES, weights.tiles + 64 * layer
         x = _norm(step, phase, 2 * layer)
         _multiply(step, phase + 1, QKV, _place_of(tiles, QKV), x)
-        _place(step, phase + 2, layer)
-        _attend(step, phase + 3, layer)
-        _multiply(step, phase + 4, OUT, _place_of(tiles, OUT), room.attended)
-        x = _norm(step, phase + 5, 2 * layer + 1)
-        _multiply(step, phase + 6, GATE_UP, _place_of(tiles, GATE_UP), x)
-        _multiply(step, phase + 7, DOWN, _place_of(tiles, DOWN), room.inner)
+        _place(step, phase + 3, layer)
+        _attend(step, phase + 4, layer)
+        _multiply(step, phase + 5, OUT, _place_of(tiles, OUT), room.attended)
+        x = _norm(step, phase + 7, 2 * layer + 1)
+        _multiply(step, phase + 8, GATE_UP, _place_of(tiles, GATE_UP), x)
+        _multiply(step, phase + 10, DOWN, _place_of(tiles, DOWN), room.inner)
     if last == weights.layers and rows.wanted:
         x = _norm(step, after + 1, 2 * last)
         _multiply(step, after + 2, HEAD, (weights.head, weights.head_kind), x)
@@ -370,4 +444,4 @@ def _place_of(tiles, product):  # type: ignore[no-untyped-def]
 
 def phases(layers: int) -> int:
     """Phases of a step: see work."""
-    return layers * PHASES + 3
+    return layers * PHASES + 4

@@ -7,8 +7,10 @@ the first to the last, so a row's result cannot depend on how many rows are comp
 true of the code and not measured. Rows are taken up to 12 at a time to use a weight in a register
 more than once. Weights lie in tiles of 32 outputs: (inputs / 2, 32, 2), 64-byte aligned.
 
-Weights in groups of 4 or 8 bits are brought to bfloat16 a tile at a time: the same values that a
-model dequantized to bfloat16 has, so the same products bit for bit, from a third of the bytes.
+Weights in groups of 4 or 8 bits enter the products as whole numbers, which bfloat16 has exactly;
+each group's sum is then scaled, and the offset times the sum of the group's inputs is added. So
+no weight is rounded, and a row costs the same for any number of neighbours in bits and a third of
+the bytes. A group is opened once for all rows of a call, in the first cache.
 
 Bound: memory for few rows, arithmetic (one instruction of 32 products per cycle on a Zen 4) after.
 """
@@ -18,18 +20,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from kvist.kernels.cpu import vectors as vec
-from kvist.kernels.cpu.vectors import FLOATS, I8, I32, I64, LANES, WORDS, compiled
+from kvist.kernels.cpu.vectors import FLOATS, I8, I16, I32, I64, LANES, WORDS, compiled
 from kvist.kernels.groups import GROUP
 
 TILE = 32
 PAIR_BYTES = 4 * TILE  # of one pair of inputs for the outputs of a tile, in bfloat16
 GROUP4_BYTES = 4 * TILE + GROUP * TILE // 2
 GROUP8_BYTES = 2 * TILE + GROUP * TILE
+# Of an opened group: its codes in bfloat16, then scales and offsets in float32.
+CODES_BYTES = GROUP // 2 * PAIR_BYTES
+GROUP_BYTES = CODES_BYTES + 8 * TILE
 BF16, INT8, INT4 = 0, 1, 2
 Epilogue = Callable[[Any, list[Any], Any, Any, int], None]
 
@@ -46,10 +52,22 @@ def _add_tile(builder: Any, sums: list[Any], out: Any, _extra: Any, _row: int) -
 
 
 def _scale_add_tile(builder: Any, sums: list[Any], out: Any, extra: Any, row: int) -> None:
-    scale = vec.broadcast(builder, vec.load(builder, extra, ir.FloatType(), 4 * row))
+    scale = vec.broadcast(builder, vec.load(builder, extra[0], ir.FloatType(), 4 * row))
     for half, value in enumerate(sums):
         before = vec.load(builder, out, FLOATS, 64 * half)
         vec.store(builder, vec.fused(builder, before, scale, value), out, 64 * half)
+
+
+def _group_tile(builder: Any, sums: list[Any], out: Any, extra: Any, row: int) -> None:
+    """out += scale * product + offset * sum of the row's inputs."""
+    sums_at, tile = extra
+    total = vec.broadcast(builder, vec.load(builder, sums_at, ir.FloatType(), 4 * row))
+    for half, value in enumerate(sums):
+        scale = vec.load(builder, tile, FLOATS, CODES_BYTES + 64 * half)
+        offset = vec.load(builder, tile, FLOATS, CODES_BYTES + 4 * TILE + 64 * half)
+        before = vec.load(builder, out, FLOATS, 64 * half)
+        with_scale = vec.fused(builder, value, scale, before)
+        vec.store(builder, vec.fused(builder, total, offset, with_scale), out, 64 * half)
 
 
 def _silu_tile(builder: Any, sums: list[Any], out: Any, _extra: Any, _row: int) -> None:
@@ -99,7 +117,7 @@ def _define(rows: int, finish: Epilogue) -> Any:
         builder.position_at_end(end)
         for row in range(rows):
             place = builder.add(out, builder.mul(out_step, I64(row)))
-            finish(builder, done[row], place, extra, row)
+            finish(builder, done[row], place, (extra, weights), row)
 
     @intrinsic
     def product(_context, x, x_step, weights, pairs, out, out_step, extra):  # type: ignore[no-untyped-def]
@@ -147,25 +165,14 @@ tile_store = _define_rows(_store_tile)
 tile_add = _define_rows(_add_tile)
 tile_scale_add = _define_rows(_scale_add_tile)
 tile_silu = _define_rows(_silu_tile)
+_tile_group = _define_rows(_group_tile)
 
 
-def _halves(builder: Any, address: Any, offset: int) -> list[Any]:
-    """32 numbers of float16 as 4 registers in which each stands twice, once per input of a pair."""
-    spread = []
+def _scales(builder: Any, source: Any, target: Any) -> None:
+    """32 numbers of float16 to float32."""
     for half in range(2):
-        narrow = vec.load(builder, address, ir.VectorType(ir.HalfType(), LANES), offset + 32 * half)
-        wide = builder.fpext(narrow, FLOATS)
-        for first in (0, 8):
-            lanes = [first + lane // 2 for lane in range(LANES)]
-            spread.append(vec.shuffled(builder, wide, wide, lanes))
-    return spread
-
-
-def _round_pairs(builder: Any, parts: list[Any], target: Any) -> None:
-    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
-    for half in range(2):
-        both = vec.call(builder, name, vec.BFLOAT_PAIRS, parts[2 * half + 1], parts[2 * half])
-        vec.store(builder, both, target, 64 * half)
+        narrow = vec.load(builder, source, ir.VectorType(ir.HalfType(), LANES), 32 * half)
+        vec.store(builder, builder.fpext(narrow, FLOATS), target, 64 * half)
 
 
 def _loop(builder: Any, count: int, body: Callable[[Any], None]) -> None:
@@ -184,70 +191,95 @@ def _loop(builder: Any, count: int, body: Callable[[Any], None]) -> None:
 
 
 def _unpack4(builder: Any, source: Any, target: Any) -> None:
-    scales, offsets = _halves(builder, source, 0), _halves(builder, source, 2 * TILE)
+    """Codes by a table of 16 numbers; it stands there twice, as 5 bits of an index are looked at."""
+    _scales(builder, source, builder.add(target, I64(CODES_BYTES)))
+    _scales(
+        builder, builder.add(source, I64(2 * TILE)), builder.add(target, I64(CODES_BYTES + 4 * TILE))
+    )
+    halves = ir.VectorType(I16, 2 * LANES)
+    numbers = torch.arange(16.0).repeat(2).bfloat16().view(torch.int16).tolist()
+    table = ir.Constant(halves, [I16(number) for number in numbers])
     data = builder.add(source, I64(4 * TILE))
+    name = "llvm.x86.avx512.permvar.hi.512"
 
     def pair(number: Any) -> None:
-        codes = builder.add(data, builder.mul(number, I64(TILE)))
-        parts = []
-        for half in range(2):
-            octets = vec.load(builder, codes, ir.VectorType(I8, LANES), LANES * half)
-            wide = builder.zext(octets, WORDS)
-            for value in (
-                builder.and_(wide, vec.broadcast_of(15)),
-                builder.lshr(wide, vec.broadcast_of(4)),
-            ):
-                number_of = builder.sitofp(value, FLOATS)
-                place = len(parts)
-                parts.append(vec.fused(builder, number_of, scales[place], offsets[place]))
-        _round_pairs(builder, parts, builder.add(target, builder.mul(number, I64(PAIR_BYTES))))
+        octets = builder.add(data, builder.mul(number, I64(TILE)))
+        low = builder.zext(vec.load(builder, octets, ir.VectorType(I8, 2 * LANES)), halves)
+        high = builder.lshr(low, ir.Constant(halves, [I16(4)] * 2 * LANES))
+        place = builder.add(target, builder.mul(number, I64(PAIR_BYTES)))
+        for half, codes in enumerate((low, high)):
+            vec.store(builder, vec.call(builder, name, halves, table, codes), place, 64 * half)
 
     _loop(builder, GROUP // 2, pair)
 
 
 def _unpack8(builder: Any, source: Any, target: Any) -> None:
-    scales = _halves(builder, source, 0)
+    """Whole numbers up to 127 are exact in bfloat16."""
+    _scales(builder, source, builder.add(target, I64(CODES_BYTES)))
+    for half in range(2):
+        offsets = builder.add(target, I64(CODES_BYTES + 4 * TILE))
+        vec.store(builder, ir.Constant(FLOATS, None), offsets, 64 * half)
     data = builder.add(source, I64(2 * TILE))
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
 
     def pair(number: Any) -> None:
         codes = builder.add(data, builder.mul(number, I64(2 * TILE)))
-        parts = []
-        for place in range(4):
-            octets = vec.load(builder, codes, ir.VectorType(I8, LANES), LANES * place)
-            value = builder.sitofp(builder.sext(octets, WORDS), FLOATS)
-            parts.append(builder.fmul(value, scales[place]))
-        _round_pairs(builder, parts, builder.add(target, builder.mul(number, I64(PAIR_BYTES))))
+        place = builder.add(target, builder.mul(number, I64(PAIR_BYTES)))
+        for half in range(2):
+            parts = []
+            for first in (32 * half, 32 * half + LANES):
+                octets = vec.load(builder, codes, ir.VectorType(I8, LANES), first)
+                parts.append(builder.sitofp(builder.sext(octets, WORDS), FLOATS))
+            both = vec.call(builder, name, vec.BFLOAT_PAIRS, parts[1], parts[0])
+            vec.store(builder, both, place, 64 * half)
 
     _loop(builder, GROUP // 2, pair)
 
 
-# A group of a tile to bfloat16: (source, target).
-unpack_group4 = vec.define(types.void, (types.int64, types.int64), _unpack4)
-unpack_group8 = vec.define(types.void, (types.int64, types.int64), _unpack8)
+# A group of a tile to GROUP_BYTES: (source, target).
+_unpack_group4 = vec.define(types.void, (types.int64, types.int64), _unpack4)
+_unpack_group8 = vec.define(types.void, (types.int64, types.int64), _unpack8)
 
 
 @compiled
-def tile_bytes(kind, pairs):  # type: ignore[no-untyped-def]
-    """Bytes of a tile: kind is BF16, INT8 or INT4, pairs are its inputs / 2."""
-    if kind == BF16:
-        return pairs * PAIR_BYTES
-    return pairs * 2 // GROUP * (GROUP4_BYTES if kind == INT4 else GROUP8_BYTES)
+def tile_groups(x, weights, out, sums, scratch):  # type: ignore[no-untyped-def]
+    """out += rows times a tile of codes, float32.
 
-
-@compiled
-def open_tile(kind, weights, tile, pairs, scratch):  # type: ignore[no-untyped-def]
-    """The address of a tile in bfloat16; one that is packed is brought to scratch."""
-    size = tile_bytes(kind, pairs)
-    source = weights + tile * size
-    if kind == BF16:
-        return source
-    target = scratch
-    for _ in range(pairs * 2 // GROUP):
+    Args:
+        x: address of the rows, bytes from one to the next, how many.
+        weights: address of the tile, its groups, INT8 or INT4.
+        out: address, bytes from row to row.
+        sums: address of the sums of each group's inputs, (groups, bytes from one to the next).
+        scratch: GROUP_BYTES, 64-byte aligned.
+    """
+    lines, line_step, rows = x
+    source, groups, kind = weights
+    place, place_step = out
+    sums_at, sums_step = sums
+    for group in range(groups):
         if kind == INT4:
-            unpack_group4(source, target)
+            _unpack_group4(source, scratch)
             source += GROUP4_BYTES
         else:
-            unpack_group8(source, target)
+            _unpack_group8(source, scratch)
             source += GROUP8_BYTES
-        target += GROUP // 2 * PAIR_BYTES
-    return scratch
+        line = (lines + group * GROUP * 2, line_step)
+        _tile_group(line, (scratch, GROUP // 2), (place, place_step, sums_at), rows)
+        sums_at += sums_step
+
+
+@compiled
+def sum_groups(x, groups, out, out_step):  # type: ignore[no-untyped-def]
+    """The sums of a row's groups of inputs, each to its own place."""
+    for group in range(groups):
+        place = x + group * GROUP * 2
+        both = vec.add(vec.load_bf16(place), vec.load_bf16(place + 2 * LANES))
+        vec.store_number(out + group * out_step, vec.lane_sum(both))
+
+
+@compiled
+def tile_bytes(kind, inputs):  # type: ignore[no-untyped-def]
+    """Bytes of a tile: kind is BF16, INT8 or INT4."""
+    if kind == BF16:
+        return inputs // 2 * PAIR_BYTES
+    return inputs // GROUP * (GROUP4_BYTES if kind == INT4 else GROUP8_BYTES)

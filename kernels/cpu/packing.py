@@ -49,12 +49,12 @@ def pack(weight: torch.Tensor | Grouped) -> Tiles:
 def _pack_groups(weight: Grouped) -> Tiles:
     codes = _whole_tiles(weight.codes)
     tiles, groups = len(codes) // TILE, codes.shape[1] // GROUP
-    # (tile, group, pair, eighth of a tile's outputs, output, input of the pair)
-    pairs = codes.view(tiles, 4, 8, groups, GROUP // 2, 2).permute(0, 3, 4, 1, 2, 5)
+    # (tile, group, pair, output, input of the pair)
+    pairs = codes.view(tiles, TILE, groups, GROUP // 2, 2).permute(0, 2, 3, 1, 4)
     if weight.bits == 8:
         packed = pairs.reshape(tiles, groups, -1).contiguous().view(torch.uint8)
     else:
-        low, high = pairs[:, :, :, 0::2], pairs[:, :, :, 1::2]
+        low, high = pairs.unflatten(3, (2, TILE // 2)).unbind(3)
         packed = (low | high << 4).reshape(tiles, groups, -1)
     numbers = [weight.scales] if weight.offsets is None else [weight.scales, weight.offsets]
     heads = [

@@ -218,10 +218,12 @@ store_lane = define(
     (_ADDRESS, VECTOR),
     lambda b, address, x: store(b, b.extract_element(x, I32(0)), address),
 )
+store_number = define(types.void, (_ADDRESS, _NUMBER), lambda b, address, x: store(b, x, address))
 splat = define(VECTOR, (_NUMBER,), broadcast)
 add = define(VECTOR, (VECTOR, VECTOR), lambda b, x, y: b.fadd(x, y))
 subtract = define(VECTOR, (VECTOR, VECTOR), lambda b, x, y: b.fsub(x, y))
 multiply = define(VECTOR, (VECTOR, VECTOR), lambda b, x, y: b.fmul(x, y))
+divide = define(VECTOR, (VECTOR, VECTOR), lambda b, x, y: b.fdiv(x, y))
 multiply_add = define(VECTOR, (VECTOR, VECTOR, VECTOR), fused)
 larger = define(
     VECTOR, (VECTOR, VECTOR), lambda b, x, y: call(b, "llvm.maxnum.v16f32", FLOATS, x, y)
