@@ -205,6 +205,15 @@ def test_logits_come_in_the_order_of_the_chunks(tiny: Subject) -> None:
         assert torch.equal(logits[row : row + 1], tiny.whole(prompts[i], 16)[0])
 
 
+def test_a_prompt_in_chunks_of_one_token_gives_the_logits_of_every_position(tiny: Subject) -> None:
+    prompt = tiny.prompt(40, seed=11)
+    pool = tiny.pool(16).tensor.fill_(float("nan"))
+    chunks = [Chunk([token], place, [4, 9, 2], True) for place, token in enumerate(prompt)]
+    logits = tiny.model.forward(chunks, pool)
+    for length in (1, 15, 16, 17, 33, 40):
+        assert torch.equal(logits[length - 1 : length], tiny.whole(prompt[:length], 16)[0])
+
+
 def test_an_untied_output_projection_is_used(tmp_path: Path) -> None:
     tied = load_model(tiny_llama(tmp_path / "tied"), "float32")
     untied = load_model(tiny_llama(tmp_path / "untied", tied=False), "float32")

@@ -9,9 +9,11 @@ of threads and on no cut of a prompt.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from numba import njit
 
 from kvist.kernels.cpu import vectors as vec
@@ -405,41 +407,63 @@ def _embed(step, phase):  # type: ignore[no-untyped-def]
     finish(step.sync, phase, done, count)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def run_layers(part, span, sync, weights, rows, room):  # type: ignore[no-untyped-def]
-    """Compute some layers; before the first of all the embedding, after the last the logits.
-
-    Args:
-        part: number of this thread, 0 is the caller's; scratch is its own.
-        span: first layer, layer after the last.
-        sync: address of a work.Sync of phases(layers), the same for all threads of a step.
-        weights: Weights. rows: Rows. room: Room.
-    """
-    step = Step(room.scratch + part * room.scratch_bytes, sync, weights, rows, room)
-    first, last = span
-    after = weights.layers * PHASES
-    if first == 0:
-        _embed(step, after)
-    for layer in range(first, last):
-        if not may_compute(sync, layer):
-            return
-        phase, tiles = layer * PHASES, weights.tiles + 64 * layer
-        x = _norm(step, phase, 2 * layer)
-        _multiply(step, phase + 1, QKV, _place_of(tiles, QKV), x)
-        _place(step, phase + 3, layer)
-        _attend(step, phase + 4, layer)
-        _multiply(step, phase + 5, OUT, _place_of(tiles, OUT), room.attended)
-        x = _norm(step, phase + 7, 2 * layer + 1)
-        _multiply(step, phase + 8, GATE_UP, _place_of(tiles, GATE_UP), x)
-        _multiply(step, phase + 10, DOWN, _place_of(tiles, DOWN), room.inner)
-    if last == weights.layers and rows.wanted:
-        x = _norm(step, after + 1, 2 * last)
-        _multiply(step, after + 2, HEAD, (weights.head, weights.head_kind), x)
-
-
 @compiled
 def _place_of(tiles, product):  # type: ignore[no-untyped-def]
     return vec.word(tiles + 16 * product), vec.word(tiles + 16 * product + 8)
+
+
+def _define(stamp: int) -> Any:
+    def run_layers(part, span, sync, weights, rows, room):  # type: ignore[no-untyped-def]
+        """Compute some layers; before the first of all the embedding, after the last the logits.
+
+        Args:
+            part: number of this thread, 0 is the caller's; scratch is its own.
+            span: first layer, layer after the last.
+            sync: address of a work.Sync of phases(layers), the same for all threads of a step.
+            weights: Weights. rows: Rows. room: Room.
+        """
+        _ = stamp
+        step = Step(room.scratch + part * room.scratch_bytes, sync, weights, rows, room)
+        first, last = span
+        after = weights.layers * PHASES
+        if first == 0:
+            _embed(step, after)
+        for layer in range(first, last):
+            if not may_compute(sync, layer):
+                return
+            phase, tiles = layer * PHASES, weights.tiles + 64 * layer
+            x = _norm(step, phase, 2 * layer)
+            _multiply(step, phase + 1, QKV, _place_of(tiles, QKV), x)
+            _place(step, phase + 3, layer)
+            _attend(step, phase + 4, layer)
+            _multiply(step, phase + 5, OUT, _place_of(tiles, OUT), room.attended)
+            x = _norm(step, phase + 7, 2 * layer + 1)
+            _multiply(step, phase + 8, GATE_UP, _place_of(tiles, GATE_UP), x)
+            _multiply(step, phase + 10, DOWN, _place_of(tiles, DOWN), room.inner)
+        if last == weights.layers and rows.wanted:
+            x = _norm(step, after + 1, 2 * last)
+            _multiply(step, after + 2, HEAD, (weights.head, weights.head_kind), x)
+
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(run_layers, cache=True, **options)
+    except RuntimeError:  # nowhere to write: it is then compiled at each start
+        return njit(run_layers, **options)
+
+
+def _stamp() -> int:
+    """Of the sources that run_layers is made of.
+
+    numba looks for a change in the file of the function that it keeps compiled, and in the values
+    that this encloses, but not in the files of what it calls.
+    """
+    digest = xxhash.xxh3_64()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.intdigest() >> 1
+
+
+run_layers = _define(_stamp())
 
 
 def phases(layers: int) -> int:
