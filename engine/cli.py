@@ -140,9 +140,7 @@ COMMANDS = (
     Command("serve", "serve a model over OpenAI's HTTP interface", add_serve_flags, _serve),
     Command("chat", "chat in the terminal with a running server", _add_chat_flags, _chat),
     Command("demo", "one sidecar, two engines, and what the cache saves", _add_demo_flags, _demo),
-    Command(
-        "eval", "how far each dtype and quantization is from float32", _add_eval_flags, _eval
-    ),
+    Command("eval", "how far each dtype and quantization is from float32", _add_eval_flags, _eval),
     Group(
         "cache",
         "look at a cache, or at what one would do",

@@ -150,9 +150,7 @@ class _Reader:
         return tensor.to(self._dtype).contiguous()
 
 
-def _read_tensors(
-    reader: _Reader, progress: Callable[[int, int], None]
-) -> dict[str, torch.Tensor]:
+def _read_tensors(reader: _Reader, progress: Callable[[int, int], None]) -> dict[str, torch.Tensor]:
     source = reader.source
     expected = tensor_shapes(source.config)
     # Files of models with tied embeddings may hold the tied copy, and old ones their frequencies.

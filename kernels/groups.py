@@ -38,10 +38,12 @@ class Grouped:
 
     def values(self) -> torch.Tensor:
         """(outputs, inputs), float32."""
-        wide = self.codes.unflatten(1, (-1, GROUP)).float() * self.scales.float()[:, :, None]
+        outputs, inputs = self.codes.shape
+        groups = self.codes.view(outputs, -1, GROUP).float()
+        groups *= self.scales.float()[:, :, None]
         if self.offsets is not None:
-            wide = wide + self.offsets.float()[:, :, None]
-        return wide.flatten(1)
+            groups += self.offsets.float()[:, :, None]
+        return groups.view(outputs, inputs)
 
     def rows(self, order: torch.Tensor) -> Grouped:
         """Some rows, in this order."""
@@ -68,7 +70,7 @@ def to_groups(weight: torch.Tensor, bits: int) -> Grouped:
         weight: (outputs, inputs), inputs a multiple of 32.
         bits: 4 or 8.
     """
-    groups = weight.float().unflatten(1, (-1, GROUP))
+    groups = weight.float().reshape(len(weight), -1, GROUP)
     if bits == 8:
         scales = (groups.abs().amax(-1) / 127).half()
         offsets = None

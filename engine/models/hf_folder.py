@@ -62,7 +62,6 @@ class FolderSource:
         return None
 
 
-
 def _check_supported(fields: Mapping[str, Any], where: Path) -> None:
     for name, allowed in REQUIRED_VALUES.items():
         if fields.get(name) not in allowed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numba
 import numpy as np
@@ -12,16 +13,10 @@ import torch
 from kvist.engine.models.base import Chunk, ModelConfig
 from kvist.engine.weights import LoadedModel
 from kvist.kernels.cpu.attention import scratch_bytes
-from kvist.kernels.cpu.layers import (
-    PRIVATE_ROWS,
-    Room,
-    Rows,
-    Weights,
-    phases,
-    run_layers,
-)
+from kvist.kernels.cpu.layers import PRIVATE_ROWS, phases, run_layers
 from kvist.kernels.cpu.linear import GROUP_BYTES, TILE
 from kvist.kernels.cpu.packing import Tiles, gate_up_order, pack
+from kvist.kernels.cpu.step import Room, Rows, Weights
 from kvist.kernels.cpu.work import Sync, Team, aligned
 from kvist.kernels.groups import GROUP, Grouped, joined
 from kvist.kernels.rope import rope_table
@@ -156,14 +151,15 @@ class CpuLlama:
         for size in sizes:
             places.append(at)
             at += -(-size // 64) * 64
-        room = Room(*places[:7], logits.data_ptr(), places[7], scratch)
+        room = Room._make((*places[:7], logits.data_ptr(), places[7], scratch))
         return room, (memory, logits)
 
 
 def _compile(weights: Weights) -> None:
     """Compile now what forward calls: 7 s of one core, or half a second once it was kept."""
-    rows, room = Rows(*[0] * len(Rows._fields)), Room(*[0] * len(Room._fields))
-    run_layers.compile(tuple(numba.typeof(value) for value in (0, (0, 0), 0, weights, rows, room)))
+    rows, room = Rows._make([0] * len(Rows._fields)), Room._make([0] * len(Room._fields))
+    typed: Any = numba.typeof
+    run_layers.compile(tuple(typed(value) for value in (0, (0, 0), 0, weights, rows, room)))
 
 
 def _weight(loaded: LoadedModel, *names: str) -> torch.Tensor | Grouped:
@@ -222,7 +218,7 @@ def step_rows(
     lists = (tokens, positions, places, blocks, tables, last)
     arrays = tuple(np.array(values, np.int64) for values in lists)
     addresses = [int(array.ctypes.data) for array in arrays]
-    return Rows(len(tokens), len(blocks), len(last), *addresses, pool), arrays
+    return Rows._make((len(tokens), len(blocks), len(last), *addresses, pool)), arrays
 
 
 def fresh_pages(chunks: Sequence[Chunk], block_tokens: int) -> list[int]:

@@ -70,7 +70,7 @@ def scratch_bytes(head_dim: int, lines: int) -> int:
 
 
 @compiled
-def _pad(source, keys, padded, head_dim, target):  # type: ignore[no-untyped-def]
+def _pad(source, keys, padded, head_dim, target):
     """Copy rows of a page that is smaller than a tile, and rows of zeros after them."""
     zero = vec.splat(0.0)
     for row in range(padded):
@@ -84,7 +84,7 @@ def _pad(source, keys, padded, head_dim, target):  # type: ignore[no-untyped-def
 
 
 @compiled
-def _take_keys(source, keys, head_dim, target):  # type: ignore[no-untyped-def]
+def _take_keys(source, keys, head_dim, target):
     """Rows of keys to tiles of 32 keys, as linear wants weights."""
     for key in range(0, keys, LANES):
         tile = target + key // TILE * (head_dim // 2 * PAIR_BYTES) + key % TILE * 4
@@ -94,7 +94,7 @@ def _take_keys(source, keys, head_dim, target):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _take_values(source, keys, head_dim, target):  # type: ignore[no-untyped-def]
+def _take_values(source, keys, head_dim, target):
     """Rows of values to tiles of 32 elements of a head."""
     for column in range(0, head_dim, TILE):
         tile = target + column // TILE * (keys // 2 * PAIR_BYTES)
@@ -104,7 +104,7 @@ def _take_values(source, keys, head_dim, target):  # type: ignore[no-untyped-def
 
 
 @compiled
-def _soften(scores, weights, keys, last, state, factor):  # type: ignore[no-untyped-def]
+def _soften(scores, weights, keys, last, state, factor):
     """One line's step of the softmax.
 
     Args: scores: float32, keys of them; weights: bfloat16, written; last: the last key that
@@ -130,7 +130,7 @@ def _soften(scores, weights, keys, last, state, factor):  # type: ignore[no-unty
 
 
 @compiled
-def _step(lines, tiles, keys, last, state):  # type: ignore[no-untyped-def]
+def _step(lines, tiles, keys, last, state):
     """One step of some lines: scores, softmax, what the values add.
 
     Args:
@@ -167,7 +167,7 @@ def _step(lines, tiles, keys, last, state):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def attend_block(queries, out, table, head, shape, scratch):  # type: ignore[no-untyped-def]
+def attend_block(queries, out, table, head, shape, scratch):
     """Attend from rows of one sequence that are all in the last of its pages, for one KV head.
 
     Args:
@@ -211,7 +211,7 @@ def attend_block(queries, out, table, head, shape, scratch):  # type: ignore[no-
 
 
 @compiled
-def _take_page(head, offset, shape, tiles, spare):  # type: ignore[no-untyped-def]
+def _take_page(head, offset, shape, tiles, spare):
     keys_at, values_at = head
     step, padded, head_dim = shape
     rows = keys_at + offset
@@ -225,7 +225,7 @@ def _take_page(head, offset, shape, tiles, spare):  # type: ignore[no-untyped-de
 
 
 @compiled
-def _finish(out, lines, groups, head_dim, state):  # type: ignore[no-untyped-def]
+def _finish(out, lines, groups, head_dim, state):
     """Divide by the sums of the softmax, and round."""
     states, sums = state
     out_at, out_step = out

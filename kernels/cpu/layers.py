@@ -10,7 +10,7 @@ of threads and on no cut of a prompt.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -29,9 +29,10 @@ from kvist.kernels.cpu.linear import (
     tile_silu,
     tile_store,
 )
+from kvist.kernels.cpu.step import Step
 from kvist.kernels.cpu.vectors import LANES, compiled
-from kvist.kernels.groups import GROUP
 from kvist.kernels.cpu.work import finish, may_compute, take
+from kvist.kernels.groups import GROUP
 
 PHASES = 12  # of a layer
 # Bytes of rows that are multiplied by all tiles before the next rows are: they stay in the second
@@ -45,120 +46,8 @@ NORM_ROWS, PLACE_ROWS = 8, 4
 QKV, OUT, GATE_UP, DOWN, HEAD = (np.int64(product) for product in range(5))
 
 
-class Weights(NamedTuple):
-    """A model's shape and where its weights are: addresses of contiguous arrays.
-
-    Attributes:
-        layers, hidden, heads, kv_heads, head_dim, inner: as in ModelConfig.
-        block_tokens: tokens of a page.
-        vocab: rounded up to a whole tile.
-        eps: added to the mean square of a row.
-        tiles: int64, (layers, 4, 2): where the tiles of QKV, OUT, GATE_UP and DOWN begin, and
-            their kind: BF16, INT8 or INT4, see linear.
-        head: where the tiles of the output projection begin.
-        head_kind: their kind.
-        norms: float32, (2 * layers + 1, hidden): before attention and MLP of each layer, and at
-            the end.
-        embedding: bfloat16, (vocab, hidden).
-        cos: float32, (positions, head_dim / 2).
-        sin: same shape.
-    """
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int
-    block_tokens: int
-    vocab: int
-    eps: float
-    tiles: int
-    head: int
-    head_kind: int
-    norms: int
-    embedding: int
-    cos: int
-    sin: int
-
-
-class Rows(NamedTuple):
-    """What a step computes; counts, and addresses of contiguous arrays of int64.
-
-    Attributes:
-        rows: of the step.
-        blocks: rows of one sequence that are all in the last of their pages.
-        wanted: rows whose logits are wanted.
-        tokens: (rows,), ids.
-        positions: (rows,).
-        places: (rows, 2): page, and place in the page, of each row's K and V.
-        block: (blocks, 5): first row, rows, where its pages begin in tables, how many, place of
-            the first row in its page.
-        tables: pages of the sequences, one after the other.
-        last: (wanted,), rows.
-        pool: where the paged pool begins.
-    """
-
-    rows: int
-    blocks: int
-    wanted: int
-    tokens: int
-    positions: int
-    places: int
-    block: int
-    tables: int
-    last: int
-    pool: int
-
-
-class Room(NamedTuple):
-    """Memory of a step, for at least as many rows as it has; addresses.
-
-    Attributes:
-        hidden: float32, (rows, hidden).
-        normed: bfloat16, (rows, hidden).
-        projected: float32, (rows, (heads + 2 kv_heads) * head_dim).
-        queries: bfloat16, (kv_heads, rows, groups, head_dim).
-        attended: bfloat16, (rows, heads * head_dim).
-        inner: bfloat16, (rows, intermediate).
-        sums: float32, (most inputs / 32, rows): of groups of inputs, for weights in codes.
-        logits: float32, (wanted rows, vocab rounded up).
-        scratch: for each thread its own.
-        scratch_bytes: of a thread.
-    """
-
-    hidden: int
-    normed: int
-    projected: int
-    queries: int
-    attended: int
-    inner: int
-    sums: int
-    logits: int
-    scratch: int
-    scratch_bytes: int
-
-
-class Step(NamedTuple):
-    """What one thread has of a step.
-
-    Attributes:
-        scratch: its own.
-        sync: see work.
-        weights: of the model.
-        rows: to compute.
-        room: that all threads share.
-    """
-
-    scratch: int
-    sync: int
-    weights: Weights
-    rows: Rows
-    room: Room
-
-
 @compiled
-def _norm_row(source, weight, width, eps, target):  # type: ignore[no-untyped-def]
+def _norm_row(source, weight, width, eps, target):
     squares = vec.splat(0.0)
     for column in range(0, width, LANES):
         value = vec.load_f32(source + 4 * column)
@@ -171,7 +60,7 @@ def _norm_row(source, weight, width, eps, target):  # type: ignore[no-untyped-de
 
 
 @compiled
-def _norm(step, phase, norm):  # type: ignore[no-untyped-def]
+def _norm(step, phase, norm):
     """Normalize all rows, with the last norm those whose logits are wanted; where they are then."""
     weights, rows, room = step.weights, step.rows, step.room
     wanted = norm == 2 * weights.layers
@@ -199,7 +88,7 @@ def _norm(step, phase, norm):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _sum(step, phase, x, inputs, count):  # type: ignore[no-untyped-def]
+def _sum(step, phase, x, inputs, count):
     """The sums of all rows' groups of inputs, and bytes from group to group."""
     private = count <= PRIVATE_ROWS
     own = step.scratch + PRIVATE_ROWS * step.weights.hidden * 2
@@ -221,7 +110,7 @@ def _sum(step, phase, x, inputs, count):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _silu(source, out, out_step, rows):  # type: ignore[no-untyped-def]
+def _silu(source, out, out_step, rows):
     """Of a tile: silu of the first 16 outputs times the last, rounded."""
     for row in range(rows):
         gate = vec.load_f32(source + row * 4 * TILE)
@@ -231,7 +120,7 @@ def _silu(source, out, out_step, rows):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _tile_of_codes(product, tile, lines, place, more):  # type: ignore[no-untyped-def]
+def _tile_of_codes(product, tile, lines, place, more):
     """_multiply for codes: the sum goes where it belongs, or to scratch before silu."""
     out, out_step = place
     sums, scratch = more
@@ -248,7 +137,7 @@ def _tile_of_codes(product, tile, lines, place, more):  # type: ignore[no-untype
 
 
 @compiled
-def _multiply(step, phase, product, tiles, x):  # type: ignore[no-untyped-def]
+def _multiply(step, phase, product, tiles, x):
     """One product of all rows, shared out by tiles of weights and parts of rows.
 
     Args: product: QKV, OUT, GATE_UP, DOWN or HEAD; tiles: where they begin, and their kind; x:
@@ -278,7 +167,7 @@ def _multiply(step, phase, product, tiles, x):  # type: ignore[no-untyped-def]
                 (place, out_step),
                 ((sums + 4 * first, sums_step), scratch),
             )
-        elif product == QKV or product == HEAD:
+        elif product in (QKV, HEAD):
             tile_store((line, 2 * inputs), (tile, pairs), (place, out_step, 0), part)
         elif product == GATE_UP:
             tile_silu((line, 2 * inputs), (tile, pairs), (place, out_step, 0), part)
@@ -289,7 +178,7 @@ def _multiply(step, phase, product, tiles, x):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _size_of(weights, room, product):  # type: ignore[no-untyped-def]
+def _size_of(weights, room, product):
     """Inputs, outputs, where the result goes, bytes from row to row and from tile to tile."""
     hidden, inner, width = weights.hidden, weights.inner, weights.heads * weights.head_dim
     projected = width + 2 * weights.kv_heads * weights.head_dim
@@ -303,7 +192,7 @@ def _size_of(weights, room, product):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _turn_head(source, angles, half, scale, target):  # type: ignore[no-untyped-def]
+def _turn_head(source, angles, half, scale, target):
     cos, sin = angles
     for column in range(0, half, LANES):
         first = vec.load_f32(source + 4 * column)
@@ -320,7 +209,7 @@ def _turn_head(source, angles, half, scale, target):  # type: ignore[no-untyped-
 
 
 @compiled
-def _place_row(row, layer, step):  # type: ignore[no-untyped-def]
+def _place_row(row, layer, step):
     """Turn a row's queries and keys, and write its keys and values to their page."""
     weights, rows, room = step.weights, step.rows, step.room
     heads, kv_heads, head_dim = weights.heads, weights.kv_heads, weights.head_dim
@@ -346,7 +235,7 @@ def _place_row(row, layer, step):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _place(step, phase, layer):  # type: ignore[no-untyped-def]
+def _place(step, phase, layer):
     done, count = 0, step.rows.rows
     while True:
         first = take(step.sync, phase, PLACE_ROWS)
@@ -360,7 +249,7 @@ def _place(step, phase, layer):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _attend(step, phase, layer):  # type: ignore[no-untyped-def]
+def _attend(step, phase, layer):
     weights, rows, room = step.weights, step.rows, step.room
     heads, kv_heads, head_dim = weights.heads, weights.kv_heads, weights.head_dim
     groups = heads // kv_heads
@@ -390,7 +279,7 @@ def _attend(step, phase, layer):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _embed(step, phase):  # type: ignore[no-untyped-def]
+def _embed(step, phase):
     hidden, count, done = step.weights.hidden, step.rows.rows, 0
     while True:
         first = take(step.sync, phase, NORM_ROWS)
@@ -408,12 +297,12 @@ def _embed(step, phase):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _place_of(tiles, product):  # type: ignore[no-untyped-def]
+def _place_of(tiles, product):
     return vec.word(tiles + 16 * product), vec.word(tiles + 16 * product + 8)
 
 
 def _define(stamp: int) -> Any:
-    def run_layers(part, span, sync, weights, rows, room):  # type: ignore[no-untyped-def]
+    def run_layers(part, span, sync, weights, rows, room):
         """Compute some layers; before the first of all the embedding, after the last the logits.
 
         Args:
@@ -444,11 +333,10 @@ def _define(stamp: int) -> Any:
             x = _norm(step, after + 1, 2 * last)
             _multiply(step, after + 2, HEAD, (weights.head, weights.head_kind), x)
 
-    options = {"nogil": True, "error_model": "numpy"}
     try:
-        return njit(run_layers, cache=True, **options)
+        return njit(run_layers, cache=True, nogil=True, error_model="numpy")
     except RuntimeError:  # nowhere to write: it is then compiled at each start
-        return njit(run_layers, **options)
+        return njit(run_layers, nogil=True, error_model="numpy")
 
 
 def _stamp() -> int:

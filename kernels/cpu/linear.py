@@ -2,10 +2,10 @@
 
     y[r, o] = sum_i x[r, i] * weight[o, i]      two neighbours i at a time, first i first
 
-A lane belongs to one output. It adds pairs of inputs in their order into one float32 register, from
-the first to the last, so a row's result cannot depend on how many rows are computed with it; that is
-true of the code and not measured. Rows are taken up to 12 at a time to use a weight in a register
-more than once. Weights lie in tiles of 32 outputs: (inputs / 2, 32, 2), 64-byte aligned.
+A lane belongs to one output. It adds pairs of inputs in their order into one float32 register,
+from the first to the last, so a row's result cannot depend on how many rows are computed with it;
+that is true of the code and not measured. Rows are taken up to 12 at a time to use a weight in a
+register more than once. Weights lie in tiles of 32 outputs: (inputs / 2, 32, 2), 64-byte aligned.
 
 Weights in groups of 4 or 8 bits enter the products as whole numbers, which bfloat16 has exactly;
 each group's sum is then scaled, and the offset times the sum of the group's inputs is added. So
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from kvist.kernels.cpu import vectors as vec
 from kvist.kernels.cpu.vectors import FLOATS, I8, I16, I32, I64, LANES, WORDS, compiled
@@ -80,7 +79,7 @@ def _silu_tile(builder: Any, sums: list[Any], out: Any, _extra: Any, _row: int) 
 def _define(rows: int, finish: Epilogue) -> Any:
     """The product of some rows and a tile, as one loop over pairs of inputs."""
 
-    def code(builder: Any, values: Any) -> None:
+    def code(builder: Any, *values: Any) -> None:
         x, x_step, weights, pairs, out, out_step, extra = values
         start = builder.block
         loop, end = builder.append_basic_block("loop"), builder.append_basic_block("end")
@@ -100,7 +99,7 @@ def _define(rows: int, finish: Epilogue) -> Any:
             value = builder.load(builder.gep(tile, [builder.add(first, I64(half))]))
             value.align = 64
             factors.append(builder.bitcast(value, vec.BFLOAT_PAIRS))
-        done = []
+        done: list[list[Any]] = []
         for row in range(rows):
             value = builder.load(builder.gep(lines[row], [pair]))
             value.align = 2
@@ -119,15 +118,7 @@ def _define(rows: int, finish: Epilogue) -> Any:
             place = builder.add(out, builder.mul(out_step, I64(row)))
             finish(builder, done[row], place, (extra, weights), row)
 
-    @intrinsic
-    def product(_context, x, x_step, weights, pairs, out, out_step, extra):  # type: ignore[no-untyped-def]
-        def body(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-            code(builder, values)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 7), body
-
-    return product
+    return vec.define(types.void, (types.int64,) * 7, code)
 
 
 def _define_rows(finish: Epilogue) -> Any:
@@ -135,7 +126,7 @@ def _define_rows(finish: Epilogue) -> Any:
     by12, by4, by1 = _define(12, finish), _define(4, finish), _define(1, finish)
 
     @compiled
-    def rows_times_tile(x, tile, out, rows):  # type: ignore[no-untyped-def]
+    def rows_times_tile(x, tile, out, rows):
         line, line_step = x
         weights, pairs = tile
         place, place_step, extra = out
@@ -191,10 +182,12 @@ def _loop(builder: Any, count: int, body: Callable[[Any], None]) -> None:
 
 
 def _unpack4(builder: Any, source: Any, target: Any) -> None:
-    """Codes by a table of 16 numbers; it stands there twice, as 5 bits of an index are looked at."""
+    """Codes by a table of 16 numbers; it stands there twice, as an index has 5 bits."""
     _scales(builder, source, builder.add(target, I64(CODES_BYTES)))
     _scales(
-        builder, builder.add(source, I64(2 * TILE)), builder.add(target, I64(CODES_BYTES + 4 * TILE))
+        builder,
+        builder.add(source, I64(2 * TILE)),
+        builder.add(target, I64(CODES_BYTES + 4 * TILE)),
     )
     halves = ir.VectorType(I16, 2 * LANES)
     numbers = torch.arange(16.0).repeat(2).bfloat16().view(torch.int16).tolist()
@@ -242,7 +235,7 @@ _unpack_group8 = vec.define(types.void, (types.int64, types.int64), _unpack8)
 
 
 @compiled
-def tile_groups(x, weights, out, sums, scratch):  # type: ignore[no-untyped-def]
+def tile_groups(x, weights, out, sums, scratch):
     """out += rows times a tile of codes, float32.
 
     Args:
@@ -269,7 +262,7 @@ def tile_groups(x, weights, out, sums, scratch):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def sum_groups(x, groups, out, out_step):  # type: ignore[no-untyped-def]
+def sum_groups(x, groups, out, out_step):
     """The sums of a row's groups of inputs, each to its own place."""
     for group in range(groups):
         place = x + group * GROUP * 2
@@ -278,7 +271,7 @@ def sum_groups(x, groups, out, out_step):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def tile_bytes(kind, inputs):  # type: ignore[no-untyped-def]
+def tile_bytes(kind, inputs):
     """Bytes of a tile: kind is BF16, INT8 or INT4."""
     if kind == BF16:
         return inputs // 2 * PAIR_BYTES

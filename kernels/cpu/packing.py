@@ -54,7 +54,7 @@ def _pack_groups(weight: Grouped) -> Tiles:
     if weight.bits == 8:
         packed = pairs.reshape(tiles, groups, -1).contiguous().view(torch.uint8)
     else:
-        low, high = pairs.unflatten(3, (2, TILE // 2)).unbind(3)
+        low, high = pairs.split(TILE // 2, dim=3)
         packed = (low | high << 4).reshape(tiles, groups, -1)
     numbers = [weight.scales] if weight.offsets is None else [weight.scales, weight.offsets]
     heads = [

@@ -1,4 +1,4 @@
-"""Registers of 512 bits for numba: 16 floats as a type, and the instructions that LLVM has no loop for.
+"""Registers of 512 bits for numba: 16 floats as a type, and instructions that no loop becomes.
 
 numba turns plain loops into vector code only where that keeps their order of additions, so a
 sum over an array stays scalar. Here the order is written down instead: every function below is a
@@ -24,9 +24,9 @@ LANES = 16
 FLOATS = ir.VectorType(FLOAT, LANES)
 WORDS = ir.VectorType(I32, LANES)
 # Division by zero gives an infinity, as in C; numba's own way would be a branch to an exception.
-compiled = njit(
-    nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
+# No wrapper: these are called by other kernels only.
+_njit: Any = njit
+compiled = _njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 LOG2E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693145751953125, 1.42860682030941723212e-6
 # exp on [-ln2/2, ln2/2] as 1 + x + x^2 * polynomial (Cephes, expf): 2 ulp.
 EXP_TERMS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2,
@@ -35,7 +35,7 @@ EXP_TERMS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2,
 EXP_LEAST, EXP_MOST = -110.0, 100.0
 
 
-class _Bfloat(ir.types.Type):  # type: ignore[misc]
+class _Bfloat(ir.types.Type):
     """LLVM's bfloat, which llvmlite does not know."""
 
     intrinsic_name = "bf16"
@@ -54,7 +54,7 @@ BFLOAT_PAIRS = ir.VectorType(_Bfloat(), 2 * LANES)
 BFLOATS = ir.VectorType(_Bfloat(), LANES)
 
 
-class _Vector(types.Type):  # type: ignore[misc]
+class _Vector(types.Type):
     def __init__(self) -> None:
         super().__init__(name="float32x16")
 
@@ -63,7 +63,7 @@ VECTOR = _Vector()
 
 
 @register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, FLOATS)
 
@@ -239,4 +239,3 @@ read = define(_ADDRESS, (_ADDRESS,), _read)
 # A number of 64 bits that no other thread changes now.
 word = define(_ADDRESS, (_ADDRESS,), lambda b, address: load(b, address, I64))
 pause = define(types.void, (), _pause)
-

@@ -11,10 +11,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import types
+from numba.core import typing
 
 from kvist.kernels.cpu.vectors import compiled, fetch_add, pause, read
 
@@ -24,11 +26,11 @@ CLOSED = -1
 # About 10 us of looking, then the core is offered to others at each look, then given away.
 SPINS, YIELDS, NAP_US = 300, 200, 50
 _yield_core = types.ExternalFunction("sched_yield", types.int32())
-_nap = types.ExternalFunction("usleep", types.int32(types.uint32))
+_nap: Any = types.ExternalFunction("usleep", typing.signature(types.int32, types.uint32))
 
 
 @compiled
-def _wait(spins):  # type: ignore[no-untyped-def]
+def _wait(spins):
     if spins < SPINS:
         pause()
     elif spins < SPINS + YIELDS:
@@ -38,7 +40,7 @@ def _wait(spins):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def may_compute(sync, layer):  # type: ignore[no-untyped-def]
+def may_compute(sync, layer):
     """Wait until a layer is let through; False when the step was given up."""
     spins = 0
     while True:
@@ -52,13 +54,13 @@ def may_compute(sync, layer):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def take(sync, phase, count):  # type: ignore[no-untyped-def]
+def take(sync, phase, count):
     """The first of the next `count` items of a phase; at least as many as there are: none left."""
     return fetch_add(sync + phase * PHASE_BYTES, count)
 
 
 @compiled
-def finish(sync, phase, done, items):  # type: ignore[no-untyped-def]
+def finish(sync, phase, done, items):
     """Say how many items one did, and wait until all of the phase are done."""
     place = sync + phase * PHASE_BYTES + 8
     if done:
@@ -70,7 +72,7 @@ def finish(sync, phase, done, items):  # type: ignore[no-untyped-def]
 
 
 class Sync:
-    """The counters of one step; a new one for each, as a helper that is late may look at an old one.
+    """The counters of one step; new ones for each, as a helper that is late may look at old ones.
 
     Args:
         phases: of the step.

@@ -25,9 +25,7 @@ HIDDEN = HEADS * HEAD_DIM
 MAX_MODEL_LEN = 2048
 
 
-def tiny_llama(
-    path: Path, seed: int = 0, tied: bool = True, head_dim: int = HEAD_DIM
-) -> Path:
+def tiny_llama(path: Path, seed: int = 0, tied: bool = True, head_dim: int = HEAD_DIM) -> Path:
     """Write a model of 2 layers, a tokenizer and a chat template to a folder.
 
     Weights are random but large enough that greedy outputs vary; the same seed writes the same
