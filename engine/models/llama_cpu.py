@@ -73,6 +73,7 @@ class CpuLlama:
             sin=sin_at,
         )
 
+        self._memory = aligned(0)
         _compile(self._weights)
 
     def forward(
@@ -146,7 +147,11 @@ class CpuLlama:
             rows * (widest // GROUP) * 4,
             scratch * self._team.threads,
         )
-        memory = aligned(sum(-(-size // 64) * 64 for size in sizes))
+        size = sum(-(-size // 64) * 64 for size in sizes)
+        if len(self._memory) < size:
+            # Kept from step to step: fresh memory costs a fault a page.
+            self._memory = aligned(size)
+        memory = self._memory
         places, at = [], int(memory.ctypes.data)
         for size in sizes:
             places.append(at)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from numba import types
-from numba.core import typing
+from numba.core.typing.templates import signature
 
 from kvist.kernels.cpu.vectors import compiled, fetch_add, pause, read
 
@@ -26,7 +26,7 @@ CLOSED = -1
 # About 10 us of looking, then the core is offered to others at each look, then given away.
 SPINS, YIELDS, NAP_US = 300, 200, 50
 _yield_core = types.ExternalFunction("sched_yield", types.int32())
-_nap: Any = types.ExternalFunction("usleep", typing.signature(types.int32, types.uint32))
+_nap: Any = types.ExternalFunction("usleep", signature(types.int32, types.uint32))
 
 
 @compiled
