@@ -148,8 +148,9 @@ class CpuLlama:
             scratch * self._team.threads,
         )
         size = sum(-(-size // 64) * 64 for size in sizes)
-        if len(self._memory) < size:
-            # Kept from step to step: fresh memory costs a fault a page.
+        if len(self._memory) < size or not self._team.idle:
+            # Kept from step to step, as fresh memory costs a fault a page; but not while a helper
+            # is late, who may still write to scratch where the step before had it.
             self._memory = aligned(size)
         memory = self._memory
         places, at = [], int(memory.ctypes.data)

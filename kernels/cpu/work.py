@@ -120,6 +120,11 @@ class Team:
             helper.offer(job)
         lead()
 
+    @property
+    def idle(self) -> bool:
+        """No helper is in a job."""
+        return not any(helper.busy for helper in self._helpers)
+
     def close(self) -> None:
         """End the threads; a job under way is finished."""
         for helper in self._helpers:
@@ -134,6 +139,10 @@ class _Helper:
         self._thread = threading.Thread(target=self._run, name=f"kvist-compute-{number}")
         self._thread.daemon = True
         self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        return self._busy.is_set()
 
     def offer(self, job: Job) -> None:
         if not self._busy.is_set():
