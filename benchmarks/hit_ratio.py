@@ -2,7 +2,8 @@
 
 The same code as in the service, by way of cachesvc/replay: hits are the leading cached blocks of
 each prompt, in percent of all blocks asked for; capacities are in percent of the trace's different
-blocks. ns_per_event is the processor time of a replay with rgg over its block events (hits and
+blocks. The *_compute lists weigh each block by the operations that it takes to compute.
+ns_per_event is the processor time of a replay with our policy over its block events (hits and
 stores, with all evictions and learning), at the capacity where it is highest.
 """
 
@@ -13,7 +14,8 @@ import json
 import sys
 from pathlib import Path
 
-from kvist.cachesvc.replay import Score, replay_policy
+from kvist.cachesvc.eviction import POLICIES, PolicyName
+from kvist.cachesvc.replay import Contender, Score, replay_policy
 from kvist.cachesvc.replay_table import Progress
 from kvist.cachesvc.trace import Trace, read_trace
 from kvist.proto.errors import ConfigInvalid
@@ -21,30 +23,35 @@ from kvist.proto.errors import ConfigInvalid
 CAPACITY_PERCENT = (1, 2, 5, 10, 25, 50)
 
 
-def measure(trace: Trace, seed: int, progress: Progress) -> dict[str, object]:
+def measure(trace: Trace, ours: PolicyName, seed: int, progress: Progress) -> dict[str, object]:
     """Replay at each capacity."""
-    scores: dict[str, list[Score]] = {"lru": [], "rgg": [], "opt": []}
+    scores: dict[str, list[Score]] = {"lru": [], ours: [], "opt": []}
     for percent in CAPACITY_PERCENT:
         capacity = max(1, round(trace.distinct * percent / 100))
-        for policy in ("lru", "rgg", "opt"):
+        contenders: tuple[Contender, ...] = ("lru", ours, "opt")
+        for policy in dict.fromkeys(contenders):
             progress.begin(f"{policy} with {capacity} blocks", trace.requests)
             score = replay_policy(trace, capacity, policy, 512, seed, progress.at)
             scores[policy].append(score)
     progress.end()
-    event_ns = [1e9 * score.seconds / len(trace.blocks) for score in scores["rgg"]]
+    event_ns = [1e9 * score.seconds / len(trace.blocks) for score in scores[ours]]
     return {
         "bench": "hit_ratio",
         "trace": trace.name,
+        "policy": ours,
         "block_events": len(trace.blocks),
         "capacity_percent": list(CAPACITY_PERCENT),
         "lru": [round(score.blocks, 2) for score in scores["lru"]],
-        "ours": [round(score.blocks, 2) for score in scores["rgg"]],
+        "ours": [round(score.blocks, 2) for score in scores[ours]],
         "opt": [round(score.blocks, 2) for score in scores["opt"]],
         "ours_over_lru": [
-            round(ours.blocks - lru.blocks, 2)
-            for ours, lru in zip(scores["rgg"], scores["lru"], strict=True)
+            round(mine.blocks - lru.blocks, 2)
+            for mine, lru in zip(scores[ours], scores["lru"], strict=True)
         ],
-        "lru_as_told_by_ours": [round(score.shadow or 0.0, 2) for score in scores["rgg"]],
+        "lru_compute": [round(score.work, 2) for score in scores["lru"]],
+        "ours_compute": [round(score.work, 2) for score in scores[ours]],
+        "opt_compute": [round(score.work, 2) for score in scores["opt"]],
+        "lru_as_told_by_ours": [round(score.shadow or 0.0, 2) for score in scores[ours]],
         "ns_per_event": round(max(event_ns)),
         "ns_per_event_by_capacity": [round(each) for each in event_ns],
         "seed": seed,
@@ -56,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("trace", type=Path, help="JSON lines, perhaps .xz or .gz")
     parser.add_argument("--ms", action="store_true", help="timestamps are milliseconds")
+    parser.add_argument("--policy", choices=POLICIES, default="rgg", help="ours (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the policy (%(default)s)")
     arguments = parser.parse_args()
     progress = Progress()
@@ -63,7 +71,7 @@ def main() -> None:
         trace = read_trace(arguments.trace, arguments.ms, progress.say)
     except ConfigInvalid as error:
         sys.exit(f"hit_ratio: {error}")
-    print(json.dumps(measure(trace, arguments.seed, progress)))
+    print(json.dumps(measure(trace, arguments.policy, arguments.seed, progress)))
 
 
 if __name__ == "__main__":

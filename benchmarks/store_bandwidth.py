@@ -31,7 +31,7 @@ from kvist.cachesvc.flashio import FlashIo, Rise, Sink
 from kvist.cachesvc.host import Threads
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.storing import StoreItem
-from kvist.engine.connector import STORE_BATCH
+from kvist.engine.copying import STORE_BATCH
 from kvist.engine.local import LocalSidecar
 from kvist.proto.keys import NO_KEY, BlockKey, Namespace, block_keys
 from kvist.proto.layout import BlockFormat

@@ -57,6 +57,13 @@ class Admission:
         earlier = self._book.earlier_bytes if self._book else 0
         return Wear(self.written_bytes, earlier + self.written_bytes, self._budget.left_bytes)
 
+    def open_book(self) -> None:
+        """The flash folder is open: go on with what earlier lives wrote into it."""
+        if self._book is not None:
+            self._book.read()
+            if self._book.left_bytes is not None:
+                self._budget.start_with(self._book.left_bytes)
+
     def tick(self, now_s: float, threads: Threads) -> None:
         """Write the book once a minute, on a thread of its own: a disk may hang."""
         if self._book is not None and self._book.is_due(now_s, self.written_bytes):

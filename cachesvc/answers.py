@@ -11,6 +11,7 @@ from kvist.cachesvc.sessions import First
 from kvist.cachesvc.store import Store
 from kvist.proto import cache_pb2
 from kvist.proto.errors import FormatRefused, KvistError
+from kvist.proto.hints import Hint
 from kvist.proto.keys import DIGEST_BYTES, KEY_BYTES, ORIGIN_BYTES, BlockKey
 from kvist.proto.record import RecordShape
 
@@ -121,7 +122,8 @@ class Answers:
     def prefetch(self, request: cache_pb2.PrefetchRequest) -> cache_pb2.PrefetchReply:
         """Have blocks rise from flash."""
         keys = checked_keys(request.keys)
-        return cache_pb2.PrefetchReply(rising=self._store.prefetch(keys))
+        rising = self._store.prefetch(keys, checked_hint(request.hint))
+        return cache_pb2.PrefetchReply(rising=rising)
 
     def clear(self, request: cache_pb2.ClearRequest) -> cache_pb2.ClearReply:
         """Drop the blocks of one namespace, or all."""
@@ -156,6 +158,8 @@ class Answers:
             blocks=stats.blocks,
             eviction=[cache_pb2.EvictionStats(**asdict(use)) for use in stats.eviction],
         )
+        for worker in stats.workers:
+            reply.workers.add(client=worker.client, rates=worker.rates)
         for name, estimates in stats.what_if.items():
             for estimate in estimates:
                 reply.what_if.add(tier=name, **asdict(estimate))
@@ -182,6 +186,17 @@ def checked_keys(keys: Sequence[bytes]) -> list[BlockKey]:
     for key in keys:
         _check_length("keys", key, KEY_BYTES, KEY_BYTES)
     return [BlockKey(key) for key in keys]
+
+
+def checked_hint(told: cache_pb2.Hint) -> Hint:
+    """The hint of a request; one left out is NO_HINT.
+
+    Raises: RequestInvalid: it cannot be.
+    """
+    hint = Hint(told.session_end, told.tool_pause_s, told.priority)
+    if hint.problem():
+        raise RequestInvalid(f"hint.{hint.problem()}")
+    return hint
 
 
 def _checked_first(first: cache_pb2.FirstBlock) -> First:

@@ -31,6 +31,11 @@ NO_ROW = -1
 _NO_SPACE = -1
 
 
+def name_of(key: BlockKey) -> int:
+    """64 bits that stand for a block in tables that outlive its row."""
+    return int.from_bytes(key[:8], "little")
+
+
 class Blocks:
     """The stored blocks. One thread. Slots are only written down here, never given back.
 
@@ -102,8 +107,8 @@ class Blocks:
         return row
 
     def name(self, row: int) -> int:
-        """64 bits of a block's key, for tables that outlive the row."""
-        return int.from_bytes(self.index.key(row)[:8], "little")
+        """See name_of."""
+        return name_of(self.index.key(row))
 
     def namespace(self, row: int) -> bytes:
         """Digest of a block's namespace."""

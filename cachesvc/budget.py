@@ -78,7 +78,7 @@ class WearBook:
         folder: of the flash tier.
 
     Attributes:
-        earlier_bytes: written in earlier lives, 0 when the book is new or cannot be read.
+        earlier_bytes: written in earlier lives, 0 when the book is new or was not read.
         left_bytes: of the budget at the end of the life before; None when it had no limit.
     """
 
@@ -88,6 +88,13 @@ class WearBook:
         self._path = folder / BOOK_NAME
         self._saved_bytes = 0
         self._due_s = 0.0
+        self._is_read = False
+
+    def read(self) -> None:
+        """Read what is in it, once; before that, and so in a folder of others, none is saved."""
+        if self._is_read:
+            return
+        self._is_read = True
         with suppress(OSError, ValueError, KeyError, TypeError):
             page = json.loads(self._path.read_text())
             left = page["budget_left_bytes"]
@@ -108,6 +115,8 @@ class WearBook:
             written_bytes: in this life.
             left_bytes: of the budget.
         """
+        if not self._is_read:
+            return
         page = {
             "written_bytes": self.earlier_bytes + written_bytes,
             "budget_left_bytes": left_bytes,

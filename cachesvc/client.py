@@ -15,41 +15,25 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from kvist.cachesvc.control import PROTOCOL_VERSION, Control, GrpcControl, local_address
-from kvist.cachesvc.life import Life
-from kvist.cachesvc.loading import load_block
+from kvist.cachesvc.life import Claimant, Found, Life
+from kvist.cachesvc.loading import LayerLoad, load_block, stream_blocks
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.storing import StoreItem, Storer, StoreResult
 from kvist.cachesvc.trial import RETRY_S, TrialPage, run_trial
 from kvist.proto import cache_pb2
-from kvist.proto.errors import (
-    KvistError,
-)
+from kvist.proto.errors import KvistError
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey, Namespace
 from kvist.proto.record import Bytes, Wanted
-from kvist.proto.shm import CLAIM, CORRUPT, PREFETCH, RELEASE, TOUCH
+from kvist.proto.shm import CLAIM, CORRUPT, EXPECT, PREFETCH, RELEASE, TOUCH
+from kvist.transfer.pace import Pace
+
+__all__ = ["CacheClient", "Claimant", "Found", "open_cache"]
 
 BACKOFF_MIN_S = 0.02
 BACKOFF_MAX_S = 0.2
-Claimant = Literal["alone", "none", "self", "other"]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a lookup saw.
-
-    Attributes:
-        blocks: length of the longest cached prefix.
-        reason: why the prefix ends there, one of MISS_REASONS; "" when all blocks are cached.
-        epoch: boot epoch of the sidecar asked; b"" when detached.
-    """
-
-    blocks: int
-    reason: str
-    epoch: bytes
 
 
 class CacheClient:
@@ -66,6 +50,7 @@ class CacheClient:
     Attributes:
         trial: a page of the worker, for the trial before the first hit of each session
             (cachesvc/trial.py); None makes none. Set before start.
+        pace: of copies out and in; may be set as long as nothing is copied.
         reattaches: how often a session followed an earlier one.
         bell_failures: wake-ups that the sidecar did not take; it looks by itself soon after.
     """
@@ -81,6 +66,7 @@ class CacheClient:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.trial: TrialPage | None = None
+        self.pace = Pace()
         self.reattaches = 0
         self.bell_failures = 0
         self._control = control
@@ -237,12 +223,19 @@ class CacheClient:
                     found.append("dram" if location.dram is not None else "flash")
             return tuple(found)
 
-    def touch(self, keys: Sequence[BlockKey], blocks: int) -> None:
-        """Say that the first blocks were used; kept from eviction longer. Makes no call."""
-        if blocks:
+    def touch(self, keys: Sequence[BlockKey], blocks: int, hint: Hint = NO_HINT) -> None:
+        """Say that the first blocks were used; kept from eviction longer. Makes no call.
+
+        Args:
+            keys: of the prompt's full blocks.
+            hint: what the request's sender says; of a request that found nothing it goes with
+                the first block, which is stored later.
+        """
+        if blocks or (keys and hint != NO_HINT):
+            kind, key = (TOUCH, keys[blocks - 1]) if blocks else (EXPECT, keys[0])
             with self._entered() as life:
                 if life is not None:
-                    life.push(TOUCH, blocks, keys[blocks - 1])
+                    life.push(kind, blocks, key, hint)
 
     def prefetch(self, keys: Sequence[BlockKey], blocks: int) -> None:
         """Ask for the first blocks to rise to DRAM; the sidecar is woken. Makes no call."""
@@ -320,6 +313,12 @@ class CacheClient:
                 outcome = "flights_got" if tokens else "flights_lost"
                 life.add({outcome: 1, "flight_tokens": tokens})
 
+    def show_rates(self, rates: Mapping[str, int]) -> None:
+        """Say what was measured here, by name of RATES; makes no call, forgotten when detached."""
+        with self._entered() as life:
+            if life is not None:
+                life.show(rates)
+
     def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
         """Copy a block out of the cache and verify it; blocks until it is there, makes no call.
 
@@ -335,6 +334,7 @@ class CacheClient:
         if life is None or not life.enter():  # without _entered: 3 us of a copy's 150
             return "detached"
         try:
+            self.pace.before_load(wanted.payload_bytes)
             reason = load_block(life, wanted, out, deadline, self._now)
             if reason is None:
                 life.add_one("loaded_bytes", wanted.payload_bytes)
@@ -345,16 +345,32 @@ class CacheClient:
         finally:
             life.leave()
 
+    def stream(self, load: LayerLoad) -> tuple[int, str]:
+        """Copy blocks of DRAM out layer by layer and verify them at the end; makes no call.
+
+        Returns:
+            leading blocks that came, and why no more, one of MISS_REASONS, "" when all did.
+        """
+        with self._entered() as life:
+            if life is None:
+                return 0, "detached"
+            blocks, reason = stream_blocks(life, load, self.pace)
+            life.add_one("loaded_bytes", sum(one.payload_bytes for one in load.wanted[:blocks]))
+            if reason == "corrupt":
+                life.push(CORRUPT, 1, load.wanted[blocks].key)
+                life.ring_bell()
+            return blocks, reason
+
     # What needs a call.
 
     def store(self, items: Sequence[StoreItem]) -> StoreResult:
-        """Copy blocks into the cache: a Reserve and a Commit for each 32 MiB of new blocks.
+        """Copy blocks into the cache: a Reserve and a Commit for each 48 MiB of new blocks.
 
         Args:
             items: parents before their children.
         """
         with self._entered() as life:
-            return self._storer.store(life, items)
+            return self._storer.store(life, items, self.pace)
 
 
 def open_cache(

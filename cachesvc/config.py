@@ -203,8 +203,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "eviction",
         "rgg",
-        "Which blocks go first: rgg learns what comes back and is never far behind lru, which "
-        "drops what was used longest ago.",
+        "Which blocks go first: rgg learns what comes back; cost weighs it by what it costs to "
+        "compute; neither is far behind lru, which drops what was used longest ago.",
         _one_of(POLICIES),
     ),
     Setting(

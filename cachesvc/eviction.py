@@ -7,7 +7,7 @@
 Only leaves go, so that no block is kept that cannot be reached. The service and `kvist cache
 replay` run this code, the same objects; only what a leaf is, and what time it is, comes from them.
 
-The policies: LeafLru here, run-ghost Gittins in cachesvc/rgg.py.
+The policies: LeafLru here, run-ghost Gittins in cachesvc/rgg.py, for hits or for saved work.
 """
 
 from __future__ import annotations
@@ -21,12 +21,19 @@ from numpy.typing import NDArray
 
 from kvist.cachesvc.blocks import NO_ROW
 from kvist.cachesvc.shadow import Shadow
+from kvist.proto.hints import Hint
 
 Rows: TypeAlias = NDArray[np.int64]
 """Row numbers of a chain of blocks, each standing on the one before it; first block first."""
 
-PolicyName = Literal["rgg", "lru"]
-POLICIES: tuple[PolicyName, ...] = ("rgg", "lru")
+PolicyName = Literal["rgg", "cost", "lru"]
+POLICIES: tuple[PolicyName, ...] = ("rgg", "cost", "lru")
+
+BLOCK_TOKENS = 64
+EVEN_TOKENS = 30518
+"""Tokens before a token that cost as much to attend to as its own share of the weights: 2 * 8.0e9
+operations for the parameters of a Llama 3 8B, 4 * 4096 * 32 for each token attended to. 53,000 for
+a 70B, 11,000 for a 0.5B."""
 
 TICKS_PER_S = 32
 TICK_MASK = 0xFFFFFFFF
@@ -93,6 +100,15 @@ class Learner(Protocol):
         """New blocks go on with a prompt; the tree knows what the first of them stands on."""
         ...
 
+    def hinted(self, rows: Rows, request: int, hint: Hint) -> None:
+        """What a request's sender says of it; may be told more than once, or wrong.
+
+        Args:
+            rows: the chain that the request has found, which is told of already; what it stores
+                comes after. It has found nothing where this is empty.
+        """
+        ...
+
     def restored(self, rows: Rows, at: int) -> None:
         """Blocks of an earlier life, of any prompts; they count as used by request 0."""
         ...
@@ -139,10 +155,12 @@ class Policy(Learner, Protocol):
     Attributes:
         name: of the policy.
         shadows: leaf-LRU counted beside it, one for each order; none beside leaf-LRU itself.
+        block_tokens: tokens of a block, once it is known.
     """
 
     name: PolicyName
     shadows: list[Shadow]
+    block_tokens: int
 
     def order(
         self, may_go: Callable[[int], bool], held: Callable[[Rows], int], capacity: int
@@ -166,6 +184,7 @@ class LeafLru:
     name: PolicyName = "lru"
 
     def __init__(self, tree: Tree, history: History) -> None:
+        self.block_tokens = BLOCK_TOKENS
         self.shadows: list[Shadow] = []
         self._request = history.request_of
         self._depth = tree.depth
@@ -174,6 +193,9 @@ class LeafLru:
         """See Learner."""
 
     def stored(self, rows: Rows, request: int, at: int) -> None:
+        """See Learner."""
+
+    def hinted(self, rows: Rows, request: int, hint: Hint) -> None:
         """See Learner."""
 
     def restored(self, rows: Rows, at: int) -> None:

@@ -174,6 +174,11 @@ class FlashIo:
             self._deletes.append(key)
             self._wake.notify()
 
+    def undeleted(self) -> frozenset[BlockKey]:
+        """Keys that delete was told and that may still be in the flash index."""
+        with self._wake:
+            return frozenset(self._deletes)
+
     def _run(self, task: Callable[[], None]) -> None:
         with self._wake:
             self._reads.append(task)

@@ -6,12 +6,13 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kvist.proto.errors import ConfigInvalid
 
 LOCK_NAME = "lock"
+STORE_LOCK_NAME = "store.lock"
 
 
 def home_folders(user: int, environment: Mapping[str, str]) -> tuple[str, str]:
@@ -64,6 +65,26 @@ class OwnedFolder:
         """Give the folder up and delete it with all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._handle)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A folder that no other store has; the kernel lets go of it however this process ends.
+
+    Raises: ConfigInvalid: another sidecar has it.
+    """
+    handle = os.open(folder / STORE_LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConfigInvalid(
+            f"run_dir, shm_dir: another sidecar uses {folder}; stop it or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _lock(path: Path) -> int | None:

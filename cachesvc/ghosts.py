@@ -5,7 +5,7 @@ Eviction goes from the end of a chain to its beginning, so a ghost grows upwards
 the name of its shallowest block, which is the one that a prompt that comes back misses first.
 
 A ring of fixed size, in arrays, with an open hash table on top (linear probing, backward-shift
-deletion: Knuth, The Art of Computer Programming 3, 6.4, algorithm R): 27 bytes a ghost and 8 to 16
+deletion: Knuth, The Art of Computer Programming 3, 6.4, algorithm R): 28 bytes a ghost and 8 to 16
 of the table. The oldest ghost makes room for a new one.
 """
 
@@ -32,7 +32,7 @@ class Ghosts:
         self.capacity = capacity
         self.lengths = np.zeros(capacity, np.int32)
         self.ats = np.zeros(capacity, np.uint32)
-        self.kinds = np.zeros(capacity, np.uint8)
+        self.kinds = np.zeros(capacity, np.uint16)
         self.length, self.at, self.kind = self.lengths.data, self.ats.data, self.kinds.data
         self.request = np.zeros(capacity, np.int64).data
         self.uses = np.zeros(capacity, np.uint8).data

@@ -20,12 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvist.cachesvc.eviction import TICKS_PER_S
+from kvist.cachesvc.hints import EXPECTATIONS, PAUSE_KINDS, SOONEST
 
 Table = NDArray[np.float64]
 
 BUCKETS = 48
 USE_KINDS, TAIL_KINDS, RHYTHM_KINDS = 4, 4, 12
-CLASSES = USE_KINDS * TAIL_KINDS * RHYTHM_KINDS
+# Of blocks with a hint, what was told of them stands in for their rhythm.
+FORESIGHT_KINDS = RHYTHM_KINDS + EXPECTATIONS - 1
+CLASSES = USE_KINDS * TAIL_KINDS * FORESIGHT_KINDS
 
 # The smoothing, in blocks of prior weight. Halving or doubling any of them moved the hit ratio
 # of two traces by 0.5 points at most and mostly by less than 0.1, the noise of the sampling.
@@ -46,7 +49,31 @@ _PRIOR = np.full((1, BUCKETS), HAZARD_PER_OCTAVE / 2)
 _PRIOR[0, 0] = HAZARD_PER_OCTAVE * 4
 
 # class -> the class without its rhythm, which is what a class with few blocks is drawn to.
-_BASES = CLASSES // RHYTHM_KINDS
+_BASES = CLASSES // FORESIGHT_KINDS
+
+# What a hint is taken to mean until it is known what came of its like: after the end of a session
+# one block in 256 comes back that would have otherwise; in a pause next to none before half of it,
+# then half of them in each half octave, and after twice the pause it is as if nothing was said.
+_END_FACTOR = 1 / 256
+_EARLY_FACTOR = 1 / 4
+_DUE_HAZARD = 0.5
+
+
+def _expected_hazards() -> tuple[Table, Table]:
+    """By foresight and age: a factor of the class's own hazard, and what it is at least."""
+    factor, least = np.ones((FORESIGHT_KINDS, BUCKETS)), np.zeros((FORESIGHT_KINDS, BUCKETS))
+    factor[RHYTHM_KINDS] = _END_FACTOR
+    middles_s = np.concatenate([[0.0], _EDGES_S]) * 2**0.25
+    for octave in range(PAUSE_KINDS):
+        row = RHYTHM_KINDS + SOONEST - 1 + octave
+        factor[row, middles_s < 2.0**octave / 4] = _EARLY_FACTOR
+        is_due = (middles_s > 2.0**octave / 4) & (middles_s < 2.0**octave * 2)
+        least[row, is_due] = _DUE_HAZARD
+    return factor, least
+
+
+_FACTOR, _LEAST = _expected_hazards()
+_IS_FORETOLD = np.arange(CLASSES) % FORESIGHT_KINDS >= RHYTHM_KINDS
 
 
 def hazards(seen: Sequence[Table], weight: float, prior: Table) -> Table:
@@ -91,9 +118,11 @@ class Estimator:
     Attributes:
         worth: (CLASSES * BUCKETS,), per second; index is class * BUCKETS + bucket.
         worth_of: the same memory, for single values.
+        is_foretold: there are hints, so what they mean is worked out.
     """
 
     def __init__(self) -> None:
+        self.is_foretold = False
         self._events = np.zeros(CLASSES * BUCKETS)
         self._ends = np.zeros(CLASSES * BUCKETS)
         self.worth = np.zeros(CLASSES * BUCKETS)
@@ -121,15 +150,19 @@ class Estimator:
         shape = (CLASSES, BUCKETS)
         seen = [table.reshape(shape) for table in (self._events, self._ends, alive)]
         all_kinds = [table.sum(axis=0, keepdims=True) for table in seen]
-        by_base = [table.reshape(_BASES, RHYTHM_KINDS, BUCKETS).sum(axis=1) for table in seen]
+        by_base = [table.reshape(_BASES, FORESIGHT_KINDS, BUCKETS).sum(axis=1) for table in seen]
         pool = hazards(all_kinds, POOL_BLOCKS, _PRIOR)
         base = hazards(by_base, POOL_BLOCKS, pool)
         # A class of which nothing was seen is its base; few of them are ever seen.
-        active = np.flatnonzero(sum(table.any(axis=1) for table in seen))
-        of_active = base[active // RHYTHM_KINDS]
-        own = hazards([table[active] for table in seen], CLASS_BLOCKS, of_active)
+        is_active = sum(table.any(axis=1) for table in seen)
+        if self.is_foretold:
+            is_active += _IS_FORETOLD
+        active = np.flatnonzero(is_active)
+        of_active, told = base[active // FORESIGHT_KINDS], active % FORESIGHT_KINDS
+        prior = np.maximum(of_active * _FACTOR[told], _LEAST[told])
+        own = hazards([table[active] for table in seen], CLASS_BLOCKS, prior)
         worth = worths(np.concatenate([base, own]))
-        table = np.repeat(worth[:_BASES], RHYTHM_KINDS, axis=0)
+        table = np.repeat(worth[:_BASES], FORESIGHT_KINDS, axis=0)
         table[active] = worth[_BASES:]
         self.worth[:] = table.reshape(-1)
         self._events *= DECAY

@@ -36,6 +36,7 @@ from kvist.proto.shm import (
     FLASH_READY,
     FLASH_REBUILDING,
     FLASH_STATE_OFFSET,
+    FLASH_UNREAD,
     HEADER_BYTES,
     HEARTBEAT_OFFSET,
     INDEX_HEADER,
@@ -83,7 +84,7 @@ class _Table:
 
     @property
     def flash_state(self) -> int:
-        """FLASH_OFF, FLASH_READY, FLASH_REBUILDING or FLASH_FAILED."""
+        """One of the FLASH_ states of proto/shm.py."""
         return int.from_bytes(self._map[FLASH_STATE_OFFSET : FLASH_STATE_OFFSET + 4], "little")
 
     @property
@@ -181,7 +182,7 @@ class _Table:
         departure = self.departed.reason(key)
         if state == FLASH_REBUILDING and departure != "corrupt":
             return "flash_rebuilding"
-        return departure or "never_stored"
+        return departure or ("flash_off" if state == FLASH_UNREAD else "never_stored")
 
     def close(self) -> None:
         """Unmap; nothing is looked up after it."""

@@ -1,19 +1,39 @@
-"""One session as its worker sees it: what it mapped, who is using it, and its end."""
+"""One session as its worker sees it: what it mapped, what it sees there, and its end."""
 
 from __future__ import annotations
 
 import socket
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from kvist.cachesvc.index import IndexReader
 from kvist.cachesvc.ring import RingWriter
 from kvist.proto import cache_pb2
 from kvist.proto.errors import FormatRefused
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey
 from kvist.proto.verify import Verifier
 from kvist.transfer.shm import ArenaMap
+
+Claimant = Literal["alone", "none", "self", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a lookup saw.
+
+    Attributes:
+        blocks: length of the longest cached prefix.
+        reason: why the prefix ends there, one of MISS_REASONS; "" when all blocks are cached.
+        epoch: boot epoch of the sidecar asked; b"" when detached.
+    """
+
+    blocks: int
+    reason: str
+    epoch: bytes
 
 
 class Life:
@@ -90,10 +110,10 @@ class Life:
         for close in self._closers:
             close()
 
-    def push(self, kind: int, blocks: int, key: BlockKey) -> None:
+    def push(self, kind: int, blocks: int, key: BlockKey, hint: Hint = NO_HINT) -> None:
         """Put an entry into the ring; a full ring drops it."""
         with self._ring_lock:
-            if not self._ring.push(kind, blocks, key):
+            if not self._ring.push(kind, blocks, key, hint):
                 self._ring.add("ring_drops", 1)
 
     def add(self, counts: Mapping[str, int]) -> None:
@@ -106,6 +126,11 @@ class Life:
         """The same for one counter."""
         with self._ring_lock:
             self._ring.add(counter, count)
+
+    def show(self, rates: Mapping[str, int]) -> None:
+        """Say what was measured."""
+        with self._ring_lock:
+            self._ring.show(rates)
 
     def ring_bell(self) -> bool:
         """Wake the sidecar; False when it did not take the call, it looks by itself soon."""

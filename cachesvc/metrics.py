@@ -68,6 +68,7 @@ class Metrics(Collector):
         for event, text in (
             ("expired", "Blocks dropped because their tenant's TTL was over."),
             ("slots_wiped", "Slots overwritten when they were freed."),
+            ("flash_let_go", "Blocks forgotten with a flash folder that failed for long."),
         ):
             yield _counter(f"kvist_{event}", text, stats.events.get(event, 0))
         for way, text in (("grpc", "Calls begun."), ("packet", "Calls of workers, not by gRPC.")):

@@ -7,44 +7,31 @@
     rise    when somebody wishes it, first block first. A block rises only into free slots and
             those of blocks that were used before it: somebody waits for it.
 
-When the device fails, all moves end, copies on flash are offered to nobody, and once a second a
-flash thread looks whether it is back. Everything else goes on.
+When the device fails, all moves end and copies on flash are offered to nobody until it is back
+(cachesvc/watch.py). Everything else goes on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Literal
 
 from kvist.cachesvc.blocks import NO_ROW
 from kvist.cachesvc.flashio import FlashIo, Post, Record, Rise, Sink, give, refuse
 from kvist.cachesvc.host import Threads
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.placement import Placement
-from kvist.cachesvc.restore import Restore
+from kvist.cachesvc.watch import FlashState, Watch
 from kvist.proto.errors import BlockCorrupt, BlockMissing, KvistError, TierFull, TierOffline
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import NO_KEY, BlockKey
-from kvist.proto.shm import FLASH_FAILED, FLASH_OFF, FLASH_READY, FLASH_REBUILDING
-
-FlashState = Literal["off", "ready", "rebuilding", "failed"]
-PROBE_S = 1.0
 
 # Each holds a DRAM slot that nobody can read yet; 8 a thread keep two threads busy.
 _RISES_MAX = 16
 
-_STATES: dict[FlashState, int] = {
-    "off": FLASH_OFF,
-    "ready": FLASH_READY,
-    "rebuilding": FLASH_REBUILDING,
-    "failed": FLASH_FAILED,
-}
-
 
 class Moves:
     """Moves blocks between the tiers. One thread; see flashio.FlashIo for the others.
-
-    Attributes:
-        state: what workers are told about flash.
 
     Args:
         placement: the blocks. Without a flash tier nothing moves.
@@ -63,9 +50,7 @@ class Moves:
         post: Post,
         log: Log,
     ) -> None:
-        self.state: FlashState = "off"
         self._placement = placement
-        self._post = post
         self._log = log
         self._flash = placement.flash
         # A small arena must not be all taken by blocks that wait.
@@ -74,24 +59,27 @@ class Moves:
         self._sinking: set[Sink] = set()
         self._rising = 0
         self._wishes: dict[BlockKey, list[Record]] = {}
-        self._probe_at_s = 0.0
-        self._probing = False
         self._closed = False
         self._io: FlashIo | None = None
-        self._restore: Restore | None = None
+        self._watch: Watch | None = None
         if self._flash is not None:
             self._io = FlashIo(placement.dram, self._flash, threads, io_threads, post, self)
-            self._restore = Restore(placement, self._flash, threads, post, self._restored)
+            self._watch = Watch(placement, self._flash, self._io, threads, post, log)
 
-    def start(self) -> None:
-        """Take over what the last life left on flash; scans in the background if it must."""
-        if self._restore is not None:
-            self._restore.load()
-            self._resume()
+    @property
+    def state(self) -> FlashState:
+        """What workers are told about flash."""
+        return self._watch.state if self._watch is not None else "off"
 
-    def lost_at_start(self) -> None:
-        """There should be a flash tier, but it could not be opened."""
-        self._enter("failed")
+    def start(self, opened: Callable[[], None]) -> None:
+        """Take over what the last life left on flash, now or when its folder can be opened.
+
+        Args:
+            opened: called when that was later.
+        """
+        if self._watch is not None:
+            self._watch.opened = opened
+            self._watch.start()
 
     def close(self) -> None:
         """Write what waits to sink, forget the wishes, end the threads."""
@@ -101,8 +89,8 @@ class Moves:
         for job in self._placement.jobs.values():
             if isinstance(job, Rise):
                 refuse(job.waiters, closing)
-        if self._restore is not None:
-            self._restore.close()
+        if self._watch is not None:
+            self._watch.close()
         if self._io is not None and self._flash is not None:
             self._unlist()
             self._io.close()
@@ -117,15 +105,13 @@ class Moves:
 
     def poll(self, now_s: float) -> None:
         """Every few milliseconds: let wishes go on, look after the device."""
-        if self._io is None or self._flash is None:
+        if self._watch is None or self._flash is None:
             return
         self._unlist()
         if self.state == "ready" and self._flash.failure:
             self._fail(self._flash.failure)
-        if self.state == "failed" and not self._probing and now_s >= self._probe_at_s:
-            self._probing = True
-            self._probe_at_s = now_s + PROBE_S
-            self._io.probe(self._probed)
+        if self.state == "failed":
+            self._watch.poll(now_s, idle=not (self._sinking or self._rising))
         if self._wishes:
             self._pump()
 
@@ -228,7 +214,7 @@ class Moves:
         self._pump()
         return wished
 
-    def read(self, key: BlockKey) -> Record:
+    def read(self, key: BlockKey, hint: Hint = NO_HINT) -> Record:
         """A copy of a block's record, from DRAM or as soon as it has risen there; counts as a use.
 
         The future gets BlockMissing when no tier holds the block, TierFull when there is no room
@@ -237,7 +223,7 @@ class Moves:
         waiter: Record = Record()
         row = self._placement.index.locate(key)
         if row is not None:
-            self._placement.uses.used(row)
+            self._placement.uses.used(row, hint)
         self._wishes.setdefault(key, []).append(waiter)
         self._pump()
         return waiter
@@ -355,41 +341,11 @@ class Moves:
 
     def clear(self, namespace: bytes | None) -> int:
         """Drop every block, or every block of one namespace; how many that were."""
-        if self._restore is not None:
-            self._restore.clear(namespace)
+        if self._watch is not None:
+            self._watch.clear(namespace)
         return self._placement.clear(namespace)
 
-    def _enter(self, state: FlashState) -> None:
-        self.state = state
-        self._placement.index.set_flash_state(_STATES[state])
-
     def _fail(self, reason: str) -> None:
-        if self.state != "failed":
-            self._enter("failed")
-            self._log.error("flash tier failed", reason=reason)
+        assert self._watch is not None
+        self._watch.fail(reason)
         self._refuse_wishes(TierOffline(reason))
-
-    def _probed(self, works: bool) -> None:
-        self._probing = False
-        if works and not self._closed:
-            self._resume()
-
-    def _resume(self) -> None:
-        assert self._flash is not None
-        assert self._restore is not None
-        if self._flash.needs_rebuild:
-            self._enter("rebuilding")
-            self._placement.counts.flash_rebuilds += 1
-            self._log.warning("flash index is being rebuilt")
-            self._restore.scan()
-        else:
-            self._enter("ready")
-            self._log.info("flash tier ready", blocks=self._flash.slots - self._flash.free_slots)
-
-    def _restored(self, problem: KvistError | None) -> None:
-        if self._closed:
-            return
-        if problem is None:
-            self._resume()
-        else:
-            self._fail(str(problem))

@@ -23,13 +23,14 @@ from kvist.cachesvc.moves import Moves
 from kvist.cachesvc.pins import BUDGET_SHARE, Pins
 from kvist.cachesvc.placement import Placement
 from kvist.cachesvc.rgg import make_policy
-from kvist.cachesvc.sessions import Sessions
+from kvist.cachesvc.sessions import RING_PREFIX, Sessions
 from kvist.cachesvc.tenancy import Limits, Tenancy
 from kvist.cachesvc.wards import Rules
 from kvist.proto.errors import TierOffline
 from kvist.proto.verify import Verify
 from kvist.tiers.dram import DramTier
 from kvist.tiers.flash import FlashTier
+from kvist.tiers.flash_folder import FlashPlan
 
 INDEX_NAME = "index"
 ARENA_NAME = "arena"
@@ -99,6 +100,9 @@ class Parts:
 class Maker:
     """Makes the parts; undo gets what ends them, in the right order.
 
+    Attributes:
+        failure: why the flash folder could not be opened, in words; "" when it could.
+
     Args:
         config: of the store. post: runs a callable on the store's thread. now: seconds.
         host: threads and disk.
@@ -113,6 +117,7 @@ class Maker:
         undo: ExitStack,
         host: Host,
     ) -> None:
+        self.failure = ""
         self._config = config
         self._post = post
         self._now = now
@@ -130,15 +135,16 @@ class Maker:
 
         Raises:
             ConfigInvalid: dram_bytes makes no arena, or shm_dir cannot hold it; or see
-                FlashTier.open. FormatRefused: see FlashTier.open.
+                FlashTier.open. FormatRefused: see FlashTier.open. A flash folder that cannot be
+                used now is no error.
         """
         config, undo = self._config, self._undo
         flash = None
-        if slot_bytes is None:
+        if config.slot_bytes is None:  # what a folder has comes before what a worker needs
             flash = self._open_flash(None)
-            if flash is None:
-                return None
-            slot_bytes = flash.slot_bytes
+            slot_bytes = flash.slot_bytes if flash else slot_bytes
+        if slot_bytes is None:
+            return None
         slots = config.dram_bytes // slot_bytes
         dram = DramTier(config.shm_dir / ARENA_NAME, slots, slot_bytes)
         undo.callback(dram.close)
@@ -157,15 +163,14 @@ class Maker:
         admission = self._admission(placement, moves)
         expiry = Expiry(placement, self._now)
         intake = Intake(placement, admission, expiry, sessions, claims, share)
-        self._begin(placement, moves)
+        self._begin(placement, moves, admission)
         return Parts(index, dram, flash, placement, moves, admission, expiry, intake, claims, share)
 
-    def _begin(self, placement: Placement, moves: Moves) -> None:
+    def _begin(self, placement: Placement, moves: Moves, admission: Admission) -> None:
         """Take over what is on flash, touch the arena, say what there is."""
-        if placement.flash is not None:
-            moves.start()
-        elif self._config.flash_path is not None:
-            moves.lost_at_start()
+        moves.start(admission.open_book)
+        if placement.flash is not None and not placement.flash.failure:
+            admission.open_book()
         if self._config.prefault:
             self._prefault(placement.dram)
         self._say_ready(placement, moves)
@@ -197,8 +202,6 @@ class Maker:
         book = None
         if placement.flash is not None and config.flash_path is not None:
             book = WearBook(config.flash_path)
-            if book.left_bytes is not None:
-                budget.start_with(book.left_bytes)
         admission = Admission(placement, moves, config.flash_admission, budget, book)
         self._undo.callback(admission.close)
         return admission
@@ -216,17 +219,23 @@ class Maker:
         )  # fmt: skip
 
     def _open_flash(self, slot_bytes: int | None) -> FlashTier | None:
-        """None: there is to be none, or the folder is new and the size of its slots still open,
-        or its device fails, which is logged: the store works without it.
+        """The flash tier; one that is failed where its folder cannot be opened now.
+
+        None: there is to be none, or the size of its slots is still open: the folder is new, or
+        (see failure) cannot be read now.
         """
         path, capacity_bytes = self._config.flash_path, self._config.flash_bytes
+        self.failure = ""
         if path is None:
             return None
         try:
             flash = FlashTier.open(path, capacity_bytes, slot_bytes, self._host.disk)
         except TierOffline as error:
-            self._log.error("flash tier failed, restart to use it", reason=str(error))
-            return None
+            self.failure = str(error)
+            if slot_bytes is None:
+                return None
+            plan = FlashPlan(path, capacity_bytes, self._host.disk)
+            flash = FlashTier.closed(plan, slot_bytes, self.failure)
         if flash is not None:
             self._undo.callback(flash.close)
             flash.set_verify(self._config.flash_verify)
@@ -246,3 +255,9 @@ class Maker:
         thread.start()
         self._undo.callback(thread.join)
         self._undo.callback(stop.set)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what an earlier life left; its workers keep the memory that they have mapped."""
+    for path in (folder / INDEX_NAME, folder / ARENA_NAME, *folder.glob(f"{RING_PREFIX}*")):
+        path.unlink(missing_ok=True)

@@ -48,6 +48,7 @@ class Counts:
         sinks_failed, rises_failed: begun, but not ended well.
         rises_refused: no room in DRAM but that of blocks used after it.
         dram_corrupt, flash_corrupt: copies found damaged and dropped.
+        flash_let_go: forgotten with a flash folder that stayed failed; it is read again later.
         orphans_dropped: found on flash at the start without the block before them.
         index_refused: no room in the index.
         flash_rebuilds: times that the flash index was missing or wrong and was made anew.
@@ -69,6 +70,7 @@ class Counts:
     rises_refused: int = 0
     dram_corrupt: int = 0
     flash_corrupt: int = 0
+    flash_let_go: int = 0
     orphans_dropped: int = 0
     index_refused: int = 0
     commits_refused: int = 0
@@ -240,7 +242,7 @@ class Placement:
         """Drop a DRAM copy. If it is the last one, nothing stands on the block.
 
         Args:
-            why: one of proto.shm.DEPARTURES, what misses of the block will say.
+            why: one of proto.shm.DEPARTURES, what misses of the block will say; "" says nothing.
         """
         parent, key = self.blocks.parent[row], self.index.key(row)
         group = self.group(row)
@@ -274,7 +276,8 @@ class Placement:
     def _settle(self, row: int, parent: int, key: BlockKey, why: str) -> None:
         if self.index.is_free(row):
             self.pins.forget(row)
-            self.index.departed.note(key, why)
+            if why:
+                self.index.departed.note(key, why)
         self.offer(row)
         self.offer(parent)
 
@@ -354,6 +357,28 @@ class Placement:
             elif self.blocks.reaches_flash(each):
                 self._leave_flash(each)
         return len(doomed)
+
+    def forget_flash(self, row: int) -> None:
+        """Forget that a block, and what stands on it, is on flash; without a trace, for it may be
+        found there again. A block without a copy in DRAM goes with all that stands on it.
+
+        No move is under way and nothing is about to begin.
+        """
+        rows = self.blocks.subtree(row)
+        doomed: set[int] = set()
+        for each in rows:
+            if self.index.dram(each) is None or self.blocks.parent[each] in doomed:
+                doomed.add(each)
+        self.counts.flash_let_go += len(doomed)
+        for each in reversed(rows):
+            if self.index.flash(each) is not None:
+                parent, key = self.blocks.parent[each], self.index.key(each)
+                if self.index.dram(each) is None:
+                    self.uses.removed(each)
+                self.blocks.lose_flash(each)
+                self._settle(each, parent, key, "")
+            if each in doomed and not self.index.is_free(each):
+                self.drop_dram(each, "")
 
     def _leave_flash(self, row: int) -> None:
         self.cancel_job(row)

@@ -21,16 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvist.cachesvc.blocks import NO_ROW
-from kvist.cachesvc.eviction import History, PolicyName, Rows
+from kvist.cachesvc.eviction import EVEN_TOKENS, History, PolicyName, Rows
 from kvist.cachesvc.rgg import make_policy
 from kvist.cachesvc.trace import Trace
 from kvist.cachesvc.uses import Uses
 from kvist.cachesvc.whatif import Estimate, WhatIf
-
-# Tokens before a token that cost as much as its own share of the weights: 2 * 8.0e9 operations
-# for the parameters of a Llama 3 8B, 4 * 4096 * 32 for each token attended to.
-EVEN_TOKENS = 30518
-
+from kvist.proto.hints import NO_HINT
 
 Contender = PolicyName | Literal["opt"]
 
@@ -42,7 +38,7 @@ class Score:
     Attributes:
         capacity: blocks.
         blocks, tokens, work: percent of those asked for. work counts the operations of a
-            prefill, which grow with the tokens before a block; see EVEN_TOKENS.
+            prefill, which grow with the tokens before a block; see eviction.EVEN_TOKENS.
         shadow: percent of blocks that the policy says leaf-LRU had hit; None if it does not say.
         what_if: of leaf-LRU at multiples of the capacity, as estimated on the way; () for opt.
         seconds: of processor time that it took.
@@ -110,12 +106,15 @@ class PolicyCache:
     def _may_go(self, row: int) -> bool:
         return not self._children_of[row] and bool(self._is_in_of[row])
 
-    def request(self, at_s: float, number: int, prompt: Rows) -> int:  # noqa: ARG002 - see Cache
+    def request(self, at_s: float, number: int, prompt: Rows) -> int:
         """See Cache."""
         self._now_s = at_s
         hits = _leading(self._is_in[prompt])
+        hint = self.trace.hints.get(number, NO_HINT)
         if hits:
-            self._uses.found(prompt[:hits])
+            self._uses.found(prompt[:hits], hint)
+        elif hint != NO_HINT and len(prompt):
+            self._uses.expected(self.name(int(prompt[0])), hint)
         if hits < len(prompt):
             self._store(prompt, hits)
             self._evict()
@@ -264,13 +263,15 @@ def replay_policy(
         progress: as for replay.
     """
     cache = make_cache(trace, capacity, policy, seed)
+    ours = cache if isinstance(cache, PolicyCache) else None
+    if ours is not None:
+        ours.policy.block_tokens = block_tokens
     hits, seconds = replay(trace, cache, progress)
     lengths = np.diff(trace.starts)
     hit_tokens = np.minimum(hits * block_tokens, trace.tokens)
     before = np.arange(int(lengths.max()) + 1) * block_tokens
     # work[n]: of the first n blocks, in blocks that have nothing before them.
     work = np.concatenate([[0.0], np.cumsum(1 + before / EVEN_TOKENS)])
-    ours = cache if isinstance(cache, PolicyCache) else None
     shadows = ours.policy.shadows if ours else ()
     return Score(
         policy=policy,

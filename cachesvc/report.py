@@ -14,7 +14,11 @@ from kvist.proto.shm import MISS_REASONS, TIERS
 
 @dataclass(frozen=True, slots=True)
 class TierUse:
-    """One tier now, and what it did in this life; the fields of TierStats in cache.proto."""
+    """One tier now, and what it did in this life; the fields of TierStats in cache.proto, and
+
+    Attributes:
+        failure: why it is in state "failed", in words; "" when it is not.
+    """
 
     tier: str
     state: str
@@ -26,6 +30,7 @@ class TierUse:
     read_blocks: int
     quarantined_slots: int = 0
     huge_bytes: int = 0
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,19 @@ class EvictionUse:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerRates:
+    """What an attached worker measured.
+
+    Attributes:
+        client: its name.
+        rates: by name of proto.shm.RATES, without what it did not measure.
+    """
+
+    client: str
+    rates: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class StoreStats:
     """What the store holds and has done; the fields of StatsReply in cache.proto, and
 
@@ -61,6 +79,7 @@ class StoreStats:
         counters: totals of all workers, by name of proto.shm.COUNTERS.
         events: placement.Counts.
         wear: of flash; None without it.
+        workers: what each attached one measured.
         pinned_blocks: now; spared_blocks: how often one was passed over.
     """
 
@@ -78,6 +97,7 @@ class StoreStats:
     wear: Wear | None = None
     eviction: tuple[EvictionUse, ...] = ()
     what_if: dict[str, tuple[Estimate, ...]] = field(default_factory=dict)
+    workers: tuple[WorkerRates, ...] = ()
     pinned_blocks: int = 0
     spared_blocks: int = 0
 
@@ -94,17 +114,20 @@ def tier_uses(placement: Placement, moves: Moves) -> tuple[TierUse, ...]:
     ]  # fmt: skip
     if flash is not None:
         used = flash.slots - flash.free_slots - flash.quarantined
-        used = 0 if moves.state == "rebuilding" else used
+        used = 0 if flash.needs_rebuild else used
         uses.append(
             TierUse(
                 "flash", moves.state, flash.slots, used, flash.slot_bytes,
                 counts.flash_evicted, counts.flash_written, counts.flash_read,
-                flash.quarantined,
+                flash.quarantined, failure=flash.failure,
             )
         )  # fmt: skip
-    elif moves.state == "failed":  # it could not even be opened
-        uses.append(TierUse("flash", "failed", 0, 0, dram.slot_bytes, 0, 0, 0))
     return tuple(uses)
+
+
+def unopened_flash(failure: str) -> TierUse:
+    """A flash tier whose folder cannot even be read, so that the size of slots is still open."""
+    return TierUse("flash", "failed", 0, 0, 0, 0, 0, 0, failure=failure)
 
 
 def eviction_uses(placement: Placement) -> tuple[EvictionUse, ...]:
@@ -141,6 +164,7 @@ def store_stats(
         events=asdict(placement.counts) if placement else {},
         eviction=eviction_uses(placement) if placement else (),
         what_if=placement.what_if if placement else {},
+        workers=tuple(WorkerRates(client, rates) for client, rates in sessions.rates()),
         pinned_blocks=placement.pins.count if placement else 0,
         spared_blocks=placement.spared if placement else 0,
     )

@@ -2,13 +2,14 @@
 
 Entries go in parents first. One without the block before it, an orphan, cannot be reached by any
 lookup: it is dropped and its slot is free. A lost index is scanned anew on a thread of its own;
-its entries then go in a few at a time, so that the service's thread is never away for long.
+its entries then go in a few at a time, so that the service's thread is never away for long, and
+so do those of a folder that could be opened only while the service runs.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from functools import partial
 
 from kvist.cachesvc.blocks import NO_ROW
@@ -17,7 +18,7 @@ from kvist.cachesvc.host import Thread, Threads
 from kvist.cachesvc.index import Location
 from kvist.cachesvc.placement import Placement
 from kvist.proto.errors import KvistError, TierFull, TierOffline
-from kvist.proto.keys import NO_KEY
+from kvist.proto.keys import NO_KEY, BlockKey
 from kvist.tiers.flash import FlashEntry, FlashTier
 
 # 11 us an entry: 3 ms away.
@@ -32,7 +33,11 @@ class Restore:
         flash: its flash tier.
         threads: starts the one that scans.
         post: runs a callable on this thread.
-        done: called on this thread when a scan is over; with TierOffline if the device failed.
+        done: called on this thread when a scan, or a load in the background, is over; with
+            TierOffline if the device failed.
+
+    Attributes:
+        busy: one of these is under way.
     """
 
     def __init__(
@@ -50,7 +55,9 @@ class Restore:
         self._done = done
         self._stop = threading.Event()
         self._scanner: Thread | None = None
-        self._scanning = False
+        self.busy = False
+        self._expecting = False
+        self._unwanted: Set[BlockKey] = frozenset()
         self._cleared: set[bytes] = set()
         self._all_cleared = False
 
@@ -59,16 +66,30 @@ class Restore:
         for _ in self._insert(self._flash.entries()):
             pass
 
+    def expect(self, unwanted: Set[BlockKey]) -> None:
+        """What is on flash will be known later only.
+
+        Args:
+            unwanted: keys that may still be found there and are not to come back.
+        """
+        self._expecting = True
+        self._unwanted = unwanted
+
+    def load_late(self) -> None:
+        """The same as load, in the background; done is called."""
+        self.busy = True
+        self._post(partial(self._step, self._insert(self._flash.entries())))
+
     def scan(self) -> None:
         """Find the blocks in the records themselves, in the background; done is called."""
         if self._scanner is not None:
             self._scanner.join()  # it has said so before it ended
-        self._scanning = True
+        self.busy = self._expecting = True
         self._scanner = self._threads.start(self._scan, "kvist-flash-scan")
 
     def clear(self, namespace: bytes | None) -> None:
-        """What a scan under way still finds of a namespace, or at all, is not wanted."""
-        if self._scanning:
+        """What is still to be found of a namespace, or at all, is not wanted."""
+        if self._expecting:
             if namespace is None:
                 self._all_cleared = True
             else:
@@ -101,10 +122,13 @@ class Restore:
             self._post(partial(self._step, steps))
 
     def _finish(self, problem: KvistError | None) -> None:
-        self._scanning = problem is not None  # then there will be another scan
-        if problem is None:
+        self.busy = False
+        # After a problem there will be another scan, and a load may have shown that one is needed.
+        self._expecting = problem is not None or self._flash.needs_rebuild
+        if not self._expecting:
             self._cleared.clear()
             self._all_cleared = False
+            self._unwanted = frozenset()
         self._done(problem)
 
     def _insert(self, entries: list[FlashEntry]) -> Iterator[None]:
@@ -131,7 +155,7 @@ class Restore:
     def _insert_one(self, entry: FlashEntry) -> int | None:
         """Put an entry in; its row, or None when it is not wanted."""
         placement, blocks, index = self._placement, self._placement.blocks, self._placement.index
-        if self._all_cleared or entry.namespace in self._cleared:
+        if self._all_cleared or entry.namespace in self._cleared or entry.key in self._unwanted:
             return None
         parent = self._parent(entry)
         row = index.locate(entry.key)

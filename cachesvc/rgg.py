@@ -7,13 +7,16 @@
              reuses that came after the block had gone, so nothing is learned from survivors only
     rank     the Gittins index of its class at its age (gittins.py); the lowest of 64 leaves taken
              at random goes, and from there up its chain as long as the next block ranks lowest
-    guard    leaf-LRU is counted beside it all the time (shadow.py); a tier in which the policy
-             falls behind for long is evicted by age for a while
+    hints    what the sender of a request says of its future stands in for the rhythm, in classes
+             of their own (hints.py): so they are learned from, and not trusted for longer than
+             they are right. A priority multiplies a block's worth
+    guard    leaf-LRU is counted beside it all the time (shadow.py); the policy may stake what it
+             has won, and a tier in which it falls behind is evicted by age for a while
 
 Each number is smoothing or resolution. None was chosen for one workload; halving or doubling any
 moves the hit ratio of two traces by tenths of a point.
 
-Memory: 8 bytes a row and 4 for each tier; 35 to 43 a ghost. Time: 40 us for a chain of 250 blocks
+Memory: 10 bytes a row and 4 for each tier; 36 to 44 a ghost. Time: 40 us for a chain of 250 blocks
 found, 2 ms each 128 requests to learn, 5 us to choose a block and forget it.
 """
 
@@ -22,26 +25,29 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from itertools import pairwise
-from math import log2
 from random import Random
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvist.cachesvc.blocks import NO_ROW
-from kvist.cachesvc.eviction import TICK_MASK, History, LeafLru, Policy, PolicyName, Rows, Tree
-from kvist.cachesvc.ghosts import NO_GHOST, Ghosts
-from kvist.cachesvc.gittins import (
-    BUCKETS,
-    CLASSES,
-    EDGES,
-    RHYTHM_KINDS,
-    USE_KINDS,
-    Estimator,
-    Table,
+from kvist.cachesvc.eviction import (
+    BLOCK_TOKENS,
+    EVEN_TOKENS,
+    TICK_MASK,
+    History,
+    LeafLru,
+    Policy,
+    PolicyName,
+    Rows,
+    Tree,
 )
+from kvist.cachesvc.ghosts import NO_GHOST, Ghosts
+from kvist.cachesvc.gittins import BUCKETS, CLASSES, EDGES, Estimator, Table
+from kvist.cachesvc.hints import UNTOLD, Hints
+from kvist.cachesvc.kinds import TAIL_MAX, USES_MAX, kind_of, kinds_of, rhythm_of, rhythms_of
 from kvist.cachesvc.sampling import SampledOrder
 from kvist.cachesvc.shadow import Shadow
+from kvist.proto.hints import Hint
 
 REQUESTS_PER_REBUILD = 128
 # A run is some blocks, so these are some millions; half as many ghosts as blocks cost 0.6 points in
@@ -52,34 +58,7 @@ SCAN_MAX = 8192
 
 # Rows of a chain that are quicker dealt with one by one.
 _FEW = 12
-_USES_MAX = 255
-_TAIL_MAX = 16
 _EDGE_LIST = EDGES.tolist()
-# A rhythm is 1 + 16 times the octaves of its average gap over 1/4 s, up to 14 octaves, in a byte.
-# 0 is none.
-_RHYTHM_STEPS = 16
-_FIRST_TICKS = _EDGE_LIST[0]
-
-
-def _class_tables() -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
-    """Shares of the class number: by uses, by blocks up to the end, by rhythm; they add up."""
-    uses = np.searchsorted([2, 3, 5], np.arange(_USES_MAX + 1), side="right")
-    tail = np.searchsorted([1, 4, _TAIL_MAX], np.arange(_TAIL_MAX + 1), side="right")
-    octave = (np.arange(256) - 1) // _RHYTHM_STEPS - 2  # of a gap in seconds
-    rhythm = 1 + np.clip(octave + 1, 0, RHYTHM_KINDS - 2)
-    rhythm[0] = 0
-    tables = (uses * RHYTHM_KINDS, tail * RHYTHM_KINDS * USE_KINDS, rhythm)
-    use_share, tail_share, rhythm_share = (table.astype(np.uint8) for table in tables)
-    return use_share, tail_share, rhythm_share
-
-
-_BY_USES, _BY_TAIL, _BY_RHYTHM = _class_tables()
-_BY_USES_OF, _BY_TAIL_OF, _BY_RHYTHM_OF = _BY_USES.data, _BY_TAIL.data, _BY_RHYTHM.data
-
-
-def _rhythm(gap: int) -> int:
-    """Of one gap, in ticks."""
-    return min(255, int(log2(max(gap, _FIRST_TICKS) / _FIRST_TICKS) * _RHYTHM_STEPS + 1.5))
 
 
 class Gittins:
@@ -92,12 +71,16 @@ class Gittins:
         seed: of the choice of leaves.
 
     Attributes:
+        name: "cost" multiplies the worth of a block by what it costs to compute again, which grows
+            with the tokens before it; "rgg" does not.
         shadows: one per order, in their order.
+        block_tokens: see Policy.
     """
 
     name: PolicyName = "rgg"
 
     def __init__(self, tree: Tree, history: History, capacity: int, seed: int) -> None:
+        self.block_tokens = BLOCK_TOKENS
         rows = len(history.request)
         self._tree = tree
         self._parent, self._name = tree.parent, tree.name
@@ -107,11 +90,13 @@ class Gittins:
         self._uses = np.zeros(rows, np.uint8)  # 0: no block
         self._rhythm = np.zeros(rows, np.uint8)
         self._tail = np.zeros(rows, np.uint8)
-        self._kind = np.zeros(rows, np.uint8)
+        self._kind = np.zeros(rows, np.uint16)
         self._child_ghost = np.zeros(rows, np.int32)  # + 1; of the child evicted from its run
         self._use_of, self._rhythm_of = self._uses.data, self._rhythm.data
         self._tail_of, self._kind_of = self._tail.data, self._kind.data
         self._child_ghost_of = self._child_ghost.data
+        self._hints = Hints(rows, tree.parent)
+        self._fork = (0, NO_ROW)  # request, and the row that it may go on from otherwise
         self._ghosts = Ghosts(min(capacity, GHOSTS_MAX))
         self._estimator = Estimator()
         self.shadows: list[Shadow] = []
@@ -145,18 +130,24 @@ class Gittins:
         ages = np.uint32(at) - self._history.at[rows]
         cells = self._kind[rows] * np.int64(BUCKETS) + np.searchsorted(EDGES, ages)
         worths: Table = self._estimator.worth[cells]
-        return worths
+        if self.name == "cost":
+            worths = worths * (1 + self._depths[rows] * (self.block_tokens / EVEN_TOKENS))
+        return worths * self._hints.weights(rows) if self._hints.is_on else worths
 
     def worth(self, row: int, at: int) -> float:
         """The same for one row."""
         cell = self._cell(self._kind_of[row], at - self._history.at_of[row])
         worth: float = self._estimator.worth_of[cell]
-        return worth
+        if self.name == "cost":
+            worth *= 1 + self._tree.depth[row] * self.block_tokens / EVEN_TOKENS
+        return worth * self._hints.weight(row) if self._hints.is_on else worth
 
     def are_alike(self, row: int, other: int) -> bool:
-        """Whether two rows are worth the same at all times, as those of a run are."""
-        kind_of, at_of = self._kind_of, self._history.at_of
-        return kind_of[row] == kind_of[other] and at_of[row] == at_of[other]
+        """Whether two rows are worth the same at all times, as those of a run are; of a chain the
+        one before may cost less."""
+        kind_of, at_of, weight = self._kind_of, self._history.at_of, self._hints.weight
+        are_of_a_run = kind_of[row] == kind_of[other] and at_of[row] == at_of[other]
+        return are_of_a_run and (not self._hints.is_on or weight(row) == weight(other))
 
     @staticmethod
     def _cell(kind: int, age: int) -> int:
@@ -168,6 +159,11 @@ class Gittins:
         """See Learner. A later event of the same request finds blocks again or more of them."""
         self._begin(request, at)
         self._tell_shadows(rows, request)
+        if self._hints.is_on:
+            last = int(rows[-1])
+            # One more block than the last request had found may be the end of its prompt.
+            self._fork = (request, last) if self._tail_of[last] > 1 else (0, NO_ROW)
+            self._hints.used(rows, request)
         if len(rows) <= _FEW:
             self._find_few(rows.tolist(), at)
         else:
@@ -175,16 +171,15 @@ class Gittins:
 
     def _find_few(self, rows: list[int], at: int) -> None:
         """As _find: 3 us a row, where that takes 50 for however many."""
-        at_of, rhythm_of, use_of, depth = (
+        at_of, rhythms, use_of, depth = (
             self._history.at_of, self._rhythm_of, self._use_of, self._tree.depth,
         )  # fmt: skip
         for row in rows:
             gap = at - at_of[row] & TICK_MASK
             self._estimator.reused_at(self._cell(self._kind_of[row], gap), 1)
-            old, fresh = rhythm_of[row], _rhythm(gap)
-            rhythm_of[row] = (old + fresh) // 2 if old else fresh
-            use_of[row] = min(use_of[row] + 1, _USES_MAX)
-            self._tail_of[row] = min(depth[rows[-1]] - depth[row], _TAIL_MAX)
+            rhythms[row] = rhythm_of(gap, rhythms[row])
+            use_of[row] = min(use_of[row] + 1, USES_MAX)
+            self._tail_of[row] = min(depth[rows[-1]] - depth[row], TAIL_MAX)
             self._child_ghost_of[row] = 0
             self._classify(row)
 
@@ -192,18 +187,15 @@ class Gittins:
         gaps = np.uint32(at) - self._history.at[rows]
         cells = self._kind[rows] * np.int64(BUCKETS) + np.searchsorted(EDGES, gaps)
         self._estimator.reused(cells)
-        octaves = np.log2(np.maximum(gaps, _FIRST_TICKS) / _FIRST_TICKS)
-        fresh = np.minimum(octaves * _RHYTHM_STEPS + 1.5, 255).astype(np.int64)
-        old = self._rhythm[rows]
-        rhythm = np.where(old == 0, fresh, (old + fresh) // 2)
-        uses = np.minimum(self._uses[rows], _USES_MAX - 1) + np.uint8(1)
+        rhythm = rhythms_of(gaps, self._rhythm[rows])
+        uses = np.minimum(self._uses[rows], USES_MAX - 1) + np.uint8(1)
         depths = self._depths[rows]
-        tail = np.minimum(depths[-1] - depths, _TAIL_MAX)
+        tail = np.minimum(depths[-1] - depths, TAIL_MAX)
         self._uses[rows] = uses
         self._rhythm[rows] = rhythm
         self._tail[rows] = tail
-        self._kind[rows] = _BY_USES[uses] + _BY_TAIL[tail] + _BY_RHYTHM[rhythm]
         self._child_ghost[rows] = 0
+        self._classify_all(rows)
 
     def _tell_shadows(self, rows: Rows, request: int) -> None:
         """Runs of blocks that were used together last."""
@@ -211,9 +203,10 @@ class Gittins:
         starts = [0, *(np.flatnonzero(last[1:] != last[:-1]) + 1).tolist()]
         runs = list(zip(last[starts].tolist(), pairwise([*starts, len(rows)]), strict=True))
         for shadow, held in zip(self.shadows, self._held, strict=True):
-            shadow.found(held(rows))
-            for owner, (start, stop) in runs:
-                shadow.used(request, owner, stop - start)
+            kept = held(rows)
+            shadow.found(kept)
+            for owner, (start, stop) in runs:  # what a tier lacks of a chain is its end, mostly
+                shadow.used(request, owner, stop - start, max(0, stop - max(start, kept)))
 
     def stored(self, rows: Rows, request: int, at: int) -> None:
         """See Learner."""
@@ -221,12 +214,13 @@ class Gittins:
         names = [self._name(row) for row in rows.tolist()]
         parent = self._parent[int(rows[0])]
         inherited = self._rhythm_of[parent] if parent != NO_ROW else 0
+        is_new = self._ghosts.find(names[0]) == NO_GHOST
         start = 0
         while start < len(names):
             ghost = self._ghosts.find(names[start])
             if ghost != NO_GHOST:
                 stop = min(len(names), start + self._ghosts.length[ghost])
-                uses = min(self._ghosts.uses[ghost] + 1, _USES_MAX)
+                uses = min(self._ghosts.uses[ghost] + 1, USES_MAX)
                 inherited = self._revive(ghost, stop - start, request, at)
             else:
                 stop, uses = start + 1, 1
@@ -237,13 +231,30 @@ class Gittins:
             self._uses[rows[start:stop]] = uses
             self._rhythm[rows[start:stop]] = inherited
             start = stop
-        tail = np.minimum(np.arange(len(rows) - 1, -1, -1), _TAIL_MAX)
-        self._tail[rows] = tail
+        self._tail[rows] = np.minimum(np.arange(len(rows) - 1, -1, -1), TAIL_MAX)
         self._child_ghost[rows] = 0
-        self._kind[rows] = (
-            _BY_USES[self._uses[rows]] + _BY_TAIL[tail] + _BY_RHYTHM[self._rhythm[rows]]
-        )
+        if self._hints.is_on:
+            self._hints.stored(rows, request)
+            self._note_fork(parent, request, is_new)
+        self._classify_all(rows)
         self._move_end(parent, request, len(rows))
+
+    def hinted(self, rows: Rows, request: int, hint: Hint) -> None:
+        """See Learner."""
+        self._hints.told(request, hint)
+        if not self._estimator.is_foretold:  # the first one
+            self._estimator.is_foretold = True
+            self._rebuild(self._now)
+        self._hints.used(rows, request)
+        self._classify_all(rows)
+
+    def _note_fork(self, parent: int, request: int, is_new: bool) -> None:
+        """A prompt that goes on otherwise than the one before is of another session: the blocks
+        that both have are shared. What goes on with an evicted block is no fork."""
+        if is_new and self._fork == (request, parent):
+            for row in self._hints.share(parent):
+                self._classify(row)
+        self._fork = (0, NO_ROW)
 
     def restored(self, rows: Rows, at: int) -> None:  # noqa: ARG002 - see Learner
         """See Learner. How they were used is not known: as once, and far from an end."""
@@ -251,9 +262,11 @@ class Gittins:
             shadow.stored(0, len(rows))
         self._uses[rows] = 1
         self._rhythm[rows] = 0
-        self._tail[rows] = _TAIL_MAX
+        self._tail[rows] = TAIL_MAX
         self._child_ghost[rows] = 0
-        self._kind[rows] = _BY_USES[1] + _BY_TAIL[_TAIL_MAX]
+        if self._hints.is_on:
+            self._hints.stored(rows, 0)
+        self._classify_all(rows)
 
     def _revive(self, ghost: int, blocks: int, request: int, at: int) -> int:
         """The first blocks of a run are stored again, the rest is lost sight of; its rhythm."""
@@ -264,32 +277,37 @@ class Gittins:
         estimator.reused_at(cell, blocks)
         estimator.lost_at(cell, lost)
         for shadow in self.shadows:
-            shadow.used(request, last, blocks)
+            shadow.used(request, last, blocks, blocks)
             shadow.forget(last, lost)
-        old = ghosts.rhythm[ghost]
-        fresh = _rhythm(gap)
+        rhythm = rhythm_of(gap, ghosts.rhythm[ghost])
         ghosts.drop(ghost)
-        return (old + fresh) // 2 if old else fresh
+        return rhythm
 
     def _move_end(self, row: int, request: int, blocks: int) -> None:
         """A prompt goes on: the blocks before are that much further from its end."""
         request_of, tail_of, parent = self._history.request_of, self._tail_of, self._parent
-        for tail in range(blocks, _TAIL_MAX + 1):
+        for tail in range(blocks, TAIL_MAX + 1):
             if row == NO_ROW or request_of[row] != request or tail_of[row] >= tail:
                 return
             tail_of[row] = tail
             self._classify(row)
             row = parent[row]
-        while row != NO_ROW and request_of[row] == request and tail_of[row] < _TAIL_MAX:
-            tail_of[row] = _TAIL_MAX
+        while row != NO_ROW and request_of[row] == request and tail_of[row] < TAIL_MAX:
+            tail_of[row] = TAIL_MAX
             self._classify(row)
             row = parent[row]
 
     def _classify(self, row: int) -> None:
-        self._kind_of[row] = (
-            _BY_USES_OF[self._use_of[row]]
-            + _BY_TAIL_OF[self._tail_of[row]]
-            + _BY_RHYTHM_OF[self._rhythm_of[row]]
+        expected = self._hints.expectation(row) if self._hints.is_on else UNTOLD
+        self._kind_of[row] = kind_of(
+            self._use_of[row], self._tail_of[row], self._rhythm_of[row], expected
+        )
+
+    def _classify_all(self, rows: Rows) -> None:
+        """The same for many."""
+        expected = self._hints.expectations(rows) if self._hints.is_on else None
+        self._kind[rows] = kinds_of(
+            self._uses[rows], self._tail[rows], self._rhythm[rows], expected
         )
 
     def removed(self, row: int) -> None:
@@ -362,4 +380,6 @@ def make_policy(name: PolicyName, tree: Tree, history: History, capacity: int, s
     """The policy of a name, for a cache of that many blocks; see Gittins."""
     if name == "lru":
         return LeafLru(tree, history)
-    return Gittins(tree, history, capacity, seed)
+    policy = Gittins(tree, history, capacity, seed)
+    policy.name = name
+    return policy

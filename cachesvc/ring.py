@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from kvist.proto.errors import FormatRefused
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey
 from kvist.proto.shm import (
     COUNTERS,
@@ -27,6 +28,8 @@ from kvist.proto.shm import (
     ENTRY_BYTES,
     HEAD_OFFSET,
     HEADER_BYTES,
+    RATES,
+    RATES_OFFSET,
     RING_HEADER,
     RING_MAGIC,
     SHM_VERSION,
@@ -39,6 +42,7 @@ RING_ENTRIES = 1024
 
 _HEAD, _TAIL, _COUNTERS = HEAD_OFFSET // 8, TAIL_OFFSET // 8, COUNTERS_OFFSET // 8
 _POSITION: Mapping[str, int] = {name: _COUNTERS + at for at, name in enumerate(COUNTERS)}
+_RATE_POSITION: Mapping[str, int] = {name: RATES_OFFSET // 8 + at for at, name in enumerate(RATES)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +54,14 @@ class Entry:
         blocks: blocks of the prefix that ends with key.
         key: block key.
         at_ns: CLOCK_MONOTONIC.
+        hint: of the request; NO_HINT when there is none, or one that cannot be.
     """
 
     kind: int
     blocks: int
     key: BlockKey
     at_ns: int
+    hint: Hint = NO_HINT
 
 
 def make_ring(path: Path, entries: int = RING_ENTRIES) -> None:
@@ -140,13 +146,17 @@ class RingWriter(_Ring):
             self.close()
             raise
 
-    def push(self, kind: int, blocks: int, key: BlockKey) -> bool:
+    def push(self, kind: int, blocks: int, key: BlockKey, hint: Hint = NO_HINT) -> bool:
         """Report something; False when the ring was full, for the caller to count."""
         head = self._words[_HEAD]
         if head - self._words[_TAIL] >= self.entries:
             return False
         at = HEADER_BYTES + head % self.entries * ENTRY_BYTES
-        ENTRY.pack_into(self._map, at, kind, blocks, key, self._now_ns())
+        pause_ms = round(1000 * hint.tool_pause_s)
+        ENTRY.pack_into(
+            self._map, at, kind, blocks, key, self._now_ns(),
+            pause_ms, hint.priority, hint.session_end,
+        )  # fmt: skip
         self._words[_HEAD] = head + 1
         return True
 
@@ -158,6 +168,16 @@ class RingWriter(_Ring):
             amount: >= 0.
         """
         self._words[_POSITION[counter]] += amount
+
+    def show(self, rates: Mapping[str, int]) -> None:
+        """Say what was measured; by name of RATES, each in [0, NEVER]."""
+        for name, value in rates.items():
+            self._words[_RATE_POSITION[name]] = value
+
+
+def _hint(pause_ms: int, priority: int, session_end: int) -> Hint:
+    hint = Hint(bool(session_end), pause_ms / 1000, priority)
+    return NO_HINT if hint.problem() else hint
 
 
 class RingReader(_Ring):
@@ -174,14 +194,20 @@ class RingReader(_Ring):
         taken = []
         for place in range(tail, min(head, tail + limit)):
             at = HEADER_BYTES + place % self.entries * ENTRY_BYTES
-            kind, blocks, key, at_ns = ENTRY.unpack_from(self._map, at)
-            taken.append(Entry(kind, blocks, BlockKey(key), at_ns))
+            kind, blocks, key, at_ns, *told = ENTRY.unpack_from(self._map, at)
+            hint = _hint(*told) if any(told) else NO_HINT
+            taken.append(Entry(kind, blocks, BlockKey(key), at_ns, hint))
         self._words[_TAIL] = tail + len(taken)
         return taken
 
     def counters(self) -> dict[str, int]:
         """The running totals, by name."""
         return {name: self._words[at] for name, at in _POSITION.items()}
+
+    def rates(self) -> dict[str, int]:
+        """What the worker measured last, without what it did not."""
+        words = {name: self._words[at] for name, at in _RATE_POSITION.items()}
+        return {name: value for name, value in words.items() if value}
 
     def worker_is_gone(self) -> bool:
         """Whether nobody holds the worker's lock; if so it is ours from now on, until close.

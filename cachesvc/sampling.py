@@ -110,6 +110,7 @@ class SampledOrder:
             self._withdraw(row)
             if self._may_go(row):
                 self._gone, self._next = row, self._parent[row]
+                self._shadow.evicted(self._history.request_of[row])
                 return row
         return NO_ROW
 
@@ -132,7 +133,7 @@ class SampledOrder:
         return (request_of[row], -depth[row]) < (request_of[other], -depth[other])
 
     def _worth(self, row: int, at: int) -> float:
-        if self._shadow.is_losing:
+        if self._shadow.is_cautious:
             return -float(at - self._history.at_of[row] & TICK_MASK)
         return self._ranks.worth(row, at)
 
@@ -147,7 +148,7 @@ class SampledOrder:
                 return NO_ROW
         ages = np.uint32(at) - self._history.at[rows]
         worths = (
-            -ages.astype(np.float64) if self._shadow.is_losing else self._ranks.worths(rows, at)
+            -ages.astype(np.float64) if self._shadow.is_cautious else self._ranks.worths(rows, at)
         )
         first = int(worths.argmin())
         lowest = worths[first]

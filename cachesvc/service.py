@@ -16,7 +16,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from kvist.cachesvc.answers import Answers, RequestInvalid, checked_keys
+from kvist.cachesvc.answers import Answers, RequestInvalid, checked_hint, checked_keys
 from kvist.cachesvc.beat import Beat
 from kvist.cachesvc.store import Store
 from kvist.cachesvc.wire import LenientDecoding, decoded
@@ -33,6 +33,7 @@ from kvist.proto.errors import (
     TierFull,
     TierOffline,
 )
+from kvist.proto.hints import NO_HINT
 from kvist.transfer.stream import Joiner, split
 
 SERVICE_NAME = cache_pb2.DESCRIPTOR.services_by_name["Cache"].full_name
@@ -192,13 +193,15 @@ class CacheService(cache_pb2_grpc.CacheServicer):
     ) -> AsyncIterator[cache_pb2.Chunk]:
         """The records of the longest cached prefix; the stream ends where it ends."""
         try:
-            for key in checked_keys(decoded(request).keys):
+            keys, hint = checked_keys(decoded(request).keys), checked_hint(decoded(request).hint)
+            for key in keys:
                 self._beat.active()
                 try:
                     with self._watched():
-                        record = await self._store.read_record(key)
+                        record = await self._store.read_record(key, hint)
                 except BlockMissing:
                     return
+                hint = NO_HINT  # the first block begins the request, the others go on with it
                 for chunk in split(key, record):
                     yield chunk
         except KvistError as error:

@@ -222,6 +222,11 @@ class Sessions:
             totals.update(session.ring.counters())
         return dict(totals)
 
+    def rates(self) -> list[tuple[str, dict[str, int]]]:
+        """What each open session's worker measured, by its name; see proto.shm.RATES."""
+        opened = [session for session in self._sessions.values() if session.is_open]
+        return [(session.client, session.ring.rates()) for session in opened]
+
     def close(self) -> None:
         """End every session; their workers see it and attach to the next life."""
         for session in list(self._sessions.values()):

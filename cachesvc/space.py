@@ -1,4 +1,4 @@
-"""Whether the tiers fit where they are to live, looked at before anything is made."""
+"""Whether the sidecar fits where it is to live, looked at before anything is made."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from kvist.proto.sizes import format_bytes
 
 
 def check_space(config: SidecarConfig) -> None:
-    """See whether the tiers fit where they are to live; makes the folders that are missing.
+    """See whether run_dir and shm_dir can be used; makes them if they are missing.
 
-    What Kvist itself left in a folder counts as free, because it is used again or removed.
+    What Kvist itself left in a folder counts as free, because it is used again or removed. The
+    flash folder is not looked at: one that cannot be used now may be later (cachesvc/watch.py).
 
     Raises:
         ConfigInvalid: a folder cannot be made or written, or has too little room.
     """
     _check_folder("run_dir", config.run_dir, 0)
     _check_folder("shm_dir", config.shm_dir, config.dram_bytes, "dram_bytes")
-    if config.flash_path is not None:
-        _check_folder("flash_path", config.flash_path, config.flash_bytes, "flash_bytes")
 
 
 def _check_folder(key: str, path: Path, needed_bytes: int, size_key: str = "") -> None:

@@ -11,36 +11,37 @@ thread through post.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
-from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from kvist.cachesvc.blocks import name_of
 from kvist.cachesvc.flashio import Post
+from kvist.cachesvc.folders import locked
 from kvist.cachesvc.host import Host
 from kvist.cachesvc.intake import Reserved
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.parts import ARENA_NAME, INDEX_NAME, Maker, Parts, StoreConfig
-from kvist.cachesvc.report import StoreStats, store_stats
+from kvist.cachesvc.parts import Maker, Parts, StoreConfig, sweep
+from kvist.cachesvc.report import StoreStats, store_stats, unopened_flash
 from kvist.cachesvc.ring import Entry
-from kvist.cachesvc.sessions import RING_PREFIX, First, Session, SessionInfo, Sessions
-from kvist.proto.errors import BlockCorrupt, BlockMissing, ConfigInvalid
+from kvist.cachesvc.sessions import First, Session, SessionInfo, Sessions
+from kvist.cachesvc.watch import backoff_s
+from kvist.proto.errors import BlockCorrupt, BlockMissing, ConfigInvalid, FormatRefused
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import PAGE_BYTES, RecordShape, unpack_header
-from kvist.proto.shm import CLAIM, CORRUPT, PREFETCH, RELEASE, TOUCH
+from kvist.proto.shm import CLAIM, CORRUPT, EXPECT, PREFETCH, RELEASE, TOUCH
 
 __all__ = ["Reserved", "SessionInfo", "Store", "StoreConfig", "StoreStats"]
 
 EPOCH_BYTES = 16
 BELL_NAME = "bell"
 CALLS_NAME = "calls"
-LOCK_NAME = "store.lock"
 NO_FIRSTS: Mapping[BlockKey, First] = MappingProxyType({})
 
 # Stands for the session of a client that has none.
@@ -84,6 +85,8 @@ class Store:
         self._sessions = Sessions(config.shm_dir, self.boot_epoch.hex()[:12])
         self._parts: Parts | None = None
         self._undo = ExitStack()
+        self._flash_failure = ""
+        self._attempts, self._attempt_at_s = 0, 0.0
 
     def open(self) -> None:
         """Take the folders, and make arena, index and flash as far as their sizes are known.
@@ -95,8 +98,8 @@ class Store:
         with ExitStack() as undo:
             for folder in dict.fromkeys((self._config.run_dir, self._config.shm_dir)):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                undo.enter_context(_locked(folder))
-            _sweep(self._config.shm_dir)
+                undo.enter_context(locked(folder))
+            sweep(self._config.shm_dir)
             undo.callback(self._sessions.close)
             self._undo = undo.pop_all()
         try:
@@ -115,10 +118,26 @@ class Store:
             maker = Maker(self._config, self._post, self._now, self._log, undo, self._host)
             parts = maker.make(slot_bytes, self.boot_epoch, self._sessions)
             self._undo.callback(undo.pop_all().close)
+        self._note_flash("" if parts else maker.failure)
         if parts is not None:
             self.on_made()
             parts.index.beat(int(self._now() * 1e9))
         return parts
+
+    def _note_flash(self, failure: str) -> None:
+        if failure and failure != self._flash_failure:
+            self._log.error("flash tier failed", reason=failure)
+        self._flash_failure = failure
+
+    def _try_again(self, now_s: float) -> None:
+        """A flash folder that could not be read at the start may be readable now."""
+        if self._flash_failure and now_s >= self._attempt_at_s:
+            try:
+                self._parts = self._make(None)
+            except (ConfigInvalid, FormatRefused) as error:  # for a person, while others are served
+                self._note_flash(str(error))
+            self._attempts += 1
+            self._attempt_at_s = now_s + backoff_s(self._attempts)
 
     def _parts_for(self, record_bytes: int) -> Parts:
         """The parts, made now if this is the first record that comes.
@@ -159,6 +178,7 @@ class Store:
         """
         parts = self._parts_for(shape.record_bytes)
         session = self._sessions.open(client, pid, namespace)
+        parts.placement.policy.block_tokens = shape.block_tokens
         parts.index.set_sessions(len(self._sessions))
         self._log.info(
             "session opened", session=session.id, client=client, pid=pid,
@@ -228,20 +248,20 @@ class Store:
             tiers.append("dram" if location.dram is not None else "flash")
         return tiers, "" if len(tiers) == len(keys) else index.miss_reason(keys[len(tiers)])
 
-    def prefetch(self, keys: Sequence[BlockKey]) -> int:
+    def prefetch(self, keys: Sequence[BlockKey], hint: Hint = NO_HINT) -> int:
         """Have the cached prefix of a prompt rise to DRAM; how many blocks are on the way."""
         blocks = self._parts.index.longest_prefix(keys) if self._parts else 0
-        return self._rise(_ELSEWHERE, keys[blocks - 1]) if blocks else 0
+        return self._rise(_ELSEWHERE, keys[blocks - 1], hint) if blocks else 0
 
-    def _rise(self, session: int, last: BlockKey) -> int:
+    def _rise(self, session: int, last: BlockKey, hint: Hint) -> int:
         placement = self._made.placement
         row = placement.index.locate(last)
         if row is None:
             return 0
-        placement.uses.wished(session, row)
+        placement.uses.wished(session, row, hint)
         return self._made.moves.rise_chain(row)
 
-    async def read_record(self, key: BlockKey) -> memoryview:
+    async def read_record(self, key: BlockKey, hint: Hint = NO_HINT) -> memoryview:
         """A copy of a block's record, from flash by way of DRAM if need be.
 
         Raises: BlockMissing when no tier holds it. TierFull, TierOffline, BlockCorrupt when it
@@ -249,7 +269,7 @@ class Store:
         """
         if self._parts is None:
             raise BlockMissing("nothing is stored yet")
-        return await asyncio.wrap_future(self._parts.moves.read(key))
+        return await asyncio.wrap_future(self._parts.moves.read(key, hint))
 
     def put_record(self, record: bytes | memoryview) -> Literal["stored", "present", "refused"]:
         """Store a whole record, its parent before it.
@@ -297,6 +317,8 @@ class Store:
         parts, uptime_s = self._parts, self._now() - self._opened_s
         placement, moves = (parts.placement, parts.moves) if parts else (None, None)
         stats = store_stats(self.boot_epoch, uptime_s, self._sessions, placement, moves)
+        if parts is None and self._flash_failure:
+            return replace(stats, tiers=(unopened_flash(self._flash_failure),))
         return replace(stats, wear=parts.admission.wear) if parts and parts.flash else stats
 
     # Time.
@@ -312,9 +334,10 @@ class Store:
         """
         if self._broken is not None:
             raise self._broken
-        if self._parts is None:
-            return False
         now_s = self._now()
+        if self._parts is None:
+            self._try_again(now_s)
+            return False
         self._parts.index.beat(int(now_s * 1e9))
         busy = False
         for session in self._sessions.each():
@@ -353,11 +376,13 @@ class Store:
         elif row is None:
             if entry.kind == CLAIM:
                 self._made.claims.claim(entry.key, session, now_s)
-        elif entry.kind == TOUCH:
-            placement.uses.touched(session, row)
+            elif entry.kind == EXPECT:
+                placement.uses.expected(name_of(entry.key), entry.hint)
+        elif entry.kind in (TOUCH, EXPECT):
+            placement.uses.touched(session, row, entry.hint)
             self._made.admission.used(row)
         elif entry.kind == PREFETCH:
-            self._rise(session, entry.key)
+            self._rise(session, entry.key, entry.hint)
         elif entry.kind == CORRUPT:
             self._check(row, entry.key)
 
@@ -370,26 +395,3 @@ class Store:
                 dropped_blocks=blocks - len(placement.blocks),
                 quarantined_slots=placement.dram.quarantined,
             )  # fmt: skip
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """A folder that no other store has; the kernel lets go of it however this process ends."""
-    handle = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ConfigInvalid(
-            f"run_dir, shm_dir: another sidecar uses {folder}; stop it or choose another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what an earlier life left; its workers keep the memory that they have mapped."""
-    for path in (folder / INDEX_NAME, folder / ARENA_NAME, *folder.glob(f"{RING_PREFIX}*")):
-        path.unlink(missing_ok=True)

@@ -14,9 +14,13 @@ from kvist.proto import cache_pb2
 from kvist.proto.errors import Detached, KvistError
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import NOT_SUMMED, BlockHeader, Bytes, checksum
+from kvist.transfer.pace import Pace
 
-# Bytes of a step: 3 ms of copying, beside which its two calls (0.1 ms) are little.
-STEP_BYTES = 32 << 20
+# Bytes of a step: 5 ms of copying, beside which its two calls (0.2 ms) are little.
+STEP_BYTES = 48 << 20
+# Of the first step and of the last, beside whose Reserve and whose Commit nothing is copied: of 20
+# blocks the sidecar answers them in 1 ms each, of 5 in 0.3.
+END_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +78,11 @@ class Storer:
         self._control = control
         self._log = log
         self._wall = wall
+        self._pace: Pace | None = None
 
-    def store(self, life: Life | None, items: Sequence[StoreItem]) -> StoreResult:
+    def store(
+        self, life: Life | None, items: Sequence[StoreItem], pace: Pace | None = None
+    ) -> StoreResult:
         """Store what the index does not show yet.
 
         The sidecar is never waited for but at both ends: the next step's slots are asked for
@@ -84,7 +91,9 @@ class Storer:
         Args:
             life: the session, entered by the caller; None when detached.
             items: parents before their children.
+            pace: asked before each copy; None never waits.
         """
+        self._pace = pace
         if life is None:
             return StoreResult(0, 0, {"detached": len(items)} if items else {})
         new = [item for item in items if not life.index.offered(item.key)]
@@ -106,12 +115,12 @@ class Storer:
     def _reserve_fill_commit(self, life: Life, new: Sequence[StoreItem], fates: _Fates) -> None:
         """Raises: Detached, SessionUnknown; blocks without a fate by then are lost."""
         rest = list(new)
-        step = _step_blocks(new, life.reservation_limit)
+        step, end = _step_blocks(new, life.reservation_limit)
         # Calls are answered in order: when the next step's slots are given out, the last step's
         # are committed, so that two steps at most are reserved at once.
         ahead = life.reservation_limit >= 2 * step
         committing: deque[_Committing] = deque()
-        asked: _Asked | None = self._ask(life, _cut(rest, step), fates)
+        asked: _Asked | None = self._ask(life, _cut(rest, end), fates)
         while asked is not None:
             filled, over = self._take(life, asked, fates)
             if over and not ahead and not filled:  # none went in, so none will
@@ -119,7 +128,8 @@ class Storer:
             elif over:  # the share is smaller than it was: from now on commit before the next
                 rest[:0] = over
                 step, ahead = max(1, len(filled)), False
-            asked = self._ask(life, _cut(rest, step), fates) if rest and ahead else None
+            blocks = len(rest) - end if end < len(rest) <= step + end else step  # the last is short
+            asked = self._ask(life, _cut(rest, blocks), fates) if rest and ahead else None
             for slot, item in filled:
                 self._fill(life, slot, item)
             if filled:
@@ -167,6 +177,8 @@ class Storer:
     def _fill(self, life: Life, slot: int, item: StoreItem) -> None:
         if life.ended:
             raise Detached("the session ended before the block was copied")
+        if self._pace is not None:
+            self._pace.before_store(item.payload.nbytes)
         header = BlockHeader(
             key=item.key,
             parent=item.parent,
@@ -218,10 +230,14 @@ class _Committing:
     pending: Pending[cache_pb2.CommitReply]
 
 
-def _step_blocks(items: Sequence[StoreItem], reservation_limit: int) -> int:
-    """Blocks of a step; if there is more than one step, two may be reserved at once."""
-    step = min(SLOTS_MAX, reservation_limit, max(1, STEP_BYTES // items[0].payload.nbytes))
-    return step if len(items) <= step else max(1, min(step, reservation_limit // 2))
+def _step_blocks(items: Sequence[StoreItem], reservation_limit: int) -> tuple[int, int]:
+    """Blocks of a step, and of the first and the last one; two steps may be reserved at once."""
+    block_bytes = items[0].payload.nbytes
+    step = max(1, min(SLOTS_MAX, reservation_limit, STEP_BYTES // block_bytes))
+    end = max(1, min(step, END_BYTES // block_bytes))
+    if len(items) > end:
+        step = max(1, min(step, reservation_limit // 2))
+    return step, min(step, end)
 
 
 def _cut(rest: list[StoreItem], blocks: int) -> list[StoreItem]:

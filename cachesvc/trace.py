@@ -4,7 +4,8 @@
 
 as in the traces of Mooncake (Qin et al., FAST 2025), whose timestamps are milliseconds. An id may
 be a number or a string. A block is known by its id and all ids before it, so ids that name a
-block's own text alone are fine too. Other fields are not read.
+block's own text alone are fine too. A request may have a hint, "cache_hints", with the fields of
+proto/hints.py, as in the API. Other fields are not read.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from kvist.cachesvc.blocks import NO_ROW
 from kvist.proto.errors import ConfigInvalid
+from kvist.proto.hints import NO_HINT, Hint
 
 _NAME_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio
 _NAME_MASK = (1 << 64) - 1
@@ -39,6 +41,7 @@ class Trace:
         starts: (requests + 1,), where each prompt's blocks begin in blocks.
         blocks: (events,), int64.
         parents, depths: (distinct blocks,), int32.
+        hints: by request, of those that have one.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Trace:
     blocks: NDArray[np.int64]
     parents: NDArray[np.int32]
     depths: NDArray[np.int32]
+    hints: Mapping[int, Hint] = field(default_factory=dict)
 
     @property
     def requests(self) -> int:
@@ -85,7 +89,7 @@ class _Builder:
         self.numbers: dict[tuple[int, int | str], int] = {}
         self.parents: list[int] = []
         self.depths: list[int] = []
-        self.requests: list[tuple[float, int, list[int]]] = []
+        self.requests: list[tuple[float, int, list[int], Hint]] = []
 
     def add(self, document: object) -> None:
         """Take a request in.
@@ -108,22 +112,46 @@ class _Builder:
                 self.parents.append(parent)
                 self.depths.append(depth)
             rows.append(row)
-        self.requests.append((time_s, int(tokens), rows))
+        self.requests.append((time_s, int(tokens), rows, _hint(document)))
 
     def finish(self, name: str, units_per_s: float) -> Trace:
         """All requests, in order of time."""
         self.requests.sort(key=lambda request: request[0])
-        times_s = np.array([time for time, _, _ in self.requests]) / units_per_s
-        lengths = [len(rows) for _, _, rows in self.requests]
+        times_s = np.array([request[0] for request in self.requests]) / units_per_s
+        prompts = [request[2] for request in self.requests]
         return Trace(
             name=name,
             times_s=times_s - times_s[0],
-            tokens=np.array([tokens for _, tokens, _ in self.requests]),
-            starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            blocks=np.array([row for _, _, rows in self.requests for row in rows], np.int64),
+            tokens=np.array([request[1] for request in self.requests]),
+            starts=np.concatenate([[0], np.cumsum([*map(len, prompts)])]).astype(np.int64),
+            blocks=np.array([row for rows in prompts for row in rows], np.int64),
             parents=np.array(self.parents, np.int32),
             depths=np.array(self.depths, np.int32),
+            hints={
+                number: request[3]
+                for number, request in enumerate(self.requests)
+                if request[3] != NO_HINT
+            },
         )
+
+
+def _hint(document: dict[str, object]) -> Hint:
+    """Raises: ValueError."""
+    told = document.get("cache_hints")
+    if told is None:
+        return NO_HINT
+    if not isinstance(told, dict):
+        raise ValueError("cache_hints: not an object")
+    known = {"session_end": bool, "tool_pause_s": int | float, "priority": int}
+    for name, value in told.items():
+        if name not in known:
+            raise ValueError(f"cache_hints: {name!r} is not one of {', '.join(known)}")
+        if not isinstance(value, known[name]) or (name != "session_end" and value is True):
+            raise ValueError(f"cache_hints: {name}: {value!r} is of another type")
+    hint = Hint(**told)
+    if hint.problem():
+        raise ValueError(f"cache_hints: {hint.problem()}")
+    return hint
 
 
 def _number(document: dict[str, object], key: str) -> float:

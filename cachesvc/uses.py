@@ -15,6 +15,8 @@ stored. The service hears of a request in pieces, and this is how they are put t
                used the block before it, or else begins one, which finds the whole chain. So does
                a block that is stored once more because flash was away.
     Prefetch   a call of a client elsewhere: a request by itself.
+    Hint       of a TOUCH, a Prefetch or a Read: told of the request that these begin or go on
+               with. EXPECT: of the request that will begin with a block not stored yet.
     restart    all that is found on flash belongs to one request, number 0, at the start.
 
 What a worker found in its own pool (HBM) is part of the chain that it touches. Blocks that were
@@ -31,6 +33,7 @@ import numpy as np
 
 from kvist.cachesvc.blocks import NO_ROW
 from kvist.cachesvc.eviction import TICK_MASK, TICKS_PER_S, History, Learner, Rows, Tree
+from kvist.proto.hints import NO_HINT, Hint
 
 # A request touches when it is admitted and stores as it is computed. If it is longer, its uses
 # are counted as of two requests; if it were much longer, what a long answer stores would seem old.
@@ -38,6 +41,8 @@ JOIN_S = 60
 _JOIN = JOIN_S * TICKS_PER_S
 # Wishes whose touch has not come, because their request was aborted.
 _WISHES_MAX = 1024
+_EXPECTED_MAX = 1024
+_NO_ROWS = np.zeros(0, np.int64)
 # Requests that may be gone on with; 60 s of 68 a second.
 _OPEN_MAX = 4096
 
@@ -64,11 +69,13 @@ class Uses:
         now: Callable[[], float],
     ) -> None:
         self._parent: Final = tree.parent
+        self._name: Final = tree.name
         self._history = history
         self._learners = learners
         self._now = now
         self._start_s = now()
         self._wishes: dict[tuple[int, int], int] = {}
+        self._expected: dict[int, Hint] = {}
         self._began_at = np.zeros(_OPEN_MAX, np.uint32).data
         self._new: list[int] = []
         self._restored: list[int] = []
@@ -80,7 +87,7 @@ class Uses:
         """Ticks since the start."""
         return int((self._now() - self._start_s) * TICKS_PER_S) & TICK_MASK
 
-    def wished(self, session: int, row: int) -> None:
+    def wished(self, session: int, row: int, hint: Hint = NO_HINT) -> None:
         """A session will use a block and all before it soon."""
         key, at = (session, row), self.clock()
         if not self._is_wished(key, at):
@@ -89,20 +96,29 @@ class Uses:
             self._wishes[key] = at
             if len(self._wishes) > _WISHES_MAX:
                 del self._wishes[next(iter(self._wishes))]
+        self._tell_hint(row, hint)
 
-    def touched(self, session: int, row: int) -> None:
+    def touched(self, session: int, row: int, hint: Hint = NO_HINT) -> None:
         """A session uses a block and all before it."""
         key, at = (session, row), self.clock()
         if not self._is_wished(key, at):
             self._begin(self._chain(row), at)
         self._wishes.pop(key, None)
+        self._tell_hint(row, hint)
+
+    def expected(self, name: int, hint: Hint) -> None:
+        """A request that finds nothing will store a first block of that name."""
+        self._expected.pop(name, None)
+        self._expected[name] = hint
+        if len(self._expected) > _EXPECTED_MAX:
+            del self._expected[next(iter(self._expected))]
 
     def _is_wished(self, key: tuple[int, int], at: int) -> bool:
         """The row may have got another block since; one use less is counted then."""
         wished_at = self._wishes.get(key)
         return wished_at is not None and at - wished_at & TICK_MASK <= _JOIN
 
-    def used(self, row: int) -> None:
+    def used(self, row: int, hint: Hint = NO_HINT) -> None:
         """Somebody uses a block by itself, after the one before it."""
         at = self.clock()
         request = self._request_on(self._parent[row], at)
@@ -110,10 +126,12 @@ class Uses:
             self._tell_found(np.array([row], np.int64), request, at)
         else:
             self._begin(self._chain(row), at)
+        self._tell_hint(row, hint)
 
-    def found(self, rows: Rows) -> None:
+    def found(self, rows: Rows, hint: Hint = NO_HINT) -> None:
         """A new request finds a chain."""
         self._begin(rows, self.clock())
+        self._tell_hint(int(rows[-1]), hint)
 
     def stored(self, row: int) -> None:
         """A block is new; tell_stored follows before anything else is asked of the policy."""
@@ -128,6 +146,7 @@ class Uses:
             request = self._request_on(parent[new[start]], at)
             if request < 0:
                 request = self._next_request(at)
+                self._tell_expected(new[start], request)
             rows = np.array(new[start:stop], np.int64)
             self.stored_blocks += len(rows)
             for learner in self._learners:
@@ -180,6 +199,19 @@ class Uses:
         for learner in self._learners:
             learner.found(rows, request, at)
         self._note(rows, request, at)
+
+    def _tell_hint(self, row: int, hint: Hint) -> None:
+        """Of the request that has just found a chain, which ends with a row."""
+        if hint != NO_HINT:
+            rows, request = self._chain(row), self._history.request_of[row]
+            for learner in self._learners:
+                learner.hinted(rows, request, hint)
+
+    def _tell_expected(self, row: int, request: int) -> None:
+        hint = self._expected.pop(self._name(row), None) if self._expected else None
+        if hint is not None:
+            for learner in self._learners:
+                learner.hinted(_NO_ROWS, request, hint)
 
     def _note(self, rows: Rows, request: int, at: int) -> None:
         self._history.request[rows] = request

@@ -20,6 +20,7 @@ from typing import Final
 import numpy as np
 
 from kvist.cachesvc.eviction import Rows, Tree
+from kvist.proto.hints import Hint
 
 MULTIPLES = (0.5, 1.0, 2.0, 4.0, 8.0)
 # At half of the tier's size 1024 blocks are watched, and so many are counted to 3 % (1/sqrt(n)).
@@ -213,6 +214,9 @@ class WhatIf:
         """See Learner."""
         names, bits = self._watch(rows)
         self._tell(names, bits, len(rows), request)
+
+    def hinted(self, rows: Rows, request: int, hint: Hint) -> None:
+        """See Learner. Leaf-LRU heeds no hints."""
 
     def restored(self, rows: Rows, at: int) -> None:  # noqa: ARG002 - see Learner
         """See Learner."""

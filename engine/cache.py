@@ -6,15 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from kvist.cachesvc.client import Claimant, Found
+from kvist.cachesvc.loading import LayerLoad
 from kvist.cachesvc.storing import StoreItem, StoreResult
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import Bytes, Wanted
+from kvist.transfer.pace import Pace
 
 
 class Cache(Protocol):
     """The part of CacheClient that an engine uses; see there for threads and meaning."""
 
     reattaches: int
+    pace: Pace
 
     @property
     def state(self) -> str:
@@ -29,8 +33,8 @@ class Cache(Protocol):
         """Tier of each block of the longest cached prefix; makes no call."""
         ...
 
-    def touch(self, keys: Sequence[BlockKey], blocks: int) -> None:
-        """The first blocks were used."""
+    def touch(self, keys: Sequence[BlockKey], blocks: int, hint: Hint = NO_HINT) -> None:
+        """The first blocks were used; and what the request's sender says."""
         ...
 
     def prefetch(self, keys: Sequence[BlockKey], blocks: int) -> None:
@@ -53,8 +57,17 @@ class Cache(Protocol):
         """Account for one wait for another engine; tokens are those that came by it."""
         ...
 
+    def show_rates(self, rates: Mapping[str, int]) -> None:
+        """Say what was measured here; makes no call."""
+        ...
+
     def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
         """Copy and verify one block; a miss reason when that failed."""
+        ...
+
+    def stream(self, load: LayerLoad) -> tuple[int, str]:
+        """Copy blocks of DRAM layer by layer, verify them at the end; how many came and why no
+        more."""
         ...
 
     def store(self, items: Sequence[StoreItem]) -> StoreResult:

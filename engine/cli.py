@@ -9,6 +9,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from kvist.cachesvc.flash_verify import add_verify_flags, run_verify
+from kvist.cachesvc.stats_table import add_stats_flags, run_stats
+from kvist.engine.bench.flags import (
+    add_bench_latency_flags,
+    add_bench_serve_flags,
+    add_bench_throughput_flags,
+)
 from kvist.engine.config import (
     DTYPES,
     QUANTIZATIONS,
@@ -136,11 +142,54 @@ def _eval(flags: argparse.Namespace) -> int:
     return run_eval(flags)
 
 
+def _bench_serve(flags: argparse.Namespace) -> int:
+    from kvist.engine.bench.serve import run_bench_serve
+
+    return run_bench_serve(flags)
+
+
+def _bench_throughput(flags: argparse.Namespace) -> int:
+    from kvist.engine.bench.offline import run_bench_throughput
+
+    return run_bench_throughput(flags)
+
+
+def _bench_latency(flags: argparse.Namespace) -> int:
+    from kvist.engine.bench.offline import run_bench_latency
+
+    return run_bench_latency(flags)
+
+
+BENCH = Group(
+    "bench",
+    "measure a server, or the engine alone",
+    (
+        Command(
+            "serve",
+            "load any OpenAI server with requests and say how it answers",
+            add_bench_serve_flags,
+            _bench_serve,
+        ),
+        Command(
+            "throughput",
+            "many requests at once, the engine in this process, no HTTP",
+            add_bench_throughput_flags,
+            _bench_throughput,
+        ),
+        Command(
+            "latency",
+            "one batch after the other, the engine in this process, no HTTP",
+            add_bench_latency_flags,
+            _bench_latency,
+        ),
+    ),
+)
 COMMANDS = (
     Command("serve", "serve a model over OpenAI's HTTP interface", add_serve_flags, _serve),
     Command("chat", "chat in the terminal with a running server", _add_chat_flags, _chat),
     Command("demo", "one sidecar, two engines, and what the cache saves", _add_demo_flags, _demo),
     Command("eval", "how far each dtype and quantization is from float32", _add_eval_flags, _eval),
+    BENCH,
     Group(
         "cache",
         "look at a cache, or at what one would do",
@@ -150,6 +199,12 @@ COMMANDS = (
                 "what a cache of some size would hit on a trace of requests",
                 _add_replay_flags,
                 _replay,
+            ),
+            Command(
+                "stats",
+                "what a running kvistd holds and serves, and from which length loading pays",
+                add_stats_flags,
+                run_stats,
             ),
             Command(
                 "verify",

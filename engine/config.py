@@ -66,6 +66,9 @@ class EngineConfig:
         cache_dram_bytes: DRAM of the embedded cache.
         cache_flash_bytes: flash of the embedded cache; 0 turns that tier off.
         cache_flash_path: folder of the embedded flash tier.
+        cache_overlap: load beside the computation, layer by layer, where that is shorter.
+        cache_load_bytes_per_s: cap of copies out of the cache; 0 is none.
+        cache_store_bytes_per_s: cap of copies into it; 0 is none.
         enable_prefix_caching: reuse pages in the HBM tier; False turns all reuse off.
         api_key: what clients must send as a bearer token; None asks for nothing.
         log_level: "debug", "info", "warning" or "error".
@@ -93,6 +96,9 @@ class EngineConfig:
     cache_dram_bytes: int = 1 << 30
     cache_flash_bytes: int = 4 << 30
     cache_flash_path: str = field(default_factory=default_flash_path)
+    cache_overlap: bool = True
+    cache_load_bytes_per_s: int = 0
+    cache_store_bytes_per_s: int = 0
     enable_prefix_caching: bool = True
     api_key: str | None = None
     log_level: str = "info"
@@ -134,6 +140,12 @@ class EngineConfig:
 
     def _check_cache(self) -> None:
         object.__setattr__(self, "cache", normal_cache(self.cache))
+        for flag, cap in (
+            ("--cache-load-bandwidth", self.cache_load_bytes_per_s),
+            ("--cache-store-bandwidth", self.cache_store_bytes_per_s),
+        ):
+            if cap:  # less than a block or two a second is a cache that is off
+                self._check_range(flag, cap, 1 << 20, 1 << 50)
         if self.cache != CACHE_EMBEDDED:
             return
         self._check_range("--cache-dram-bytes", self.cache_dram_bytes, 1 << 20, 1 << 50)
@@ -234,7 +246,9 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--threads", type=whole, default=usable_cores(), help="compute (%(default)s)")
     run.add_argument("--seed", type=whole, default=0, help="of random draws (%(default)s)")
     run.add_argument("--log-level", default="info", help=f"{', '.join(LOG_LEVELS)} (%(default)s)")
-    _add_cache_flags(parser.add_argument_group("KV cache"), whole)
+    kv = parser.add_argument_group("KV cache")
+    _add_cache_flags(kv, whole)
+    _add_copy_flags(kv)
 
 
 def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float]) -> None:
@@ -273,6 +287,25 @@ def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float])
         metavar="FOLDER",
         help="of the embedded flash tier (%(default)s)",
     )
+
+
+def _add_copy_flags(kv: argparse._ArgumentGroup) -> None:
+    """How blocks move."""
+    kv.add_argument(
+        "--cache-overlap",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load layer by layer beside the computation; --no-cache-overlap loads before it",
+    )
+    for way, what in (("load", "out of the cache"), ("store", "into the cache")):
+        kv.add_argument(
+            f"--cache-{way}-bandwidth",
+            dest=f"cache_{way}_bytes_per_s",
+            type=_size,
+            default=0,
+            metavar="SIZE",
+            help=f"cap of copies {what}, per second, like 2GiB; 0 is none (%(default)s)",
+        )
 
 
 def config_from_flags(flags: argparse.Namespace) -> EngineConfig:

@@ -113,8 +113,8 @@ class Core:
         Raises:
             CoreFailed: see run.
         """
-        for loaded in self._connector.poll():
-            self._scheduler.loaded(loaded.sequence, loaded.blocks)
+        self._take_loads()
+        self._connector.beside(len(self._scheduler.running))
         step = self._scheduler.schedule()
         for sequence in step.loads:
             self._connector.load(sequence)
@@ -181,14 +181,21 @@ class Core:
             self._fail(step.work, error)
             return
         self._failed_steps = 0
+        self._connector.computed(step.work, self._now() - started)
         self._steps += 1
         self._step_tokens = step.tokens
-        for work in step.work:
+        if any(work.sequence.gate is not None for work in step.work):
+            self._take_loads()
+        for work in step.standing:
             self._computed_tokens += _prompt_part(work)
             blocks = self._scheduler.advance(work)
             self._connector.store(work.sequence, blocks)
         for one in sampled:
             self._deliver(one)
+
+    def _take_loads(self) -> None:
+        for loaded in self._connector.poll():
+            self._scheduler.loaded(loaded.sequence, loaded.blocks)
 
     def _deliver(self, sampled: Sampled) -> None:
         sequence = sampled.sequence
@@ -205,6 +212,7 @@ class Core:
                 logprobs,
                 sequence.finish_reason,
                 cached=sequence.cached,
+                cost=sequence.cost,
                 queue_s=sequence.scheduled_s - sequence.arrived_s,
                 prefill_s=sequence.first_token_s - sequence.scheduled_s,
             )
@@ -255,6 +263,7 @@ class Core:
             cache_state=connector.state,
             reattaches=connector.reattaches,
             load_seconds=connector.load_seconds,
+            loads=connector.load_stats(),
         )
 
 

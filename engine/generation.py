@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvist.engine.ipc import CoreGone, CoreLink, TokenStream
-from kvist.engine.request import CachedTokens, Delta, NewRequest, TokenLogprobs
+from kvist.engine.request import CachedTokens, Delta, LoadCost, NewRequest, TokenLogprobs
 from kvist.engine.stats import RequestTimer
 
 
@@ -110,6 +110,7 @@ class Answer:
         timer: takes the times of its deltas.
         completion_tokens: tokens generated so far, an end token included.
         cached: prompt tokens that were not computed.
+        cost: of their load, None when nothing was loaded.
         ended: no more pieces come.
     """
 
@@ -120,6 +121,7 @@ class Answer:
     timer: RequestTimer
     completion_tokens: int = 0
     cached: CachedTokens = field(default_factory=CachedTokens)
+    cost: LoadCost | None = None
     ended: bool = False
     _given: int = field(default=0, init=False)
     _decoded: int = field(default=0, init=False)
@@ -133,7 +135,7 @@ class Answer:
         """
         self.timer.observe(delta)
         if delta.cached is not None:
-            self.cached = delta.cached
+            self.cached, self.cost = delta.cached, delta.cost
         if delta.finish_reason not in (None, "stop", "length"):
             self.timer.finish(delta.finish_reason or "error")
             raise CoreGone(

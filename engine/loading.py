@@ -1,10 +1,66 @@
-"""One load: blocks taken one by one by several threads, in order, up to the first miss."""
+"""One load: whole blocks taken one by one by several threads, or layer by layer behind a gate."""
 
 from __future__ import annotations
 
 import threading
+import time
+from typing import TYPE_CHECKING
 
-from kvist.engine.sequence import Sequence
+if TYPE_CHECKING:  # a sequence has a gate
+    from kvist.engine.sequence import Sequence
+
+
+class LoadGate:
+    """How far a load has come whose sequence computes meanwhile.
+
+    The core's thread waits, one thread copies. What is computed behind the gate is provisional
+    until it has ended: only then the checksums of all blocks are known.
+
+    Attributes:
+        sound: every block is in its page and verified; False until it has ended.
+        waited_s: how long the computation was held up.
+        waits: how often.
+    """
+
+    def __init__(self) -> None:
+        self.sound = False
+        self.waited_s = 0.0
+        self.waits = 0
+        self._layers = 0
+        self._ended = False
+        self._moved = threading.Condition()
+
+    def wait(self, layer: int) -> None:
+        """Return when K and V of a layer are in the pages of all blocks, or never will be."""
+        if layer >= self._layers and not self._ended:
+            self._wait(layer)
+
+    def finish(self) -> bool:
+        """Wait until the load has ended; whether it is sound."""
+        if not self._ended:
+            self._wait(None)
+        return self.sound
+
+    def reach(self, layers: int) -> None:
+        """The first so many layers have come."""
+        with self._moved:
+            self._layers = layers
+            self._moved.notify_all()
+
+    def end(self, sound: bool) -> None:
+        """Nothing more will come."""
+        with self._moved:
+            self.sound, self._ended = sound, True
+            self._moved.notify_all()
+
+    def _wait(self, layer: int | None) -> None:
+        began_s = time.perf_counter()
+        self.waits += 1
+        with self._moved:
+            self._moved.wait_for(
+                lambda: self._ended or (layer is not None and layer < self._layers)
+            )
+        self.waited_s += time.perf_counter() - began_s
 
 
 class LoadJob:
@@ -19,6 +75,11 @@ class LoadJob:
         first: number of the first block in it.
         pages: where the blocks go, in order; at least one.
         started_s: when it was asked for.
+
+    Attributes:
+        gate: where the sequence waits; None loads whole blocks.
+        cuts: groups of layers, see transfer.pipeline.layer_cuts.
+        began_s: when a thread took it up.
     """
 
     def __init__(self, sequence: Sequence, first: int, pages: list[int], started_s: float) -> None:
@@ -26,6 +87,9 @@ class LoadJob:
         self.first = first
         self.pages = pages
         self.started_s = started_s
+        self.gate: LoadGate | None = None
+        self.cuts: tuple[int, ...] = ()
+        self.began_s = started_s
         self.reason = ""
         self._lock = threading.Lock()
         self._next = 0
@@ -50,6 +114,7 @@ class LoadJob:
                 return None
             if self._deadline is None:
                 self._deadline = now + patience_s
+                self.began_s = now
             self._next += 1
             self._under_way += 1
             return self._next - 1, self._deadline

@@ -9,8 +9,10 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from kvist.engine.cache_hints import CacheHints
 from kvist.engine.request import CACHE_BYPASS, CACHE_ON, SamplingParams
 from kvist.proto.errors import KvistError
+from kvist.proto.hints import NO_HINT, Hint
 
 BODY_BYTES_MAX = 32 << 20
 CHOICES_MAX = 128
@@ -121,6 +123,12 @@ class _Generate(msgspec.Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Meta(max_length=SALT_CHARS_MAX)] | None = None
     kv_cache: str | None = None
+    cache_hints: CacheHints | None = None
+
+    @property
+    def hint(self) -> Hint:
+        """What is said of what comes after the request."""
+        return NO_HINT if self.cache_hints is None else self.cache_hints.hint
 
     @property
     def choices(self) -> int:
@@ -164,6 +172,8 @@ class _Generate(msgspec.Struct, frozen=True, kw_only=True):
             raise bad("best_of", "ranking answers is not supported; leave it out or give n")
         if self.kv_cache not in (None, CACHE_ON, CACHE_BYPASS):
             raise bad("kv_cache", f"give {CACHE_ON!r} or {CACHE_BYPASS!r}")
+        if self.hint.problem():
+            raise bad("cache_hints", self.hint.problem())
         if self.stream_options is not None and not self.stream:
             raise bad("stream_options", "only allowed with stream=true")
 

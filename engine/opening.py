@@ -20,12 +20,14 @@ from kvist.engine.runner import Runner
 from kvist.engine.sampler import Sampler
 from kvist.engine.sequence import Digests, Limits
 from kvist.engine.trial_page import PoolPage
+from kvist.engine.weighing import Weigher
 from kvist.engine.weights import LoadedModel, load_model
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.keys import Namespace
 from kvist.proto.layout import BlockFormat
 from kvist.proto.sizes import format_bytes
 from kvist.tiers.hbm import PagePool
+from kvist.transfer.pace import Pace
 
 # Share of the free memory that the pool takes when nothing is said: the cache's own memory, the
 # API process and the file cache want room too.
@@ -103,6 +105,9 @@ def open_parts(
     pages = Pages(count)
     cache = open_tiers(config, namespace, log)
     connector = Connector(cache, pool.page_bytes, pages, log, now)
+    format = namespace.format
+    connector.weigher = Weigher(format.layers, format.payload_bytes, format.block_tokens)
+    connector.weigher.by_layers = config.cache_overlap
     runner = Runner(model, pool.tensor, Sampler(config.seed))
     return Parts(
         runner, pages, connector, limits, namespace.format, Digests(namespace), loaded.dtype
@@ -182,6 +187,7 @@ def open_tiers(config: EngineConfig, namespace: Namespace, log: Log) -> CacheCli
         client = _open_embedded(config, namespace, name, log)
     else:
         client = open_cache(config.cache, namespace, name, log, PoolPage(namespace.format))
+    client.pace = Pace(config.cache_load_bytes_per_s, config.cache_store_bytes_per_s)
     # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
     client.wait_attached(ATTACH_WAIT_S)
     return client

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import msgspec
 
 from kvist.engine.generation import LoggedToken, Piece
-from kvist.engine.request import CachedTokens
+from kvist.engine.request import CachedTokens, LoadCost
 
 
 class TierTokens(msgspec.Struct, frozen=True):
@@ -19,11 +19,16 @@ class TierTokens(msgspec.Struct, frozen=True):
     flash: int
 
 
-class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """Prompt tokens that were not computed; the tiers are ours, the sum is OpenAI's."""
+class PromptTokensDetails(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Prompt tokens that were not computed; the tiers are ours, the sum is OpenAI's.
+
+    Attributes:
+        cache_loads: what loading them was estimated to cost and did, one per prompt that loaded.
+    """
 
     cached_tokens: int
     cached_tokens_by_tier: TierTokens
+    cache_loads: list[LoadCost] = []
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -35,14 +40,20 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: PromptTokensDetails
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached: Sequence[CachedTokens]) -> Usage:
-    """Sum up a request; cached holds one entry per prompt."""
+def usage(
+    prompt_tokens: int,
+    completion_tokens: int,
+    cached: Sequence[CachedTokens],
+    costs: Sequence[LoadCost | None] = (),
+) -> Usage:
+    """Sum up a request; cached and costs hold one entry per prompt."""
     tiers = TierTokens(
         sum(entry.hbm for entry in cached),
         sum(entry.dram for entry in cached),
         sum(entry.flash for entry in cached),
     )
-    details = PromptTokensDetails(tiers.hbm + tiers.dram + tiers.flash, tiers)
+    loads = [cost for cost in costs if cost is not None]
+    details = PromptTokensDetails(tiers.hbm + tiers.dram + tiers.flash, tiers, loads)
     return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, details)
 
 

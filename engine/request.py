@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from kvist.proto.hints import NO_HINT, Hint
+
 CACHE_ON = "on"
 CACHE_BYPASS = "bypass"
 
@@ -43,6 +45,7 @@ class NewRequest(msgspec.Struct, frozen=True, tag="new"):
         params: how to sample.
         cache_salt: prompts with different salts never share blocks.
         cache: CACHE_ON, or CACHE_BYPASS to neither read nor write any tier (HBM included).
+        hint: what the sender says of what comes after it.
     """
 
     id: str
@@ -50,6 +53,7 @@ class NewRequest(msgspec.Struct, frozen=True, tag="new"):
     params: SamplingParams
     cache_salt: str = ""
     cache: str = CACHE_ON
+    hint: Hint = NO_HINT
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -69,6 +73,22 @@ class CachedTokens(msgspec.Struct, frozen=True):
     def total(self) -> int:
         """Tokens from any tier."""
         return self.hbm + self.dram + self.flash
+
+
+class LoadCost(msgspec.Struct, frozen=True):
+    """What loading a prompt's cached blocks was estimated to cost, and what it did.
+
+    Attributes:
+        estimated_load_s: to load them.
+        estimated_compute_s: to compute what was not loaded, beside it.
+        load_s: what the load took.
+        skipped_blocks: cached, but computed because that was cheaper.
+    """
+
+    estimated_load_s: float
+    estimated_compute_s: float
+    load_s: float
+    skipped_blocks: int
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -97,6 +117,7 @@ class Delta(msgspec.Struct, frozen=True):
         cached: set in a request's first delta.
         queue_s: seconds from arrival in the core to the first scheduled step; in the first delta.
         prefill_s: seconds from that step to the first token; in the first delta.
+        cost: of its load, in its first delta; None when nothing was loaded.
     """
 
     id: str
@@ -107,6 +128,37 @@ class Delta(msgspec.Struct, frozen=True):
     cached: CachedTokens | None = None
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    cost: LoadCost | None = None
+
+
+class LoadStats(msgspec.Struct, frozen=True):
+    """How found prefixes reached their pages since the core started.
+
+    Attributes:
+        decisions: "load", "part" or "compute" -> requests whose blocks were found.
+        ways: "layers" (beside the computation) or "blocks" (before it) -> loads.
+        undone: loads beside the computation that failed, so that it was done again.
+        estimated_load_s: summed over the loads.
+        estimated_compute_s: of what was not loaded, summed over the same.
+        load_s: what the loads took.
+        gate_wait_s: how long steps waited for layers.
+        gate_waits: how often.
+        store_yields: store copies that let loads go first.
+        throttled_s: direction -> time that copies waited for its cap.
+        rates: what was measured, by name of proto.shm.RATES.
+    """
+
+    decisions: dict[str, int] = {}
+    ways: dict[str, int] = {}
+    undone: int = 0
+    estimated_load_s: float = 0.0
+    estimated_compute_s: float = 0.0
+    load_s: float = 0.0
+    gate_wait_s: float = 0.0
+    gate_waits: int = 0
+    store_yields: int = 0
+    throttled_s: dict[str, float] = {}
+    rates: dict[str, int] = {}
 
 
 class CoreStats(msgspec.Struct, frozen=True):
@@ -129,6 +181,7 @@ class CoreStats(msgspec.Struct, frozen=True):
         store_drops: reason -> blocks not stored.
         cache_state: "off", "attached" or "detached".
         reattaches: times that the client attached again after losing its sidecar.
+        loads: see there.
         load_seconds: time spent waiting for or copying blocks in, summed over requests.
     """
 
@@ -149,6 +202,7 @@ class CoreStats(msgspec.Struct, frozen=True):
     cache_state: str = "off"
     reattaches: int = 0
     load_seconds: float = 0.0
+    loads: LoadStats = LoadStats()
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Works
 from dataclasses import dataclass
 
 import torch
 
+from kvist.engine.loading import LoadGate
 from kvist.engine.models.base import Chunk, Model
 from kvist.engine.request import SamplingParams, TokenLogprobs
 from kvist.engine.sampler import DrawState, Sampler
@@ -56,6 +58,9 @@ class Runner:
     def run(self, works: Works[Work]) -> list[Sampled]:
         """Compute a step.
 
+        A work whose sequence has a gate waits for its blocks layer by layer. The gate has ended on
+        return, and nothing was sampled from a load that failed.
+
         Args:
             works: at least one, each with its pages.
 
@@ -71,8 +76,14 @@ class Runner:
             )
             for work in works
         ]
-        logits = self._model.forward(chunks, self._pool)
+        gates = [work.sequence.gate for work in works if work.sequence.gate is not None]
+        logits = self._model.forward(chunks, self._pool, _waiter(gates))
         ending = [work.sequence for work in works if work.last]
+        sound = [gate.finish() for gate in gates]  # also of those that do not end here
+        if not all(sound):
+            stands = [one.gate is None or one.gate.sound for one in ending]
+            logits = logits[torch.tensor(stands, dtype=torch.bool)]
+            ending = [one for one, good in zip(ending, stands, strict=True) if good]
         states: list[DrawState] = []
         for sequence in ending:
             assert sequence.draws is not None, "a sequence was not begun"
@@ -84,3 +95,15 @@ class Runner:
                 ending, choices.tokens, choices.logprobs, strict=True
             )
         ]
+
+
+def _waiter(gates: list[LoadGate]) -> Callable[[int], None] | None:
+    """What the model calls before a layer reads the pages."""
+    if not gates:
+        return None
+
+    def wait(layer: int) -> None:
+        for gate in gates:
+            gate.wait(layer)
+
+    return wait

@@ -33,7 +33,7 @@ class Finder(Protocol):
         ...
 
     def find(self, sequence: Sequence, blocks: int) -> None:
-        """Set the sequence's found and found_end.
+        """Set the sequence's found and found_end, and its gate if it need not wait for the load.
 
         Args:
             sequence: about to be admitted.
@@ -62,7 +62,8 @@ class Step:
 
     Attributes:
         work: what to compute, at most one per sequence.
-        loads: sequences that have their pages now and wait for blocks from the cache.
+        loads: sequences that have their pages now and whose blocks are to be loaded. Those with a
+            gate have work in this step, so their loads must begin before it is computed.
     """
 
     work: list[Work]
@@ -72,6 +73,12 @@ class Step:
     def tokens(self) -> int:
         """Tokens that the step computes."""
         return sum(work.count for work in self.work)
+
+    @property
+    def standing(self) -> list[Work]:
+        """What may be published, once the loads behind gates have been told to `loaded`: not what
+        was computed on blocks that proved to be damaged."""
+        return [work for work in self.work if work.start == work.sequence.computed]
 
 
 class Scheduler:
@@ -128,10 +135,12 @@ class Scheduler:
         loads: list[Sequence] = []
         while budget > 0 and (admitted := self._admit()) is not None:
             if admitted.found:
+                loads.append(admitted)
+            if admitted.found and admitted.gate is None:
                 self.loading.append(admitted)
                 admitted.state = State.LOADING
-                loads.append(admitted)
                 continue
+            admitted.computed += len(admitted.found) * self._block_tokens
             self._run(admitted)
             count = self._chunk(admitted, budget)
             work.append(Work(admitted, admitted.computed, count))
@@ -142,13 +151,18 @@ class Scheduler:
         """The cache's blocks have come; the rest is computed.
 
         Args:
-            sequence: in LOADING.
+            sequence: in LOADING, or it has a gate. In that case it is called between the step that
+                computed behind the gate and advance; when blocks are missing, advance drops that
+                work.
             blocks: how many of its `found` blocks are in its pages, from the first on.
         """
-        self.loading.remove(sequence)
         sequence.computed = (sequence.registered + blocks) * self._block_tokens
         self._register(sequence)
-        self._run(sequence)
+        if sequence.gate is not None:
+            sequence.gate = None
+        else:
+            self.loading.remove(sequence)
+            self._run(sequence)
 
     def advance(self, work: Work) -> range:
         """A piece of work is done; call it before the token it gave is appended.
@@ -156,6 +170,8 @@ class Scheduler:
         Returns:
             blocks that it completed, each now in the index of pages.
         """
+        assert work.sequence.gate is None, "what is provisional is not published"
+        assert work.start == work.sequence.computed, "the work does not stand"
         work.sequence.computed = work.start + work.count
         return self._register(work.sequence)
 
@@ -236,6 +252,7 @@ class Scheduler:
         sequence.computed = len(pages) * self._block_tokens
         sequence.pages = pages + self._pages.allocate(missing)
         sequence.found, sequence.found_end = (), ""
+        sequence.gate = sequence.choice = None
         self._finder.find(sequence, len(pages))
 
     def _register(self, sequence: Sequence) -> range:
@@ -266,7 +283,7 @@ class Scheduler:
 
     def _give_back(self, sequence: Sequence) -> None:
         self._pages.release(sequence.pages)
-        sequence.pages = []
+        sequence.pages, sequence.gate = [], None
         sequence.computed = sequence.registered = 0
 
 

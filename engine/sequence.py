@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvist.engine.request import CachedTokens, NewRequest
+from kvist.cachesvc.cost import Choice
+from kvist.engine.loading import LoadGate
+from kvist.engine.request import CachedTokens, LoadCost, NewRequest
 from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of
 
 if TYPE_CHECKING:  # the schedule needs no torch, and so its tests need none
@@ -79,7 +81,13 @@ class Sequence:
         registered: leading pages that are complete and in the index of pages.
         found: tier of each block, from block `registered` on, that the cache was seen to hold
             when the sequence was admitted.
+        rose: numbers of blocks that were on flash when the request arrived; hits of flash, wherever
+            they are found then.
         found_end: why the cache had no more, a miss reason.
+        choice: what of that is loaded and what is not, and what it was estimated to cost.
+        cost: what its load was estimated to cost and what it did, once it has ended.
+        gate: of a load that is under way while the sequence computes. As long as there is one, what
+            it has computed is provisional: nothing is registered, sampled from, stored or counted.
         flight_late: it waited for a block that another engine computed, in vain.
         counted: its lookup was counted.
         store_stopped: a block of it was dropped; those after it would have no parent in the cache.
@@ -102,6 +110,10 @@ class Sequence:
     registered: int = 0
     found: tuple[str, ...] = ()
     found_end: str = ""
+    rose: frozenset[int] = frozenset()
+    choice: Choice | None = None
+    gate: LoadGate | None = None
+    cost: LoadCost | None = None
     flight_late: bool = False
     counted: bool = False
     store_stopped: bool = False

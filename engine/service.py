@@ -213,6 +213,7 @@ class Service:
                     request.sampling(limit, request.logprob_count, choice),
                     request.cache_salt or "",
                     request.cache,
+                    request.hint,
                 )
                 decoder = self._tokenizer.detokenizer(prompt[-CONTEXT_IDS:])
                 stops = StopStrings(request.stop_strings)
@@ -328,6 +329,7 @@ class Answering:
             self._shape.prompt_tokens,
             sum(answer.completion_tokens for answer in self._answers),
             [answer.cached for answer in first_of_prompt],
+            [answer.cost for answer in first_of_prompt],
         )
 
     async def _send_whole(self, send: Send) -> None:

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvist.engine.load_stats import load_metrics
 from kvist.engine.request import CachedTokens, CoreStats, Delta, Outputs, Ready
 
 # vLLM's own bounds, so that its dashboards draw the same heat maps.
@@ -40,6 +41,7 @@ class _CoreCollector(Collector):
         yield from self._gauges(stats)
         yield from self._vllm_totals(stats)
         yield from self._kvist_totals(stats)
+        yield from load_metrics(stats.loads)
 
     def _gauges(self, stats: CoreStats) -> Iterator[Metric]:
         used = stats.pages_used / stats.pages_total if stats.pages_total else 0.0

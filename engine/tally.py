@@ -40,11 +40,13 @@ def outcome(sequence: Sequence, loaded: int, reason: str) -> Lookup:
     size = sequence.limits.block_tokens
     usable, found = sequence.usable_blocks, sequence.found
     hits = Counter({"hbm": sequence.registered * size})
-    for tier in found[:loaded]:
-        hits[tier] += size
+    for block, tier in enumerate(found[:loaded], sequence.registered):
+        hits["flash" if block in sequence.rose else tier] += size
     misses = Counter({"tail": sequence.prompt_tokens - usable * size})
     misses[reason] += (len(found) - loaded) * size
-    misses[sequence.found_end] += (usable - sequence.registered - len(found)) * size
+    skipped = sequence.choice.skipped if sequence.choice is not None else 0
+    misses["cheaper"] += skipped * size
+    misses[sequence.found_end] += (usable - sequence.registered - len(found) - skipped) * size
     return Lookup(sequence.prompt_tokens, +hits, +misses)
 
 

@@ -419,22 +419,56 @@ class PrefetchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEYS_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """block keys, first block first"""
+
+    @_builtins.property
+    def hint(self) -> Global___Hint:
+        """of the request that the prompt is of; may be left out"""
 
     def __init__(
         self,
         *,
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        hint: Global___Hint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hint", b"hint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hint", b"hint", "keys", b"keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefetchRequest: _TypeAlias = PrefetchRequest  # noqa: Y015
+
+@_typing.final
+class Hint(_message.Message):
+    """What a request's sender says of what comes after it; see proto/hints.py for the limits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_END_FIELD_NUMBER: _builtins.int
+    TOOL_PAUSE_S_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    session_end: _builtins.bool
+    tool_pause_s: _builtins.float
+    """0: not told"""
+    priority: _builtins.int
+    def __init__(
+        self,
+        *,
+        session_end: _builtins.bool = ...,
+        tool_pause_s: _builtins.float = ...,
+        priority: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["priority", b"priority", "session_end", b"session_end", "tool_pause_s", b"tool_pause_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hint: _TypeAlias = Hint  # noqa: Y015
 
 @_typing.final
 class PrefetchReply(_message.Message):
@@ -643,6 +677,7 @@ class StatsReply(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     EVICTION_FIELD_NUMBER: _builtins.int
     WHAT_IF_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
     boot_epoch: _builtins.bytes
     uptime_s: _builtins.float
     sessions: _builtins.int
@@ -665,6 +700,10 @@ class StatsReply(_message.Message):
 
     @_builtins.property
     def what_if(self) -> _containers.RepeatedCompositeFieldContainer[Global___WhatIf]: ...
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStats]:
+        """attached now"""
+
     def __init__(
         self,
         *,
@@ -679,14 +718,60 @@ class StatsReply(_message.Message):
         blocks: _builtins.int = ...,
         eviction: _abc.Iterable[Global___EvictionStats] | None = ...,
         what_if: _abc.Iterable[Global___WhatIf] | None = ...,
+        workers: _abc.Iterable[Global___WorkerStats] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "boot_epoch", b"boot_epoch", "eviction", b"eviction", "hit_tokens", b"hit_tokens", "miss_tokens", b"miss_tokens", "requested_tokens", b"requested_tokens", "reserved_slots", b"reserved_slots", "sessions", b"sessions", "tiers", b"tiers", "uptime_s", b"uptime_s", "what_if", b"what_if"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "boot_epoch", b"boot_epoch", "eviction", b"eviction", "hit_tokens", b"hit_tokens", "miss_tokens", b"miss_tokens", "requested_tokens", b"requested_tokens", "reserved_slots", b"reserved_slots", "sessions", b"sessions", "tiers", b"tiers", "uptime_s", b"uptime_s", "what_if", b"what_if", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatsReply: _TypeAlias = StatsReply  # noqa: Y015
+
+@_typing.final
+class WorkerStats(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RatesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CLIENT_FIELD_NUMBER: _builtins.int
+    RATES_FIELD_NUMBER: _builtins.int
+    client: _builtins.str
+    @_builtins.property
+    def rates(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """what it measured, by name of RATES in proto/shm.py"""
+
+    def __init__(
+        self,
+        *,
+        client: _builtins.str = ...,
+        rates: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "rates", b"rates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerStats: _TypeAlias = WorkerStats  # noqa: Y015
 
 @_typing.final
 class ClearRequest(_message.Message):
@@ -823,18 +908,24 @@ class ReadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEYS_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """block keys, first block first"""
+
+    @_builtins.property
+    def hint(self) -> Global___Hint:
+        """as in PrefetchRequest"""
 
     def __init__(
         self,
         *,
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        hint: Global___Hint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hint", b"hint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hint", b"hint", "keys", b"keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,8 @@ bytes, then the origin buckets of 64 bytes, then the claim buckets of 128 bytes.
     offset  bytes  header field
          0      8  magic          "KVISTIDX"
          8      4  version        SHM_VERSION
-        12      4  flash_state    FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED
+        12      4  flash_state    FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED or
+                                  FLASH_UNREAD
         16     16  boot_epoch     random id of this life of the sidecar
         32      8  buckets        >= 1
         40      8  slot_bytes     bytes of one DRAM slot
@@ -53,19 +54,24 @@ Ring file: a header of 4096 bytes, then entries of 64 bytes.
         64      8  head           entries ever written, by the worker
        128      8  tail           entries ever taken, by the sidecar
        512   8*64 counters        running totals, by the worker; the order is COUNTERS
+      2048   8*16 rates           what it measured last, by the worker; the order is RATES; 0 is
+                                  not measured
 
     offset  bytes  entry field
-         0      4  kind           TOUCH, PREFETCH, CORRUPT, CLAIM or RELEASE
+         0      4  kind           TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE or EXPECT
          4      4  blocks         blocks of the prefix that ends with key
          8     16  key
         24      8  at_ns          CLOCK_MONOTONIC
+        32      4  pause_ms       of a hint, see proto/hints.py; 0 without one, as the next two
+        36      1  priority       with a sign
+        37      1  session_end    0 or 1
 """
 
 from __future__ import annotations
 
 import struct
 
-SHM_VERSION = 4
+SHM_VERSION = 5
 HEADER_BYTES = 4096
 
 INDEX_MAGIC = b"KVISTIDX"
@@ -74,7 +80,9 @@ FLASH_STATE_OFFSET = 12
 HEARTBEAT_OFFSET = 56
 SESSIONS_OFFSET = 72
 VERIFY_OFFSET = 80
-FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED = range(4)
+FLASH_OFF, FLASH_READY, FLASH_REBUILDING, FLASH_FAILED, FLASH_UNREAD = range(5)
+"""FLASH_FAILED: what is there is in the index. FLASH_UNREAD: the folder is not open, and what is in
+it is known to nobody."""
 
 BUCKET_ROWS = 8
 BUCKET_KEYS_BYTES = 128
@@ -95,9 +103,10 @@ RING_HEADER = struct.Struct("<8sII")
 HEAD_OFFSET = 64
 TAIL_OFFSET = 128
 COUNTERS_OFFSET = 512
+RATES_OFFSET = 2048
 ENTRY_BYTES = 64
-ENTRY = struct.Struct("<II16sQ")
-TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE = 1, 2, 3, 4, 5
+ENTRY = struct.Struct("<II16sQIbB")
+TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE, EXPECT = range(1, 7)
 
 TIERS = ("hbm", "dram", "flash")
 """Where a hit came from: the tier the block was in when the request was looked up."""
@@ -125,6 +134,7 @@ MISS_REASONS = (
     "flash_late",  # the block did not rise from flash in time
     "flight_late",  # another worker was computing the block, and it did not come in time
     "torn",  # the slot was reused while it was read
+    "cheaper",  # the block is there, but to load it would have taken longer than to compute it
 )
 """Why a token was computed although a cache was asked. requested = sum(hits) + sum(misses)."""
 
@@ -144,3 +154,18 @@ COUNTERS = (
     "flight_tokens",
 )
 """A worker's running totals, in the order of their words in the ring file."""
+
+RATES = (
+    "load_bytes_per_s.dram",
+    "load_bytes_per_s.flash",
+    "store_bytes_per_s.dram",
+    "prefill_tokens_per_s.512",  # of a prompt of so many tokens
+    "prefill_tokens_per_s.2048",
+    "prefill_tokens_per_s.8192",
+    "break_even_tokens.dram",  # a prefix of so many tokens is loaded faster than computed
+    "break_even_tokens.flash",
+)
+"""What a worker measured, whole numbers, in the order of their words in the ring file."""
+
+NEVER = (1 << 64) - 1
+"""As a number of tokens: no length does."""

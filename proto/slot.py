@@ -71,6 +71,54 @@ def fill_slot(slot: memoryview, header: BlockHeader, payload: Bytes) -> None:
     np.copyto(np.frombuffer(slot, np.uint8, payload.nbytes, start), payload)
 
 
+class SlotReader:
+    """A record that is being copied out, in one part or in several.
+
+    Args:
+        slot: the slot's bytes; a writer may be at work in them.
+        wanted: what the block must be.
+
+    Attributes:
+        payload: in place, (wanted.payload_bytes,), uint8; a copy counts once check has returned.
+
+    Raises:
+        BlockMissing: the slot is empty, freed or being written.
+        BlockTorn: the slot was rewritten meanwhile; wins over BlockCorrupt.
+        BlockCorrupt: the record is not what was asked, or its header is damaged.
+    """
+
+    __slots__ = ("_generation", "_sum", "_words", "payload")
+
+    def __init__(self, slot: memoryview, wanted: Wanted) -> None:
+        self._words = slot.cast("Q")
+        self._generation = self._words[0]
+        if self._generation & 1:
+            raise BlockMissing("the slot holds no block")
+        try:
+            start, self._sum = match(slot, wanted) or _mismatch(slot, wanted)
+            if start + wanted.payload_bytes > len(slot):
+                raise BlockCorrupt(f"payload_bytes {wanted.payload_bytes} does not fit the slot")
+        except (BlockCorrupt, FormatRefused) as error:
+            self.check(None)
+            raise BlockCorrupt(str(error)) from None
+        self.payload: Bytes = np.frombuffer(slot, np.uint8, wanted.payload_bytes, start)
+
+    def check(self, summed: int | None) -> None:
+        """Called when the payload is copied.
+
+        Args:
+            summed: checksum of the copy; None compares none, see proto/verify.py.
+
+        Raises:
+            BlockTorn: the slot changed since the beginning; wins over BlockCorrupt.
+            BlockCorrupt: the checksum differs.
+        """
+        if self._words[0] != self._generation:
+            raise BlockTorn("the slot changed while it was read")
+        if summed is not None and summed != self._sum:
+            raise BlockCorrupt("payload checksum differs")
+
+
 def read_slot(slot: memoryview, wanted: Wanted, out: Bytes, check_payload: bool = True) -> None:
     """Copy a block out, if it is what was asked, whole and unchanged.
 
@@ -81,28 +129,12 @@ def read_slot(slot: memoryview, wanted: Wanted, out: Bytes, check_payload: bool 
         check_payload: compare the payload's checksum too; see proto/verify.py.
 
     Raises:
-        BlockMissing: the slot is empty, freed or being written.
-        BlockTorn: the slot was rewritten meanwhile; wins over BlockCorrupt.
-        BlockCorrupt: the record is not what was asked, or damaged.
+        BlockMissing, BlockTorn, BlockCorrupt: as SlotReader says, of header and payload.
     """
     assert out.nbytes == wanted.payload_bytes, "out is not as long as the payload wanted"
-    words = slot.cast("Q")
-    generation = words[0]
-    if generation & 1:
-        raise BlockMissing("the slot holds no block")
-    try:
-        start, payload_check = match(slot, wanted) or _mismatch(slot, wanted)
-        if start + out.nbytes > len(slot):
-            raise BlockCorrupt(f"payload_bytes {out.nbytes} does not fit the slot")
-        np.copyto(out, np.frombuffer(slot, np.uint8, out.nbytes, start))
-        if check_payload and checksum(out) != payload_check:
-            raise BlockCorrupt("payload checksum differs")
-    except (BlockCorrupt, FormatRefused) as error:
-        if words[0] != generation:
-            raise BlockTorn("the slot changed while it was read") from None
-        raise BlockCorrupt(str(error)) from None
-    if words[0] != generation:
-        raise BlockTorn("the slot changed while it was read")
+    reader = SlotReader(slot, wanted)
+    np.copyto(out, reader.payload)
+    reader.check(checksum(out) if check_payload else None)
 
 
 def _mismatch(slot: memoryview, wanted: Wanted) -> NoReturn:

@@ -1,8 +1,17 @@
-"""Options of the tests: --seed replays one history of the simulation, and nothing else."""
+"""Options of the tests: --seed replays one history of the simulation, and nothing else. Triton's
+kernels run in its interpreter where there is no GPU."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
+
+# Read when a kernel is defined, so before any test imports one. The driver is looked for by its
+# device file, because importing torch to ask it would cost tests that need none of it a second.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPLAY = "test_seed_finds_nothing"
 

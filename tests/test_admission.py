@@ -131,9 +131,14 @@ def test_a_book_that_cannot_be_read_is_a_new_one(tmp_path: Path) -> None:
     for text in ("", "{}", "[1]", '{"written_bytes": "x", "budget_left_bytes": 1}', "\x00"):
         (tmp_path / BOOK_NAME).write_text(text)
         book = WearBook(tmp_path)
+        book.save(9, 9)
+        assert (tmp_path / BOOK_NAME).read_text() == text, "of a folder that is not open yet"
+        book.read()
         assert (book.earlier_bytes, book.left_bytes) == (0, None)
         book.save(5, 7)
-        assert (WearBook(tmp_path).earlier_bytes, WearBook(tmp_path).left_bytes) == (5, 7)
+        again = WearBook(tmp_path)
+        again.read()
+        assert (again.earlier_bytes, again.left_bytes) == (5, 7)
 
 
 @settings(max_examples=200, deadline=None)

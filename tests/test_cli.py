@@ -64,6 +64,8 @@ def test_a_model_is_called_by_its_folder_unless_told(tmp_path: Path) -> None:
         ("--threads", "0"),
         ("--cache", "somewhere"),
         ("--cache", "host:99999"),
+        ("--cache-load-bandwidth", "5"),
+        ("--cache-store-bandwidth", "fast"),
         ("--log-level", "loud"),
         ("--host", "no.such.host.invalid"),
     ],

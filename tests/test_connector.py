@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import msgspec
 import numpy as np
 import pytest
 from sim.fake_cache import FakeCache
@@ -16,6 +17,7 @@ from kvist.engine.connector import Connector, Loaded
 from kvist.engine.pages import Pages
 from kvist.engine.request import CACHE_BYPASS, CACHE_ON, NewRequest, SamplingParams
 from kvist.engine.sequence import Limits, Sequence, State
+from kvist.proto.hints import Hint
 
 SIZE = 4
 PAGE_BYTES = 32
@@ -123,6 +125,22 @@ def test_what_one_engine_stores_another_loads_byte_for_byte(cache: FakeCache, be
     assert cache.touched == sequence.keys()[:3]
 
 
+def test_hint_of_a_request_goes_with_its_touch_whatever_was_found(
+    cache: FakeCache, bench: Bench
+) -> None:
+    stored(cache, 13)
+    told = Hint(tool_pause_s=3, priority=1)
+    for tokens in (13, 3):
+        sequence = bench.sequence(tokens)
+        sequence.request = msgspec.structs.replace(sequence.request, hint=told)
+        cache.hints.clear()
+        bench.seat(sequence)
+        if sequence.found:
+            bench.connector.load(sequence)
+            bench.settled()
+        assert cache.hints == [told]
+
+
 def test_the_last_block_of_a_prompt_of_whole_blocks_is_tail(cache: FakeCache, bench: Bench) -> None:
     stored(cache, 12)
     sequence = bench.sequence(12)
@@ -212,7 +230,7 @@ def test_pages_under_a_store_stay_held_when_the_request_ends(
 def test_a_store_call_takes_what_is_queued_up_to_a_batch(
     cache: FakeCache, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvist.engine.connector.STORE_BATCH", 32)
+    monkeypatch.setattr("kvist.engine.copying.STORE_BATCH", 32)
     cache.store_gate.clear()
     sequence = bench.sequence(4 * 81)
     bench.seat(sequence)

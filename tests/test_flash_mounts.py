@@ -1,7 +1,8 @@
 """The flash tier on real file systems that fill up or vanish, and come back.
 
-Needs the right to mount; the same with a disk that fails as told is in test_flash_faults.py, and so
-is a file system that turns read-only in use: while files are open for writing no mount does that.
+Needs the right to mount; the same with a disk that fails as told is in test_flash_faults.py. No
+mount turns a file system read-only while files are open for writing; an error of the file system
+itself does, and then it has to be unmounted, repaired and mounted anew.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from sim.blocks import SLOT_BYTES
-from sim.stores import Bench, chain, check, store_settled
+from sim.stores import Bench, chain, check, comes_back, keys_of, store_settled
 
 FLASH_SLOTS = 24
 
@@ -53,14 +54,6 @@ def fill_up(path: Path) -> None:
 def fails(bench: Bench) -> None:
     bench.run_until(lambda: bench.parts.moves.state == "failed")
     bench.settle()
-
-
-def comes_back(bench: Bench) -> None:
-    def ready() -> bool:
-        bench.clock_s += 2.0
-        return bench.parts.moves.state == "ready"
-
-    bench.run_until(ready)
 
 
 def test_a_full_file_system_turns_flash_off_dram_goes_on_and_room_brings_it_back(
@@ -104,13 +97,129 @@ def test_a_vanished_mount_turns_flash_off_and_its_return_on(
     check(bench)
 
 
-def test_a_read_only_file_system_at_the_start_is_an_offline_tier_and_dram_works(
+def test_a_file_system_that_is_read_only_at_the_start_serves_when_it_is_not(
     tmp_path: Path, disk: Path
 ) -> None:
+    bench = Bench(tmp_path, dram_slots=16, flash_slots=FLASH_SLOTS)
+    bench.open(flash_path=disk / "flash")
+    store_settled(bench, bench.worker(), 0, 4)
+    bench.close()
     mount("-o", "remount,ro", str(disk))
+    bench.open()
+    worker = bench.worker()
+    assert "Read-only file system" in bench.store.stats().tiers[-1].failure
+    assert worker.put(chain(100, 4)) == ["stored"] * 4
+    assert bench.store.lookup(keys_of(chain(0, 4))) == ([], "flash_off")
+    mount("-o", "remount,rw", str(disk))
+    comes_back(bench)
+    assert bench.tiers(chain(0, 4)) == ["flash"] * 4
+    check(bench)
+    bench.close()
+
+
+def test_a_file_system_without_room_at_the_start_is_not_filled_and_serves_when_it_has(
+    tmp_path: Path, disk: Path
+) -> None:
+    (disk / "filler").write_bytes(bytes(16 << 20)[: (16 << 20) - 8 * SLOT_BYTES])
     bench = Bench(tmp_path, dram_slots=16, flash_slots=FLASH_SLOTS)
     bench.open(flash_path=disk / "flash")
     worker = bench.worker()
-    assert bench.parts.moves.state == "failed"
+    assert "lower flash_bytes" in bench.store.stats().tiers[-1].failure
     assert worker.put(chain(0, 4)) == ["stored"] * 4
+    (disk / "other").write_bytes(bytes(4 * SLOT_BYTES))  # others still find room
+    (disk / "filler").unlink()
+    comes_back(bench)
+    store_settled(bench, worker, 100, 4)
+    check(bench)
     bench.close()
+
+
+def test_a_mount_that_is_missing_at_the_start_is_used_when_it_comes(
+    tmp_path: Path, disk: Path
+) -> None:
+    bench = Bench(tmp_path, dram_slots=16, flash_slots=FLASH_SLOTS)
+    bench.open(flash_path=disk / "flash")
+    store_settled(bench, bench.worker(), 0, 4)
+    bench.close()
+    place = tmp_path / "place"
+    place.mkdir()
+    mount("-t", "tmpfs", "-o", "ro", "tmpfs", str(place))  # nothing is made where none may
+    bench.open(flash_path=place / "flash")
+    worker = bench.worker()
+    assert worker.put(chain(100, 4)) == ["stored"] * 4
+    subprocess.run(["umount", str(place)], check=True)
+    mount("--bind", str(disk), str(place))
+    comes_back(bench)
+    assert bench.tiers(chain(0, 4)) == ["flash"] * 4
+    bench.close()
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+def ext4(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """An ext4 of its own that turns read-only at an error: its image and where it is mounted."""
+    if os.geteuid():
+        pytest.skip("only root mounts")
+    image, path = tmp_path / "disk.img", tmp_path / "disk"
+    path.mkdir()
+    image.touch()
+    os.truncate(image, 32 << 20)
+    try:
+        subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    except FileNotFoundError:
+        pytest.skip("no mkfs.ext4 here")
+    mount("-o", "loop,errors=remount-ro", str(image), str(path))
+    yield image, path
+    subprocess.run(["umount", "-l", str(path)], check=False)
+
+
+def break_ext4(path: Path) -> None:
+    """What ext4 does when it finds an error in itself; what was not synced is lost by it."""
+    subprocess.run(["sync", "-f", str(path)], check=True)
+    source = next(
+        line.split()[0]
+        for line in Path("/proc/mounts").read_text().splitlines()
+        if line.split()[1] == str(path)
+    )
+    switch = Path("/sys/fs/ext4") / Path(source).name / "trigger_fs_error"
+    if not switch.exists():
+        pytest.skip("a kernel without trigger_fs_error")
+    switch.write_text("1")
+
+
+def test_a_file_system_that_turns_read_only_in_use_is_let_go_and_serves_when_it_is_repaired(
+    tmp_path: Path, ext4: tuple[Path, Path]
+) -> None:
+    image, path = ext4
+    bench = Bench(tmp_path, dram_slots=8, flash_slots=FLASH_SLOTS)
+    bench.open(flash_path=path / "flash")
+    worker = bench.worker()
+    first, second = chain(0, 8), chain(100, 8)
+    for blocks in (0, 100):
+        store_settled(bench, worker, blocks, 8)
+    break_ext4(path)
+    worker.put(chain(200, 2))
+    fails(bench)
+    assert "Read-only file system" in bench.store.stats().tiers[-1].failure
+    assert bench.tiers(second)[:4] == ["dram"] * 4
+    assert bench.store.lookup(keys_of(first)) == ([], "flash_off")
+    assert worker.put(chain(300, 4)) == ["stored"] * 4, "DRAM goes on"
+
+    def unmounted() -> bool:
+        bench.clock_s += 2.0
+        return not subprocess.run(["umount", str(path)], capture_output=True).returncode
+
+    bench.run_until(unmounted)
+    # 1: it has mended something.
+    assert subprocess.run(["e2fsck", "-p", str(image)], capture_output=True).returncode <= 1
+    mount("-o", "loop", str(image), str(path))
+    comes_back(bench)
+    check(bench)
+    assert bench.tiers(first) == ["flash"] * 8
+    bench.store.prefetch(keys_of(first))
+    bench.run_until(lambda: set(bench.tiers(first)) == {"dram"})
+    bench.settle()
+    assert all(worker.reads(block) for block in first)
+    store_settled(bench, worker, 400, 4)
+    bench.close()
+    subprocess.run(["umount", str(path)], check=True)

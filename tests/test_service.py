@@ -232,6 +232,21 @@ def test_remote_client_writes_and_reads_back_what_local_workers_see(
         assert np.array_equal(payload_of(record, header), item.payload)
 
 
+def test_remote_uses_may_carry_a_hint_and_one_that_cannot_be_is_refused(
+    remote: CacheStub, sidecar: Sidecar
+) -> None:
+    sidecar.client()
+    prompt = Prompt(31, 2)
+    assert remote.Write(records(prompt), timeout=10.0).stored == 2
+    hint = cache_pb2.Hint(tool_pause_s=20, priority=2)
+    assert list(remote.Read(cache_pb2.ReadRequest(keys=prompt.keys, hint=hint), timeout=10.0))
+    assert not remote.Prefetch(cache_pb2.PrefetchRequest(keys=prompt.keys, hint=hint)).rising
+    wrong = cache_pb2.PrefetchRequest(keys=prompt.keys, hint=cache_pb2.Hint(priority=4))
+    code, message = refused(remote.Prefetch, wrong)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert message.startswith("hint.priority: 4, give -3 to 3")
+
+
 def test_read_of_the_unknown_is_an_empty_stream(remote: CacheStub) -> None:
     assert list(remote.Read(cache_pb2.ReadRequest(keys=[KEY]), timeout=5.0)) == []
 

@@ -128,9 +128,6 @@ def test_too_little_room_names_setting_folder_and_fix(tmp_path: Path) -> None:
     check_space(load(*folders).config)
     with pytest.raises(ConfigInvalid, match=r"dram_bytes: 9000TiB do not fit into .*shm_dir"):
         check_space(load(*folders, "--dram-bytes", "9000TiB").config)
-    flash = ("--flash-path", str(tmp_path / "flash"), "--flash-bytes", "9000TiB")
-    with pytest.raises(ConfigInvalid, match="lower flash_bytes or give another flash_path"):
-        check_space(load(*folders, *flash).config)
 
 
 def test_folder_that_cannot_be_made_names_the_setting(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ eviction the index first, then the slot's next data. Nothing is trusted on the w
 record's own header and checksum decide (proto/record.py), the index only says where to look.
 
 A device that fails once turns the tier off (state "failed", every call TierOffline) until probe
-finds that it takes writes again.
+finds that it takes writes again. A folder that cannot even be opened is a tier in that state.
 
 A freed slot's record stays on the disk, without an index entry, until the slot is written again.
 A rebuild may find it and bring the block back; it is still the block that its key names.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
 from typing import Literal, overload
@@ -29,24 +28,15 @@ from kvist.proto.errors import (
     BlockTorn,
     FormatRefused,
     TierFull,
-    TierOffline,
 )
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import PAGE_BYTES, BlockHeader, Bytes, Wanted, check_wanted, unpack_header
 from kvist.proto.slot import fill_slot, payload_of
 from kvist.proto.verify import Verifier, Verify
-from kvist.tiers.flash_index import FlashEntry, FlashIndex
+from kvist.tiers.flash_folder import FlashFolder, FlashPlan, open_folder, try_folder
+from kvist.tiers.flash_index import FlashEntry
 from kvist.tiers.flash_io import DEVICE_ERRORS, Device, RecordIo
-from kvist.tiers.segment import (
-    DiskIo,
-    OwnerLock,
-    Segments,
-    clear_files,
-    make_superblock,
-    read_superblock,
-    slots_that_fit,
-    write_superblock,
-)
+from kvist.tiers.segment import DiskIo
 from kvist.tiers.slots import FreeSlots, Quarantine
 
 __all__ = ["FlashEntry", "FlashState", "FlashTier"]
@@ -64,28 +54,30 @@ class FlashTier(Quarantine):
         path: the directory.
         slots: how many blocks fit.
         slot_bytes: bytes of a slot, a multiple of PAGE_BYTES.
-        direct: whether reads and writes bypass the page cache; False where the file system
-            refuses O_DIRECT.
     """
 
     name = "flash"
 
-    def __init__(
-        self, path: Path, lock: OwnerLock, segments: Segments, index: FlashIndex, disk: DiskIo
-    ) -> None:
-        """For open, which makes the parts."""
-        self.path = path
-        self.slots = segments.slots
-        self.slot_bytes = segments.slot_bytes
-        self.direct = segments.direct
-        self._lock = lock
-        self._segments = segments
-        self._io = RecordIo(segments)
-        self._index = index
-        self._disk = disk
-        self._device = Device(f"flash_path {path}")
+    def __init__(self, plan: FlashPlan, slot_bytes: int, folder: FlashFolder | None) -> None:
+        """For open and closed, which make the parts."""
+        self.path = plan.path
+        self.slots = plan.slots(slot_bytes)
+        self.slot_bytes = slot_bytes
+        self._plan = plan
+        self._io = RecordIo(slot_bytes)
+        self._device = Device(f"flash_path {plan.path}")
+        self._folder: FlashFolder | None = None
+        self._mount: Path | None = None
+        self._let_go = False
         self._closed = False
+        if folder is not None:
+            self._use(folder)
         self._forget()
+
+    def _use(self, folder: FlashFolder) -> None:
+        self._lock, self._index = folder.lock, folder.index
+        self._io.segments = self._segments = folder.segments
+        self._folder, self._mount = folder, folder.mount
 
     def _forget(self) -> None:
         """No slot is in use."""
@@ -126,40 +118,24 @@ class FlashTier(Quarantine):
         Raises:
             ConfigInvalid: another process has it, or the sizes make no tier.
             FormatRefused: it was formatted otherwise; the message says how to clear it.
-            TierOffline: the device failed or has no room.
+            TierOffline: it cannot be made or used now, or has no room; see closed.
         """
-        try:
-            if slot_bytes is None and read_superblock(path) is None:
-                return None
-            return cls._open(path, capacity_bytes, slot_bytes, disk or DiskIo())
-        except DEVICE_ERRORS as error:
-            raise TierOffline(f"flash_path {path}: {error}") from error
+        plan = FlashPlan(path, capacity_bytes, disk or DiskIo())
+        folder = open_folder(plan, slot_bytes)
+        if folder is None:
+            return None
+        return cls(plan, folder.segments.slot_bytes, folder)
 
     @classmethod
-    def _open(
-        cls, path: Path, capacity_bytes: int, slot_bytes: int | None, disk: DiskIo
-    ) -> FlashTier:
-        with ExitStack() as undo:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = OwnerLock(path)
-            undo.callback(lock.close)
-            superblock = read_superblock(path)
-            is_new = superblock is None
-            if superblock is None:
-                assert slot_bytes is not None
-                superblock = make_superblock(slot_bytes)
-                clear_files(path)
-            slots = slots_that_fit(path, superblock, capacity_bytes, slot_bytes)
-            segments = Segments(path, superblock, slots, disk)
-            undo.callback(segments.close)
-            if is_new:
-                write_superblock(path, superblock)
-            index = disk.open_index(path, slots, lambda it: segments.fits(it.slot, it.record_bytes))
-            undo.callback(index.close)
-            if is_new:
-                index.finish()
-            undo.pop_all()
-            return cls(path, lock, segments, index, disk)
+    def closed(cls, plan: FlashPlan, slot_bytes: int, why: str) -> FlashTier:
+        """A tier whose folder cannot be opened now: state "failed" until probe has opened it.
+
+        Raises:
+            ConfigInvalid: the sizes make no tier.
+        """
+        tier = cls(plan, slot_bytes, None)
+        tier._device.failure = why
+        return tier
 
     @property
     def state(self) -> FlashState:
@@ -180,24 +156,51 @@ class FlashTier(Quarantine):
         return self._device.failure
 
     @property
+    def direct(self) -> bool:
+        """Whether reads and writes bypass the page cache; False where that is refused."""
+        return self._folder is not None and self._segments.direct
+
+    @property
     def needs_rebuild(self) -> bool:
         """Whether the index was lost or damaged and no scan has gone through since."""
-        return not self._index.complete
+        return self._folder is None or not self._index.complete
 
     def probe(self) -> bool:
-        """Try to come back from state "failed" with a small write; whether the tier works now.
+        """Try to come back from state "failed"; whether the tier works now.
 
-        A directory that was replaced by another one does not come back: what is in which slot is
-        not known any more, so the process has to start again.
+        A small write tells. A folder that was let go, or was never open, is opened anew; entries
+        says then what is in it.
         """
-        if self._device.failure:
-            try:
-                self._lock.probe(self._disk)
-                self._index.probe()
-            except DEVICE_ERRORS:
-                return False
-            self._device.failure = ""
+        if not self._device.failure:
+            return True
+        if self._folder is None or self._let_go:
+            return self._open_again()
+        try:
+            self._lock.probe(self._plan.disk)
+            self._index.probe()
+        except DEVICE_ERRORS:
+            return False
+        self._device.failure = ""
         return True
+
+    def _open_again(self) -> bool:
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
+        folder, why = try_folder(self._plan, self.slot_bytes, self._mount)
+        if folder is not None:
+            self._use(folder)
+            self._let_go = False
+        self._device.failure = why
+        return folder is not None
+
+    def let_go(self) -> None:
+        """In state "failed": forget what is in which slot. The next probe closes the folder, so
+        that its file system can be repaired, and opens what it finds. No call may be under way.
+        """
+        assert self._device.failure
+        self._let_go = True
+        self._forget()
 
     @property
     def free_slots(self) -> int:
@@ -216,12 +219,9 @@ class FlashTier(Quarantine):
             TierOffline: the device failed.
         """
         with self._device:
-            if self.needs_rebuild:
-                raise TierFull("the flash index is being rebuilt")
+            if not self.free_slots:
+                raise TierFull("all slots are in use, or the flash index is being rebuilt")
             return self._free.pop()
-
-    def _fits(self, entry: FlashEntry) -> bool:
-        return self._segments.fits(entry.slot, entry.record_bytes)
 
     def take(self, entry: FlashEntry) -> bool:
         """At the start: mark the slot of an entry as used and its block as readable.
@@ -230,7 +230,9 @@ class FlashTier(Quarantine):
             False when there is no such slot, it is in use, or the record is longer than it; the
             caller then forgets the entry.
         """
-        if not (self._fits(entry) and self._free.take(entry.slot)):
+        if not (
+            self._segments.fits(entry.slot, entry.record_bytes) and self._free.take(entry.slot)
+        ):
             return False
         self._pages[entry.slot] = entry.record_bytes // PAGE_BYTES
         self._generations[entry.slot] += 1
@@ -342,6 +344,8 @@ class FlashTier(Quarantine):
 
         The tier forgets the list, which may be large: a second call returns an empty one.
         """
+        if self._folder is None:
+            return []
         found, self._index.found = self._index.found, []
         return found
 
@@ -378,9 +382,7 @@ class FlashTier(Quarantine):
             self._index.finish()
 
     def clear(self) -> None:
-        """Drop every block, from the disk too, and free every slot; end a need to rebuild.
-
-        No other call may be under way.
+        """Drop every block, from the disk too; end a need to rebuild. No call may be under way.
 
         Raises:
             TierOffline: the device failed.
@@ -393,6 +395,5 @@ class FlashTier(Quarantine):
     def close(self) -> None:
         """Close the files and give the directory back."""
         self._closed = True
-        self._index.close()
-        self._segments.close()
-        self._lock.close()
+        if self._folder is not None:
+            self._folder.close()

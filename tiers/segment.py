@@ -38,6 +38,8 @@ from kvist.tiers.flash_index import FlashEntry, FlashIndex
 FLASH_MAGIC = b"KVISTFLS"
 FLASH_VERSION = 1
 SEGMENT_BYTES = 1024**3
+# A slot's number has 4 bytes, and the shared index takes one for "none".
+SLOTS_MAX = 2**32 - 2
 CLEAR_COMMAND = "kvistd --clear-flash"
 
 _SUPERBLOCK = struct.Struct("<8sIIQQ")
@@ -131,7 +133,7 @@ def slots_that_fit(
 
     Raises:
         FormatRefused: slot_bytes is set, and not what the directory was formatted with.
-        ConfigInvalid: not one slot fits.
+        ConfigInvalid: not one slot fits, or more than can be numbered.
     """
     if slot_bytes not in (None, superblock.slot_bytes):
         raise FormatRefused(
@@ -144,6 +146,8 @@ def slots_that_fit(
             f"flash_bytes {capacity_bytes} holds no slot of {superblock.slot_bytes} bytes;"
             " make it larger"
         )
+    if slots > SLOTS_MAX:
+        raise ConfigInvalid(f"flash_bytes {capacity_bytes} is more than any disk; lower it")
     return slots
 
 
@@ -255,12 +259,14 @@ class Segments:
         self._shape = superblock
         self._disk = disk
         self._fds: list[int] = []
+        self._grown: list[tuple[int, int]] = []
         files = -(-slots // superblock.slots_per_segment)
         try:
             for number in range(files):
                 self._open(path / f"segment-{number:05}", self._length(number))
             self._probe_direct()
         except BaseException:
+            self._shrink()
             self.close()
             raise
         for spare in path.glob("segment-*"):
@@ -275,10 +281,19 @@ class Segments:
     def _open(self, file: Path, length: int) -> None:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._fds.append(fd)
-        if os.fstat(fd).st_size > length:
+        was = os.fstat(fd).st_size
+        if was > length:
             os.ftruncate(fd, length)
+        else:
+            self._grown.append((fd, was))
         # Not with O_DIRECT: where the file system has no fallocate, libc writes single bytes.
         self._disk.fallocate(fd, 0, length)
+
+    def _shrink(self) -> None:
+        """Give back what was claimed: a disk without room for all is not to be left full."""
+        for fd, was in self._grown:
+            with suppress(OSError):
+                os.ftruncate(fd, was)
 
     def _probe_direct(self) -> None:
         """Some file systems refuse the flag, others take it and refuse the first transfer."""

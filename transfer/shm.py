@@ -9,7 +9,7 @@ from threading import Event
 from kvist.proto.errors import BlockMissing, Detached, FormatRefused
 from kvist.proto.memory import map_shared, populate
 from kvist.proto.record import BlockHeader, Bytes, Wanted
-from kvist.proto.slot import fill_slot, read_slot
+from kvist.proto.slot import SlotReader, fill_slot, read_slot
 
 
 class ArenaMap:
@@ -67,6 +67,12 @@ class ArenaMap:
         if not 0 <= slot < self.slots:
             raise BlockMissing(f"slot {slot} is not one of {self.slots}")
         read_slot(self._slot(slot), wanted, out, check_payload)
+
+    def reader(self, slot: int, wanted: Wanted) -> SlotReader:
+        """The same in parts; raises as read does."""
+        if not 0 <= slot < self.slots:
+            raise BlockMissing(f"slot {slot} is not one of {self.slots}")
+        return SlotReader(self._slot(slot), wanted)
 
     def fill(self, slot: int, header: BlockHeader, payload: Bytes) -> None:
         """Write a record into a slot that is reserved for this worker.

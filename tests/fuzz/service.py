@@ -1,4 +1,8 @@
-"""A real kvistd, and calls of any content: random messages, and good ones with bytes changed."""
+"""A real kvistd, and calls of any content: random messages, and good ones with bytes changed.
+
+To draw a call takes four times as long as to make it, so each is made VARIANTS times: as it was
+drawn, and with its bytes shuffled about by a cheap generator, each time otherwise.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import grpc
 from google.protobuf.message import Message
@@ -23,6 +28,13 @@ from kvist.proto import cache_pb2
 from kvist.proto.cache_pb2_grpc import CacheStub
 
 TIMEOUT_S = 5.0
+VARIANTS = 10
+# What the wire format trips over: field tags, ends of groups, lengths that are not there.
+_PIECES = (
+    b"\x00", b"\x0a", b"\x0b", b"\x0c", b"\x12\x10", b"\x7f", b"\x80", b"\x80" * 9 + b"\x01",
+    b"\xff", b"\xff" * 4 + b"\x0f", b"\xfe" + b"\xff" * 9 + b"\x01",
+    b"\x0a" + b"\xff" * 4 + b"\x07",
+)  # fmt: skip
 # It starts with 60; what an input may leave behind must not add up.
 SIDECAR_BYTES_MAX = 160 << 20
 SESSION = "the open session"
@@ -46,12 +58,21 @@ class Call:
         messages: what is sent; one, but for Write. A session named SESSION becomes the open one.
         changes: (offset, byte) in each message as it goes over the wire.
         cut: bytes cut from its end.
+        salt: of the variants.
     """
 
     method: str
     messages: tuple[Message | bytes, ...]
     changes: tuple[tuple[int, int], ...]
     cut: int
+    salt: int
+
+    def variants(self, session: str) -> Iterator[list[bytes]]:
+        """The bytes of the messages, VARIANTS times."""
+        good, random = self.wire(session), Random(self.salt)
+        yield good
+        for _ in range(VARIANTS - 1):
+            yield [shuffled(message, random) for message in good]
 
     def wire(self, session: str) -> list[bytes]:
         """The bytes of the messages."""
@@ -68,6 +89,25 @@ class Call:
             if data:
                 data[offset % len(data)] = value
         return bytes(data[: max(0, len(data) - self.cut)])
+
+
+def shuffled(message: bytes, random: Random) -> bytes:
+    """The same with one to four small changes: bytes set, flipped, put in, taken out, repeated."""
+    data = bytearray(message)
+    for _ in range(random.randint(1, 4)):
+        at, length = random.randrange(len(data) + 1), random.choice((1, 1, 2, 4, 16))
+        part, kind = bytes(data[at : at + length]), random.randrange(5)
+        if kind == 0:
+            data[at : at + len(part)] = random.randbytes(len(part))
+        elif kind == 1 and part:
+            data[at] ^= 1 << random.randrange(8)
+        elif kind == 2:
+            data[at:at] = random.choice(_PIECES)
+        elif kind == 3:
+            del data[at : at + length]
+        else:
+            data[at:at] = part * random.choice((1, 2, 50))
+    return bytes(data)
 
 
 _KEYS = st.sampled_from([block.header.key for block in BLOCKS]) | st.binary(max_size=40)
@@ -112,6 +152,7 @@ _CHUNKS = st.builds(_chunk, DAMAGES, _KEYS, st.just(0) | _LONGS, st.just(-1) | _
 _CHANGES = st.lists(
     st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=3
 ).map(tuple)  # fmt: skip
+_SALTS = st.integers(0, 2**32 - 1)
 _METHODS = st.sampled_from(sorted([*_REQUESTS, "Write"]))
 
 
@@ -119,7 +160,9 @@ def _calls(method: str) -> st.SearchStrategy[Call]:
     message = (_CHUNKS if method == "Write" else _REQUESTS[method]) | st.binary(max_size=60)
     most = 3 if method == "Write" else 1
     messages = st.lists(message, min_size=1, max_size=most).map(tuple)
-    return st.builds(Call, st.just(method), messages, _CHANGES, st.just(0) | st.integers(0, 9))
+    return st.builds(
+        Call, st.just(method), messages, _CHANGES, st.just(0) | st.integers(0, 9), _SALTS
+    )
 
 
 CALLS = _METHODS.flatmap(_calls)
@@ -142,24 +185,24 @@ class _Caller:
         )
         self.session: str = next(self._stream).session
 
-    def send(self, call: Call) -> tuple[grpc.StatusCode, str]:
+    def send(self, method: str, wire: list[bytes]) -> tuple[grpc.StatusCode, str]:
         """Make a call; how it ended, and what was said to that."""
         try:
-            return self._send(call), ""
+            return self._send(method, wire), ""
         except grpc.RpcError as error:
             return error.code(), error.details()
 
-    def _send(self, call: Call) -> grpc.StatusCode:
-        path, wire = f"/kvist.v1.Cache/{call.method}", call.wire(self.session)
-        if call.method in UNARY:
+    def _send(self, method: str, wire: list[bytes]) -> grpc.StatusCode:
+        path = f"/kvist.v1.Cache/{method}"
+        if method in UNARY:
             _, made = self._channel.unary_unary(path).with_call(wire[0], timeout=TIMEOUT_S)
             return made.code()
-        if call.method == "Write":
+        if method == "Write":
             _, made = self._channel.stream_unary(path).with_call(iter(wire), timeout=TIMEOUT_S)
             return made.code()
         stream = self._channel.unary_stream(path)(wire[0], timeout=TIMEOUT_S)
         for _ in stream:
-            if call.method == "Attach":  # it would stay open
+            if method == "Attach":  # it would stay open
                 stream.cancel()
                 return grpc.StatusCode.OK
         return stream.code()
@@ -177,8 +220,9 @@ def _opened() -> Iterator[Check]:
 
             def check(data: object) -> None:
                 assert isinstance(data, Call)
-                code, details = caller.send(data)
-                assert code in ANSWERS, f"{code}: {details}"
+                for wire in data.variants(caller.session):
+                    code, details = caller.send(data.method, wire)
+                    assert code in ANSWERS, f"{code}: {details} to {wire}"
 
             yield check
         _check_alive(sidecar)
@@ -202,4 +246,4 @@ def _check_alive(sidecar: Sidecar) -> None:
     assert load_all(client, prompt) == [None] * len(prompt.items)
 
 
-TARGET = Target("gRPC messages", CALLS, _opened)
+TARGET = Target("gRPC messages", CALLS, _opened, inputs_an_example=VARIANTS)

@@ -29,11 +29,13 @@ class Target:
         inputs: strategy of the inputs.
         opened: gives the check of one input, which raises when the target does what it must
             not; set up once for all inputs.
+        inputs_an_example: how many inputs its check makes of each that the strategy gives.
     """
 
     name: str
     inputs: SearchStrategy[object]
     opened: Callable[[], AbstractContextManager[Check]]
+    inputs_an_example: int = 1
 
 
 def fuzz(target: Target, inputs: int, seed: int | None = None) -> None:
@@ -56,7 +58,7 @@ def fuzz(target: Target, inputs: int, seed: int | None = None) -> None:
         if seed is not None:
             run = seeded(seed)(run)
         settings(
-            max_examples=inputs,
+            max_examples=-(-inputs // target.inputs_an_example),
             derandomize=seed is None,
             database=None,
             deadline=None,  # the machine may be stopped for minutes; a hang is what burns CPU

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -20,15 +21,20 @@ BATCH = 50
 SAY_S = 10.0
 
 
-def run_batch(seeds: range) -> dict[int, str]:
-    """Seed -> what was wrong, for those that fail."""
+_stop = multiprocessing.get_context("fork").Event()
+
+
+def run_batch(seeds: range) -> tuple[int, dict[int, str]]:
+    """How many were run, fewer after a Ctrl-C; and what was wrong, by seed, of those that fail."""
     failed = {}
-    for seed in seeds:
+    for count, seed in enumerate(seeds):
+        if _stop.is_set():
+            return count, failed
         try:
             run(seed)
         except Exception as error:
             failed[seed] = f"{type(error).__name__}: {error}"
-    return failed
+    return len(seeds), failed
 
 
 def batches(first: int, seeds: int) -> Iterator[range]:
@@ -38,20 +44,32 @@ def batches(first: int, seeds: int) -> Iterator[range]:
 
 
 def run_many(first: int, seeds: int, jobs: int) -> int:
-    """Run seeds, say what fails when it does; returns how many."""
+    """Run seeds, say what fails when it does; returns how many. A Ctrl-C ends it early."""
     started = said = time.monotonic()
     done = failures = 0
+
+    def stop(*_: object) -> None:
+        _stop.set()  # each process ends its seed and so leaves nothing behind
+
+    signal.signal(signal.SIGINT, stop)
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        for failed in pool.imap_unordered(run_batch, batches(first, seeds)):
-            done = min(done + BATCH, seeds)
+        for count, failed in pool.imap_unordered(run_batch, batches(first, seeds)):
+            done += count
             failures += len(failed)
             for seed, what in failed.items():
                 print(f"seed {seed}: {what}", flush=True)
-            if time.monotonic() - said > SAY_S or done == seeds:
+            if time.monotonic() - said > SAY_S and not _stop.is_set():
                 said = time.monotonic()
-                rate = done / (said - started)
-                print(f"{done}/{seeds} seeds, {failures} failed, {rate:.0f} a second", flush=True)
+                print(_progress(done, seeds, failures, said - started), flush=True)
+    print(_progress(done, seeds, failures, time.monotonic() - started), flush=True)
     return failures
+
+
+def _progress(done: int, seeds: int, failures: int, seconds: float) -> str:
+    rate = done / seconds
+    left = f", {(seeds - done) / rate / 60:.0f} min left" if rate and done < seeds else ""
+    stopped = ", stopped" if _stop.is_set() else left
+    return f"{done}/{seeds} seeds, {failures} failed, {rate:.0f} a second{stopped}"
 
 
 def main() -> int:
@@ -67,7 +85,8 @@ def main() -> int:
         run(arguments.seed, print if arguments.verbose else None)
         print(f"seed {arguments.seed}: nothing found")
         return 0
-    return int(bool(run_many(arguments.first, arguments.seeds, arguments.jobs)))
+    failures = run_many(arguments.first, arguments.seeds, arguments.jobs)
+    return 130 if _stop.is_set() else int(bool(failures))
 
 
 if __name__ == "__main__":

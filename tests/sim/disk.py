@@ -20,18 +20,23 @@ class FaultyDisk(DiskIo):
     Attributes:
         broken: operation -> errno with which it fails; "direct", "pread", "pwrite", "fallocate"
             or "sync".
+        broken_after: operation -> how many go well first, and the errno.
         tear_at: when set, the next write stops after so many bytes and fails with EIO.
         calls: operations asked for so far.
     """
 
     def __init__(self) -> None:
         self.broken: dict[str, int] = {}
+        self.broken_after: dict[str, tuple[int, int]] = {}
         self.tear_at: int | None = None
         self.calls: list[str] = []
 
     def _enter(self, operation: str) -> None:
         self.calls.append(operation)
+        spared, later = self.broken_after.get(operation, (0, 0))
         code = self.broken.get(operation)
+        if later and self.calls.count(operation) > spared:
+            code = later
         if code is not None:
             raise OSError(code, os.strerror(code))
 

@@ -10,10 +10,13 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from kvist.cachesvc.client import Claimant, Found
+from kvist.cachesvc.loading import LayerLoad
 from kvist.cachesvc.storing import StoreItem, StoreResult
+from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import NO_KEY, BlockKey
 from kvist.proto.record import Bytes, Wanted
 from kvist.proto.shm import MISS_REASONS, TIERS
+from kvist.transfer.pace import Pace
 
 
 class FakeCache:
@@ -37,6 +40,8 @@ class FakeCache:
     def __init__(self) -> None:
         self.state = "attached"
         self.reattaches = 0
+        self.pace = Pace()
+        self.rates: dict[str, int] = {}
         self.blocks: dict[BlockKey, tuple[StoreItem, bytes]] = {}
         self.flash: set[BlockKey] = set()
         self.corrupt: set[BlockKey] = set()
@@ -49,6 +54,7 @@ class FakeCache:
         self.store_gate.set()
         self.counted: list[tuple[int, dict[str, int], dict[str, int]]] = []
         self.touched: list[BlockKey] = []
+        self.hints: list[Hint] = []
         self.prefetched: list[BlockKey] = []
         self.batches: list[int] = []
         self.alone = True
@@ -76,9 +82,10 @@ class FakeCache:
             found.append("flash" if key in self.flash else "dram")
         return tuple(found)
 
-    def touch(self, keys: Sequence[BlockKey], blocks: int) -> None:
+    def touch(self, keys: Sequence[BlockKey], blocks: int, hint: Hint = NO_HINT) -> None:
         """See CacheClient.touch."""
         self.touched += keys[:blocks]
+        self.hints.append(hint)
 
     def prefetch(self, keys: Sequence[BlockKey], blocks: int) -> None:
         """See CacheClient.prefetch."""
@@ -107,6 +114,10 @@ class FakeCache:
         """See CacheClient.count_flight."""
         self.flights.append(tokens)
 
+    def show_rates(self, rates: Mapping[str, int]) -> None:
+        """See CacheClient.show_rates."""
+        self.rates.update(rates)
+
     def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
         """See CacheClient.load."""
         assert deadline > 0
@@ -126,6 +137,15 @@ class FakeCache:
             return "corrupt"
         out[:] = memoryview(payload)
         return None
+
+    def stream(self, load: LayerLoad) -> tuple[int, str]:
+        """See CacheClient.stream."""
+        for block, (wanted, out) in enumerate(zip(load.wanted, load.outs, strict=True)):
+            reason = self.load(wanted, out, 1.0)
+            if reason is not None:
+                return block, reason
+        load.reached(load.cuts[-1])
+        return len(load.wanted), ""
 
     def store(self, items: Sequence[StoreItem]) -> StoreResult:
         """See CacheClient.store."""

@@ -8,7 +8,7 @@ assertion, never a plausible answer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -65,7 +65,12 @@ class FakeModel:
         self.computed = 0
         self.fail_next = 0
 
-    def forward(self, chunks: Sequence[Chunk], pool: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        pool: torch.Tensor,
+        before_layer: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
         """See Model.forward."""
         if self.fail_next:
             self.fail_next -= 1
@@ -77,6 +82,8 @@ class FakeModel:
             for position, token in enumerate(chunk.tokens, chunk.start):
                 page = chunk.pages[position // size]
                 pool[page, 0, :, 0, position % size] = torch.tensor([token, position])
+        if before_layer is not None:
+            before_layer(0)
         for chunk in chunks:
             prefix = self._read(chunk, pool)
             assert prefix[chunk.start :] == list(chunk.tokens)

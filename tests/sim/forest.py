@@ -8,6 +8,7 @@ from kvist.cachesvc.blocks import NO_ROW
 from kvist.cachesvc.eviction import History, PolicyName
 from kvist.cachesvc.rgg import make_policy
 from kvist.cachesvc.uses import Uses
+from kvist.proto.hints import NO_HINT, Hint
 
 
 class Forest:
@@ -16,6 +17,7 @@ class Forest:
     Attributes:
         busy: rows that may not go now.
         clock_s: the time.
+        hint: of requests that begin by storing first blocks.
     """
 
     def __init__(self, rows: int, policy: PolicyName, capacity: int = 16) -> None:
@@ -26,6 +28,7 @@ class Forest:
         self.lives = [0] * rows
         self.busy: set[int] = set()
         self.clock_s = 0.0
+        self.hint = NO_HINT
         self.history = History(rows)
         self.policy = make_policy(policy, self, self.history, capacity, seed=1)
         self.uses = Uses(self, self.history, (self.policy,), lambda: self.clock_s)
@@ -39,6 +42,8 @@ class Forest:
 
     def add(self, rows: list[int], parent: int = NO_ROW) -> None:
         """Store a chain on top of a row."""
+        if parent == NO_ROW and self.hint != NO_HINT:
+            self.uses.expected(self.name(rows[0]) + 1, self.hint)  # the name of its next life
         for row in rows:
             self.parent[row] = parent
             self.depth[row] = 0 if parent == NO_ROW else self.depth[parent] + 1
@@ -53,8 +58,8 @@ class Forest:
         for row in rows:
             self.order.offer(row)
 
-    def touch(self, row: int) -> None:
-        self.uses.touched(1, row)
+    def touch(self, row: int, hint: Hint = NO_HINT) -> None:
+        self.uses.touched(1, row, hint)
 
     def drop(self, row: int) -> None:
         """By force or because it was taken."""

@@ -198,6 +198,16 @@ def store_settled(bench: Bench, worker: Worker, first: int, length: int) -> list
     return keys_of(blocks)
 
 
+def comes_back(bench: Bench) -> None:
+    """Until flash is ready again, and what was on it is known."""
+
+    def ready() -> bool:
+        bench.clock_s += 2.0
+        return bench.parts.moves.state == "ready"
+
+    bench.run_until(ready)
+
+
 def check(bench: Bench) -> None:
     """Everything that must hold between two calls of a store."""
     parts = bench.parts
@@ -241,7 +251,7 @@ def check_slots(bench: Bench, rows: Sequence[int]) -> None:
     dram += [job.dram_slot for job in jobs.values() if hasattr(job, "waiters")]
     assert len(set(dram)) == len(dram)
     assert parts.dram.slots - parts.dram.free_slots >= len(dram)
-    if parts.flash is not None and parts.moves.state != "rebuilding":
+    if parts.flash is not None and not parts.flash.needs_rebuild:
         flash = [slot for row in rows if (slot := index.flash(row)) is not None]
         flash += [job.flash_slot for job in jobs.values() if not hasattr(job, "waiters")]
         assert len(set(flash)) == len(flash)

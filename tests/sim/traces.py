@@ -49,3 +49,16 @@ def write_trace(path: Path, lines: list[dict[str, object]]) -> Path:
 def chat_trace(folder: Path, requests: int, seed: int, **settings: float) -> Trace:
     lines = chat_lines(requests, seed, **settings)  # type: ignore[arg-type]
     return read_trace(write_trace(folder / "chats.jsonl", lines), False, lambda _: None)
+
+
+def continuations(trace: Trace) -> dict[int, float]:
+    """Of each request that another one goes on from, but for its last block: seconds until then."""
+    waiting: dict[int, list[int]] = {}
+    gaps: dict[int, float] = {}
+    for number, at_s in enumerate(trace.times_s.tolist()):
+        prompt = trace.prompt(number).tolist()
+        for row in prompt:
+            for before in waiting.pop(row, ()):
+                gaps[before] = at_s - float(trace.times_s[before])
+        waiting.setdefault(prompt[-2:][0], []).append(number)
+    return gaps

@@ -97,6 +97,16 @@ def change_weather(world: World) -> str:
     return f"disk fails: {sorted(medium.broken)}"
 
 
+def fail_for_long(world: World) -> str:
+    """The disk fails until the store lets the folder go, or nearly."""
+    world.medium.broken |= _WEATHER[3]
+    for _ in range(world.random.choice((4, 10))):
+        world.tick(1.1)
+        world.rush()
+        world.check()
+    return f"disk has failed for long: flash {world.state}"
+
+
 def lose_write(world: World) -> str:
     """The next write is acknowledged and never made."""
     world.medium.lose = True
@@ -209,6 +219,6 @@ def commit_wrongly(world: World) -> str:
 
 FAULTS = (
     kill_sidecar, kill_sidecar, cut_power, restart_sidecar, kill_amid_step, kill_worker,
-    kill_worker, break_connection, change_weather, change_weather, lose_write, tear_write,
-    hang_disk, flip_on_flash, flip_in_dram, commit_wrongly,
+    kill_worker, break_connection, change_weather, change_weather, fail_for_long, lose_write,
+    tear_write, hang_disk, flip_on_flash, flip_in_dram, commit_wrongly,
 )  # fmt: skip

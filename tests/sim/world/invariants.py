@@ -32,7 +32,7 @@ Row: TypeAlias = tuple[int, BlockKey, int | None, int | None]
 """Row, key, slot in DRAM, slot on flash."""
 
 # Counted block by block; counted once for all that stands on it.
-_ONE_BY_ONE = ("dram_evicted", "flash_evicted", "expired")
+_ONE_BY_ONE = ("dram_evicted", "flash_evicted", "expired", "flash_let_go")
 _REASONS = (*_ONE_BY_ONE, "dram_corrupt", "flash_corrupt")
 
 
@@ -141,11 +141,16 @@ def table_of(parts: Parts) -> list[Row]:
     """All that the index holds."""
     index, rows = parts.index, []
     words, mapped = index._words, index._map
+    first = index._position(0)
     for bucket in range(index.buckets):
-        first = index._position(bucket * BUCKET_ROWS)
-        for way, word in enumerate(words[first : first + BUCKET_ROWS].tolist()):
+        ways = words[first : first + BUCKET_ROWS].tolist()
+        first += BUCKET_BYTES // 8
+        if not any(ways):
+            continue
+        start = HEADER_BYTES + bucket * BUCKET_BYTES
+        for way, word in enumerate(ways):
             if word:
-                at = HEADER_BYTES + bucket * BUCKET_BYTES + way * KEY_BYTES
+                at = start + way * KEY_BYTES
                 low, high = word & LOW_HALF, word >> 32
                 key = BlockKey(mapped[at : at + KEY_BYTES])
                 row = bucket * BUCKET_ROWS + way

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kvist.cachesvc import flashio, intake, moves, placement
+from kvist.cachesvc import flashio, intake, moves, placement, restore
 from kvist.cachesvc.blocks import Blocks
 from kvist.cachesvc.index import Location
 from kvist.cachesvc.ring import RingReader
@@ -124,6 +124,9 @@ PLANTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
         placement.Placement, "may_leave_dram", _evict_parents,
     ),
     "children on flash not counted": (Blocks, "lose_flash", _forget_flash_children),
+    "what is in a folder that is opened late is not read": (
+        restore.Restore, "load_late", lambda _: lambda self: self._finish(None),
+    ),
     "generation stays even in a freed slot": (
         DramTier, "free", lambda _: lambda self, slot: self._free.push(slot),
     ),

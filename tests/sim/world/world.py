@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import tempfile
 from collections import deque
@@ -16,37 +15,21 @@ from kvist.cachesvc.answers import Answers
 from kvist.cachesvc.control import _ERRORS
 from kvist.cachesvc.eviction import POLICIES
 from kvist.cachesvc.host import Host
-from kvist.cachesvc.log import Log
 from kvist.cachesvc.parts import Parts
 from kvist.cachesvc.service import STATUS
 from kvist.cachesvc.store import Store, StoreConfig
 from kvist.proto import cache_pb2
 from kvist.proto.errors import Detached, KvistError
 from kvist.proto.keys import BlockKey
+from kvist.proto.shm import FLASH_UNREAD
 from sim.world.forest import LINES, NO_RULES, RULES, SLOT_BYTES, name_of
 from sim.world.invariants import Model, check_closures, table_of
+from sim.world.journal import Journal
 from sim.world.medium import Medium, SimDisk
 from sim.world.scheduler import Killed, Scheduler, SimThreads
 from sim.world.worker import Call, SimClient, lost, stepped_copies
 
 SETTLE_ROUNDS = 400
-
-
-class Journal(Log):
-    """Writes what happened for people who look into a seed; what the product logs, too."""
-
-    def __init__(self, tell: Callable[[str], None] | None) -> None:
-        super().__init__(io.StringIO())
-        self._tell = tell
-
-    def note(self, text: str) -> None:
-        """A line of the world's own."""
-        if self._tell is not None:
-            self._tell(text)
-
-    def _write(self, level: str, event: str, fields: dict[str, object]) -> None:
-        if self._tell is not None:
-            self._tell(f"    {level} {event} {fields}")
 
 
 class World:
@@ -128,6 +111,7 @@ class World:
             return
         self.answers = Answers(self.store)
         self.model.new_life(self.parts)
+        self._rebuilds = 0
         self.forget_damaged()
         self.check()
 
@@ -172,7 +156,12 @@ class World:
 
     def survivors(self) -> set[BlockKey]:
         """Keys that a restart must find again: all that the index shows on flash."""
-        return set(self.on_flash()) | (self.expected if self.state == "rebuilding" else set())
+        return set(self.on_flash()) | (self.expected if self._flash_is_unknown() else set())
+
+    def _flash_is_unknown(self) -> bool:
+        """Whether the store has yet to find out what is on flash."""
+        unread = self.parts.index.flash_state == FLASH_UNREAD
+        return unread or self.state == "rebuilding"
 
     def close(self) -> None:
         """The sidecar ends as an operator ends it: what waits to sink gets there."""
@@ -291,7 +280,11 @@ class World:
     def tick(self, seconds: float) -> str:
         """Time goes on."""
         self.clock_s += seconds
+        failed = self.state == "failed" and not self._flash_is_unknown()
+        known = self.on_flash() if failed else {}
         self.store.tick()
+        if failed and self._flash_is_unknown():  # it was let go, and is to be found again
+            self.expected = set(known)
         return f"tick {seconds}"
 
     def deliver_post(self) -> str:
@@ -332,8 +325,16 @@ class World:
         """Everything that must hold now."""
         self.model.check(self.store, self.clients, cleared)
         self.check_reads()
+        self._look_for_rebuild()
         if self.expected and self.state == "ready":
             self.check_survivors()
+
+    def _look_for_rebuild(self) -> None:
+        """Of a folder that was opened late the index may turn out to be lost."""
+        rebuilds = self.parts.placement.counts.flash_rebuilds
+        if rebuilds != self._rebuilds and self.expected:
+            self.forget_damaged()
+        self._rebuilds = rebuilds
 
     def check_survivors(self) -> None:
         """What had reached flash in an earlier life is there in this one."""

@@ -1,0 +1,249 @@
+"""Load or compute: what a cached prefix costs either way, from what was measured here.
+
+    load(n)    = START_S + bytes of its blocks / bytes per second, tier by tier
+    compute    = c + a * tokens + b * sum of their positions      (of one step)
+
+Rates are means that forget, the second line is fitted by recursive least squares that forget. A
+load that runs beside the computation costs what is longer of the two; one that must rise from flash
+first, or would hold up the computation of others, costs both. Of all prefixes of what was found the
+cheapest is loaded, the rest computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvist.proto.shm import NEVER
+
+# Hand-over to a thread, headers, the result: 0.4 to 0.8 ms of a load, whatever its size.
+START_S = 0.0006
+# Until something was measured: a slow memory, a slow disk, and a computation that is slower than
+# either on every machine that we know, so that the first requests load and thereby measure.
+PRIOR_BYTES_PER_S = {"dram": 3e9, "flash": 0.5e9}
+PRIOR_TOKEN_S = 1 / 5000
+# A load of so many bytes moves the mean half-way.
+HALF_BYTES = 16 << 20
+WEIGHT_MAX = 0.5
+# Steps with fewer tokens say more about decoding than about prompts.
+STEP_TOKENS_MIN = 32
+# The weight of a step after n others is FORGET ** n: some 20 count.
+FORGET = 0.95
+# Tokens of context that double the cost of one: 4,000 for a model of 135 M, 30,000 for 8 B. How far
+# b is believed to be from 0 before two different steps were seen.
+CROSSOVER = 4096
+# Variance over the square of a: what nothing is heard of shall not be believed to be anything.
+SPREAD_MAX = 1e4
+WEIGHT_SMALL = 0.05
+# Estimates are no better than that.
+MARGIN = 1.1
+# Variance of a step's time around what it should be, over its square.
+NOISE = 0.1**2
+# Prefixes that were computed although they were there, before one is loaded all the same, so that a
+# rate that was bad once is looked at again.
+TRY_AGAIN = 16
+
+
+class Rate:
+    """Bytes per second, a mean that forgets.
+
+    Attributes:
+        bytes_per_s: the mean; the prior until something was measured.
+        measured: something was.
+    """
+
+    def __init__(self, prior: float) -> None:
+        self.bytes_per_s = prior
+        self.measured = False
+
+    def add(self, count: int, seconds: float) -> None:
+        """A copy of count bytes took so long, its start included."""
+        if not count:
+            return
+        rate = count / max(seconds - START_S, seconds / 4, 1e-9)
+        weight = min(WEIGHT_MAX, count / (count + HALF_BYTES)) if self.measured else 1.0
+        self.bytes_per_s += weight * (rate - self.bytes_per_s)
+        self.measured = True
+
+
+class Prefill:
+    """Seconds of a step: c + a * tokens + b * sum of their positions, fitted as steps come.
+
+    Small steps tell c, large ones a and b; one alone tells a.
+
+    Attributes:
+        steps: large ones that were taken in.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._c = 0.0
+        self._theta = np.array([PRIOR_TOKEN_S, 0.0])
+        self._spread = np.zeros((2, 2))
+
+    def observe(self, tokens: int, positions: float, seconds: float) -> None:
+        """A step took so long.
+
+        Args:
+            tokens: that it computed. positions: sum of theirs.
+        """
+        if seconds <= 0 or not tokens:
+            return
+        x = np.array([tokens, positions])
+        if tokens < STEP_TOKENS_MIN:
+            rest = max(0.0, seconds - float(x @ self._theta)) if self.steps else seconds
+            self._c += WEIGHT_SMALL * (rest - self._c) if self._c else rest
+            return
+        target = max(seconds - self._c, seconds / 4)
+        if not self.steps:
+            self._theta = np.array([target / tokens, 0.0])
+            self._spread = np.diag([1.0, 1.0 / CROSSOVER**2]) * self._theta[0] ** 2
+        self.steps += 1
+        # Divided by the time: a step of 2,000 tokens is not worth more than one of 200.
+        x, target = x / seconds, target / seconds
+        gain = self._spread @ x
+        gain /= FORGET * NOISE + x @ gain
+        self._theta += gain * (target - x @ self._theta)
+        self._spread = (self._spread - np.outer(gain, x @ self._spread)) / FORGET
+        room = SPREAD_MAX * float(self._theta[0]) ** 2 / max(self._spread[0, 0], 1e-300)
+        self._spread *= min(1.0, room)
+
+    def seconds(self, tokens: npt.ArrayLike, positions: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """What steps of so many tokens at positions of this sum take."""
+        c, a, b = self.coefficients
+        return c + a * np.asarray(tokens) + b * np.asarray(positions)
+
+    @property
+    def coefficients(self) -> tuple[float, float, float]:
+        """c, a, b in seconds; none is negative, whatever noise makes of the fit."""
+        return self._c, max(0.0, float(self._theta[0])), max(0.0, float(self._theta[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is loaded of a found prefix, and what that was estimated to cost.
+
+    Attributes:
+        blocks: to load; the rest is computed.
+        skipped: found, but computed because that is cheaper.
+        load_s: to load them.
+        compute_s: to compute what is not loaded.
+    """
+
+    blocks: int
+    skipped: int
+    load_s: float
+    compute_s: float
+
+
+class CostModel:
+    """Measured rates of one worker and the decisions that follow. Used by one thread.
+
+    Args:
+        block_bytes: bytes of a block.
+        block_tokens: tokens of a block.
+
+    Attributes:
+        rates: tier -> rate of loads.
+        store: rate of stores.
+        prefill: the computation.
+    """
+
+    def __init__(self, block_bytes: int, block_tokens: int) -> None:
+        self.rates = {tier: Rate(prior) for tier, prior in PRIOR_BYTES_PER_S.items()}
+        self.store = Rate(PRIOR_BYTES_PER_S["dram"])
+        self.prefill = Prefill()
+        self._block_bytes = block_bytes
+        self._block_tokens = block_tokens
+        self._avoided = 0
+
+    def choose(
+        self, first: int, tiers: Sequence[str], tokens: int, queued: int, alone: bool
+    ) -> Choice:
+        """Decide how much of a found prefix is loaded; tell `decided` when that is done.
+
+        Args:
+            first: position where the found blocks begin.
+            tiers: of each found block.
+            tokens: of the whole sequence.
+            queued: blocks of other loads that are under way and go first.
+            alone: nobody is held up when the load takes longer than the computation.
+        """
+        load_s, compute_s = self._load_s(tiers, queued), self._compute_s(first, len(tiers), tokens)
+        risen = np.array([0, *np.cumsum([tier == "flash" for tier in tiers])])
+        is_serial = (risen > 0) | ((load_s > compute_s) & (not alone))
+        total = np.where(is_serial, load_s + compute_s, np.maximum(load_s, compute_s))
+        # Of those that are about as good the longest: it leaves the cores to others.
+        best = int(np.flatnonzero(total <= MARGIN * total.min())[-1])
+        if self._avoided >= TRY_AGAIN:
+            best = len(tiers)
+        return Choice(best, len(tiers) - best, float(load_s[best]), float(compute_s[best]))
+
+    def decided(self, choice: Choice) -> None:
+        """A choice is being carried out."""
+        if choice.skipped:
+            self._avoided += 1
+        elif self._avoided >= TRY_AGAIN:
+            self._avoided = 0
+
+    def loaded(self, tiers: Sequence[str], seconds: float) -> None:
+        """Blocks of these tiers have come, in so long; where they were when they were found."""
+        flash = sum(tier == "flash" for tier in tiers)
+        # While one rises others are copied, so the slower tier is what the time was spent on.
+        tier, blocks = ("flash", flash) if flash else ("dram", len(tiers))
+        self.rates[tier].add(blocks * self._block_bytes, seconds)
+
+    def stored(self, blocks: int, seconds: float) -> None:
+        """So many blocks were copied in, in so long."""
+        self.store.add(blocks * self._block_bytes, seconds)
+
+    def break_even_tokens(self, tier: str) -> float:
+        """Length of a prefix from which loading it all from a tier beats computing it.
+
+        Whole blocks; math.inf when no length does.
+        """
+        _, a, b = self.prefill.coefficients
+        gain = a - self._block_bytes / self._block_tokens / self.rates[tier].bytes_per_s
+        if gain <= 0 and not b:
+            return math.inf
+        root = math.sqrt(gain**2 + 2 * b * START_S)
+        # gain * n + b * n^2 / 2 = START_S, in the form that does not cancel.
+        tokens = 2 * START_S / (gain + root) if gain > 0 else (root - gain) / b
+        return max(1, math.ceil(tokens / self._block_tokens)) * self._block_tokens
+
+    def rates_shown(self) -> dict[str, int]:
+        """What was measured, by name of proto.shm.RATES."""
+        shown: dict[str, float] = {}
+        for tier, rate in self.rates.items():
+            if rate.measured:
+                shown[f"load_bytes_per_s.{tier}"] = rate.bytes_per_s
+        if self.store.measured:
+            shown["store_bytes_per_s.dram"] = self.store.bytes_per_s
+        if self.prefill.steps:
+            for tokens in (512, 2048, 8192):
+                seconds = float(self.prefill.seconds(tokens, tokens**2 / 2))
+                shown[f"prefill_tokens_per_s.{tokens}"] = tokens / seconds
+            for tier, rate in self.rates.items():
+                if rate.measured:
+                    shown[f"break_even_tokens.{tier}"] = self.break_even_tokens(tier)
+        return {
+            name: NEVER if value == math.inf else max(1, round(value))
+            for name, value in shown.items()
+        }
+
+    def _load_s(self, tiers: Sequence[str], queued: int) -> npt.NDArray[np.float64]:
+        """Seconds to load the first 0, 1, ... blocks."""
+        each = [self._block_bytes / self.rates[tier].bytes_per_s for tier in tiers]
+        waits = START_S + queued * self._block_bytes / self.rates["dram"].bytes_per_s
+        out = np.cumsum([waits, *each])
+        out[0] = 0.0
+        return out
+
+    def _compute_s(self, first: int, blocks: int, tokens: int) -> npt.NDArray[np.float64]:
+        """Seconds to compute what is left when the first 0, 1, ... blocks are loaded."""
+        start = first + np.arange(blocks + 1) * self._block_tokens
+        return self.prefill.seconds(tokens - start, (tokens**2 - start**2) / 2)

@@ -1,0 +1,1 @@
+"""`kvist bench`: measure a server over HTTP, or the engine in this process."""

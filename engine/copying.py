@@ -1,0 +1,233 @@
+"""The threads that copy blocks: in, before a computation or beside it, and out."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvist.cachesvc.loading import LayerLoad
+from kvist.cachesvc.log import Log
+from kvist.cachesvc.storing import StoreItem, StoreResult
+from kvist.engine.cache import Cache
+from kvist.engine.loading import LoadGate, LoadJob
+from kvist.engine.sequence import Sequence, State
+from kvist.proto.record import Bytes, Wanted
+
+LOADERS = 2
+# How long a load may wait for blocks that rise from flash. A block takes 0.5 to 2 ms from a disk
+# that is not busy; 2 s cover one that is.
+LOAD_BASE_S = 2.0
+LOAD_BLOCK_S = 0.01
+STORE_BATCH = 128
+CLOSE_DRAIN_S = 2.0
+CLOSE_JOIN_S = LOAD_BASE_S + 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A load has ended.
+
+    Attributes:
+        sequence: whose; it may have been aborted meanwhile.
+        blocks: leading blocks of its `found` that are in its pages, verified.
+        reason: why no more, a miss reason; "" when all came.
+        seconds: since the load was asked for.
+        pages: no longer written to.
+        gate: that the sequence had when the load was asked for.
+        busy_s: since a thread took it up.
+    """
+
+    sequence: Sequence
+    blocks: int
+    reason: str
+    seconds: float
+    pages: list[int]
+    gate: LoadGate | None = None
+    busy_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A batch of stores has ended, in so many seconds."""
+
+    result: StoreResult
+    pages: list[int]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoreJob:
+    """A block to store, and the page that it is copied from."""
+
+    item: StoreItem
+    page: int
+
+
+class Copiers:
+    """The threads and their queues. Every method is for the core's thread.
+
+    Args:
+        cache: where blocks come from and go to; not closed here.
+        page_bytes: a page of the pool as writable bytes that share its memory.
+        log: where faults of the threads are told.
+        now: clock of load deadlines and durations, the same as the cache's.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        page_bytes: Callable[[int], Bytes],
+        log: Log,
+        now: Callable[[], float],
+    ) -> None:
+        self._cache = cache
+        self._page_bytes = page_bytes
+        self._log = log
+        self._now = now
+        self._load_jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
+        # Apart: a step waits for these, and the other loaders may be waiting for flash.
+        self._layer_jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
+        self._store_jobs: queue.SimpleQueue[StoreJob | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Loaded | Stored] = queue.SimpleQueue()
+        self._early: deque[Loaded | Stored] = deque()
+        self._closing = threading.Event()
+        self._threads: list[threading.Thread] = []
+        targets = [("kvist-load", self._run_loads)] * LOADERS
+        targets += [("kvist-layers", self._run_layers), ("kvist-store", self._run_stores)]
+        for name, target in targets:
+            thread = threading.Thread(target=target, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def load(self, job: LoadJob) -> None:
+        """Queue a load; a Loaded comes of it."""
+        self._cache.pace.begin_load()
+        if job.gate is not None:
+            self._layer_jobs.put(job)
+            return
+        for _ in range(min(LOADERS, len(job.pages))):
+            self._load_jobs.put(job)
+
+    def store(self, job: StoreJob) -> None:
+        """Queue a store; it is in a Stored later."""
+        self._store_jobs.put(job)
+
+    def take(self) -> Loaded | Stored | None:
+        """What has ended, in order; None when nothing has."""
+        try:
+            return self._early.popleft() if self._early else self._results.get_nowait()
+        except queue.Empty:
+            return None
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until there is something to take, or timeout_s have passed."""
+        if not self._early:
+            try:
+                self._early.append(self._results.get(timeout=timeout_s))
+            except queue.Empty:
+                return
+
+    def close(self) -> None:
+        """Let stores drain for CLOSE_DRAIN_S and end the threads."""
+        self._store_jobs.put(None)
+        self._threads[-1].join(CLOSE_DRAIN_S)
+        self._closing.set()
+        self._layer_jobs.put(None)
+        for _ in range(LOADERS):
+            self._load_jobs.put(None)
+        for thread in self._threads:
+            thread.join(CLOSE_JOIN_S)
+
+    # On the threads.
+
+    def _run_loads(self) -> None:
+        while (job := self._load_jobs.get()) is not None:
+            patience_s = LOAD_BASE_S + LOAD_BLOCK_S * len(job.pages)
+            while (taken := job.take(self._now(), patience_s)) is not None:
+                block, deadline = taken
+                if job.give(block, self._load(job, block, deadline)):
+                    self._end(job, job.blocks, job.reason)
+
+    def _run_layers(self) -> None:
+        while (job := self._layer_jobs.get()) is not None:
+            job.began_s = self._now()
+            blocks, reason = self._stream(job)
+            self._end(job, blocks, reason)
+
+    def _end(self, job: LoadJob, blocks: int, reason: str) -> None:
+        self._cache.pace.end_load()
+        now = self._now()
+        asked_s, busy_s = now - job.started_s, now - job.began_s
+        self._results.put(
+            Loaded(job.sequence, blocks, reason, asked_s, job.pages, job.gate, busy_s)
+        )
+        # Last: who waits at the gate takes the result without waiting for it.
+        if job.gate is not None:
+            job.gate.end(not reason)
+
+    def _stream(self, job: LoadJob) -> tuple[int, str]:
+        """Copy a job's blocks layer by layer: how many came and why no more."""
+        assert job.gate is not None
+        if self._closing.is_set():
+            return 0, "detached"
+        try:
+            wanted, outs = [], []
+            for block, page in enumerate(job.pages, job.first):
+                outs.append(self._page_bytes(page))
+                wanted.append(self._wanted(job.sequence, block, outs[-1].nbytes))
+            return self._cache.stream(LayerLoad(wanted, outs, job.cuts, job.gate.reach))
+        except Exception as error:
+            self._log.error("load failed", request=job.sequence.id, error=repr(error))
+            return 0, "detached"
+
+    def _load(self, job: LoadJob, block: int, deadline: float) -> str | None:
+        """Copy a block of a job; why it did not come, or None."""
+        if job.sequence.state is not State.LOADING or self._closing.is_set():
+            return "detached"  # aborted: nobody counts it
+        try:
+            out = self._page_bytes(job.pages[block])
+            wanted = self._wanted(job.sequence, job.first + block, out.nbytes)
+            return self._cache.load(wanted, out, deadline)
+        except Exception as error:
+            self._log.error("load failed", request=job.sequence.id, error=repr(error))
+            return "detached"
+
+    def _wanted(self, sequence: Sequence, block: int, payload_bytes: int) -> Wanted:
+        assert sequence.digest is not None
+        tokens = sequence.block_tokens_bytes(block)
+        return Wanted(sequence.keys()[block], sequence.digest, tokens, payload_bytes)
+
+    def _run_stores(self) -> None:
+        more = True
+        while more:
+            jobs: list[StoreJob] = []
+            more = self._take_batch(jobs)
+            if not jobs:
+                continue
+            began_s = self._now()
+            if self._closing.is_set():
+                result = StoreResult(0, 0, {"closing": len(jobs)})
+            else:
+                result = self._store_batch([job.item for job in jobs])
+            pages = [job.page for job in jobs]
+            self._results.put(Stored(result, pages, self._now() - began_s))
+
+    def _take_batch(self, jobs: list[StoreJob]) -> bool:
+        """Wait for a job, take those that are queued behind it; False when no more come."""
+        job = self._store_jobs.get()
+        while job is not None:
+            jobs.append(job)
+            if len(jobs) == STORE_BATCH or self._store_jobs.empty():
+                return True
+            job = self._store_jobs.get()
+        return False
+
+    def _store_batch(self, items: list[StoreItem]) -> StoreResult:
+        try:
+            return self._cache.store(items)
+        except Exception as error:
+            self._log.error("store failed", blocks=len(items), error=repr(error))
+            return StoreResult(0, 0, {"failed": len(items)})

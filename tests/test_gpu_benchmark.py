@@ -1,0 +1,104 @@
+"""The GPU benchmark runs at toy sizes without a GPU, and every kernel compiles for one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+# A Hopper gives a program 227 KiB of shared memory and a thread 255 registers.
+SHARED_MAX = 227 << 10
+
+
+def last_line(script: str, *arguments: str, **env: str) -> dict[str, Any]:
+    """Run a benchmark in a process of its own and take its JSON."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / script), *arguments],
+        env={**inherited, **env, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return line
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", FOLDER / "gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_tiny_run_goes_through_every_phase_and_finds_every_kernel_right(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    line = last_line("gpu.py", "--tiny", "--out", str(out))
+    assert json.loads(out.read_text()) == line
+    assert line["failed"] == []
+    assert line["wrong"] == []
+    assert line["tiny"]
+    kernels = {*line["attention_errors"], *line["small_errors"]} - {"seconds"}
+    assert len(kernels) == 11
+    for phase in ("decode_attention", "prefill_attention", "small_kernels", "products"):
+        assert len(line[phase]) > 2
+    for phase in ("decode_steps", "prefill", "tiers", "hits", "invariance"):
+        assert len(line[phase]) > 1
+    assert {"a_ms", "b_ms_per_token", "floor_a_ms"} <= set(line["step_line"])
+    assert line["offline"]["tok_per_s"] > 0
+    assert line["tiers"]["right"]
+
+
+def test_a_wrong_kernel_and_a_damaged_block_are_named(gpu: ModuleType) -> None:
+    right, wrong = {"error": 1e-4, "right": True}, {"error": float("nan"), "right": False}
+    errors = {"decode_attention": right, "prefill_attention": wrong, "seconds": 1.0}
+    found = gpu.wrong_results({"attention_errors": errors, "tiers": {"right": False}})
+    assert found == ["prefill_attention", "tiers"]
+    assert gpu.wrong_results({"attention_errors": {"error": "RuntimeError: no memory"}}) == []
+
+
+def test_a_phase_that_fails_is_told_and_the_next_one_runs(gpu: ModuleType) -> None:
+    bench = gpu.Bench(gpu.TINY, gpu.torch.device("cpu"), seconds=60)
+
+    def fail() -> None:
+        raise RuntimeError("no memory")
+
+    assert bench.phase("first", fail) is None
+    assert bench.phase("second", lambda: {"ms": 1.0})["ms"] == 1.0
+    assert bench.failed == ["first"]
+    assert bench.result["first"]["error"] == "RuntimeError: no memory"
+
+
+def test_no_phase_begins_when_the_time_is_over(gpu: ModuleType) -> None:
+    bench = gpu.Bench(gpu.TINY, gpu.torch.device("cpu"), seconds=0)
+    bench.run()
+    assert bench.result == {"ceilings": {"skipped": "out of time"}}
+
+
+def test_every_kernel_compiles_for_hopper_without_spills_and_with_matrix_units(
+    tmp_path: Path,
+) -> None:
+    line = last_line("kernel_report.py", TRITON_CACHE_DIR=str(tmp_path))
+    kernels = {name: entry for name, entry in line.items() if isinstance(entry, dict)}
+    assert len(kernels) == 15
+    for name, entry in kernels.items():
+        assert entry["spilled_bytes"] == 0, name
+        assert entry["shared_bytes"] <= SHARED_MAX, name
+        # The sampler's logarithms are polynomials; nobody's bits depend on another step of it.
+        assert entry["fused"] == 0 or name == "sample_kernel", name
+    for name in ("prefill_kernel", "prefill_kernel_float8", "matmul_kernel"):
+        assert kernels[name]["wgmma"] > 0
+    for name in ("split_kernel", "split_kernel_float8"):
+        assert kernels[name]["mma"] > 0
+        assert kernels[name]["async_copies"] > 0

@@ -1,0 +1,184 @@
+"""Requests whose blocks rise from flash: others pass them, for a bounded time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from sim.fake_cache import FakeCache
+
+from kvist.cachesvc.cost import START_S
+from kvist.cachesvc.log import Log
+from kvist.cachesvc.storing import StoreItem
+from kvist.engine.connector import Connector
+from kvist.engine.pages import Pages
+from kvist.engine.request import NewRequest, SamplingParams
+from kvist.engine.rising import PATIENCE, PATIENCE_BASE_S
+from kvist.engine.scheduler import Scheduler
+from kvist.engine.sequence import Limits, Sequence, State
+from kvist.engine.weighing import Weigher
+
+SIZE, PAGE_BYTES = 4, 64
+DIGEST = bytes(range(32))
+LIMITS = Limits(max_model_len=4096, block_tokens=SIZE)
+
+
+class Bench:
+    """A scheduler and a connector over a fake cache, and a clock that stands still."""
+
+    def __init__(self, cache: FakeCache) -> None:
+        self.now_s = 100.0
+        self.cache = cache
+        self.pages = Pages(64)
+        pool = np.zeros((64, PAGE_BYTES), np.uint8)
+        self.connector = Connector(
+            cache, lambda page: pool[page], self.pages, Log(io.StringIO()), lambda: self.now_s
+        )
+        self.connector.weigher = Weigher(2, PAGE_BYTES, SIZE)
+        self.scheduler = Scheduler(self.pages, self.connector, SIZE, 64, 8)
+        self._count = 0
+
+    def add(self, tokens: list[int]) -> Sequence:
+        """A request arrives."""
+        self._count += 1
+        request = NewRequest(str(self._count), tokens, SamplingParams())
+        sequence = Sequence(request, self._count, LIMITS, DIGEST, self.now_s)
+        self.connector.arrive(sequence)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def put(self, tokens: list[int], tier: str) -> None:
+        """The cache has a prompt's blocks."""
+        donor = Sequence(NewRequest("d", tokens, SamplingParams()), 0, LIMITS, DIGEST, 0.0)
+        payload = np.zeros(PAGE_BYTES, np.uint8)
+        for block in range(donor.usable_blocks):
+            item = StoreItem(
+                donor.keys()[block], donor.parent(block), DIGEST, block,
+                donor.block_tokens_bytes(block), payload,
+            )  # fmt: skip
+            self.cache.blocks[item.key] = (item, payload.tobytes())
+            if tier == "flash":
+                self.cache.flash.add(item.key)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench(FakeCache())
+    yield made
+    made.connector.close()
+
+
+HIGH, OTHER = list(range(13)), list(range(100, 113))
+
+
+def test_one_whose_blocks_rise_is_passed_by_one_that_came_later(bench: Bench) -> None:
+    bench.put(HIGH, "flash")
+    bench.cache.stuck = True
+    rising, other = bench.add(HIGH), bench.add(OTHER)
+    step = bench.scheduler.schedule()
+    assert [work.sequence for work in step.work] == [other]
+    assert (rising.state, rising.pages, bench.connector.deferred) == (State.WAITING, [], 1)
+
+
+def test_it_is_admitted_when_its_blocks_have_come_and_loads_beside_its_own_computation(
+    bench: Bench,
+) -> None:
+    bench.put(HIGH, "flash")
+    bench.cache.stuck = True
+    rising = bench.add(HIGH)
+    assert not bench.scheduler.schedule().work
+    bench.cache.flash.clear()
+    step = bench.scheduler.schedule()
+    assert ([work.sequence for work in step.work], step.loads) == ([rising], [rising])
+    assert rising.found == ("dram",) * 3
+    assert rising.gate is not None
+    bench.connector.load(rising)
+    assert rising.gate.finish()
+    (done,) = bench.connector.poll()
+    bench.scheduler.loaded(done.sequence, done.blocks)
+    assert bench.connector.deferred == 0
+    # It was on flash when it was asked for, whoever brought it up meanwhile.
+    assert bench.cache.counted == [(13, {"flash": 12}, {"tail": 1})]
+
+
+@pytest.mark.parametrize(("step_s", "measured"), [(0.001, True), (0.5, False)])
+def test_a_rise_is_timed_when_it_was_looked_at_often_enough(
+    bench: Bench, step_s: float, measured: bool
+) -> None:
+    bench.put(HIGH, "flash")
+    bench.cache.stuck = True
+    weigher = bench.connector.weigher
+    assert weigher is not None
+    bench.add(HIGH)
+    for _ in range(10):
+        bench.now_s += 0.001
+        bench.scheduler.schedule()
+    bench.cache.flash.clear()
+    bench.now_s += step_s
+    assert len(bench.scheduler.schedule().loads) == 1
+    rate = weigher.cost.rates["flash"]
+    assert rate.measured == measured
+    if measured:
+        assert rate.bytes_per_s == pytest.approx(3 * PAGE_BYTES / (0.011 - START_S))
+
+
+def test_it_waits_no_longer_than_its_patience(bench: Bench) -> None:
+    bench.put(HIGH, "flash")
+    bench.cache.stuck = True
+    rising = bench.add(HIGH)
+    assert bench.scheduler.schedule().loads == []
+    bench.now_s += PATIENCE_BASE_S + PATIENCE * 1.0
+    assert bench.scheduler.schedule().loads == [rising]
+    assert (rising.state, rising.gate) == (State.LOADING, None)
+
+
+def test_what_is_in_dram_waits_for_nothing(bench: Bench) -> None:
+    bench.put(HIGH, "dram")
+    present = bench.add(HIGH)
+    assert bench.scheduler.schedule().loads == [present]
+    assert bench.connector.deferred == 0
+
+
+def test_an_aborted_request_is_forgotten(bench: Bench) -> None:
+    bench.put(HIGH, "flash")
+    bench.cache.stuck = True
+    rising = bench.add(HIGH)
+    bench.scheduler.schedule()
+    bench.scheduler.finish(rising)
+    bench.connector.poll()
+    assert bench.connector.deferred == 0
+
+
+def test_blocks_that_are_cheaper_to_compute_do_not_rise_and_are_counted_as_such(
+    bench: Bench,
+) -> None:
+    bench.put(HIGH, "flash")
+    weigher = bench.connector.weigher
+    assert weigher is not None
+    weigher.cost.loaded(["flash"] * 3, 1e3)
+    one = bench.add(HIGH)
+    assert bench.cache.prefetched == []
+    step = bench.scheduler.schedule()
+    assert ([work.sequence for work in step.work], step.loads) == ([one], [])
+    assert bench.cache.counted == [(13, {}, {"cheaper": 12, "tail": 1})]
+    assert bench.connector.load_stats().decisions == {"load": 0, "part": 0, "compute": 1}
+
+
+@pytest.mark.parametrize(("beside", "by_layers"), [(0, True), (3, False)])
+def test_a_load_longer_than_its_computation_runs_beside_it_when_nobody_else_computes(
+    bench: Bench, beside: int, by_layers: bool
+) -> None:
+    prompt = list(range(241))
+    bench.put(prompt, "dram")
+    weigher = bench.connector.weigher
+    assert weigher is not None
+    # 60 ms to load all blocks, 25 to compute the rest, 100 to compute one block more.
+    weigher.cost.loaded(["dram"] * 60, START_S + 0.060)
+    weigher.cost.prefill.observe(64, 0.0, 64 * 0.025)
+    bench.connector.beside(beside)
+    asked = bench.add(prompt)
+    assert bench.scheduler.schedule().loads == [asked]
+    assert asked.found == ("dram",) * 60
+    assert (asked.gate is not None, asked.state is State.RUNNING) == (by_layers, by_layers)
