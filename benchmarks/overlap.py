@@ -22,6 +22,7 @@ import dataclasses
 import json
 import os
 import queue
+import signal
 import statistics
 import sys
 import tempfile
@@ -353,6 +354,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Measure and print; the last line is one JSON object."""
     flags = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the sidecar ends with us
     with tempfile.TemporaryDirectory(prefix="kvist-overlap-") as folder:
         bench = Bench(Path(folder), flags)
         try:
@@ -367,33 +369,22 @@ def main() -> int:
         finally:
             bench.close()
     # The line's own figures are those of the hardest case: the shortest suffix.
-    hardest = {
-        tier: min((r for r in rows if r["tier"] == tier), key=_suffix) for tier in _tiers(rows)
-    }
-    first = hardest[next(iter(hardest))]
     keys = ("load_ms", "compute_ms", "both_ms", "stall_percent")
-    print(
-        json.dumps(
-            {
-                "bench": "overlap",
-                **{key: first[key] for key in keys},
-                "worst_stall_percent": max(row["stall_percent"] for row in rows),
-                "cached_tokens": flags.cached,
-                "rows": rows,
-                "cold": cold,
-                "rates": rates,
-            }
-        )
-    )
+    hardest: dict[str, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: -int(row["suffix_tokens"])):
+        hardest[row["tier"]] = {key: row[key] for key in keys}
+    document = {
+        "bench": "overlap",
+        **hardest[rows[0]["tier"]],
+        "tiers": hardest,
+        "cached_tokens": flags.cached,
+        "threads": flags.threads,
+        "rows": rows,
+        "cold": cold,
+        "rates": rates,
+    }
+    print(json.dumps(document))
     return 0
-
-
-def _suffix(row: dict[str, Any]) -> int:
-    return int(row["suffix_tokens"])
-
-
-def _tiers(rows: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(str(row["tier"]) for row in rows))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="of the engine (%(default)s)")
     parser.add_argument("--model", default="demo", help="as kvist serve takes it (%(default)s)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server ends with us
     result: dict[str, Any] = {"bench": "serving", "trace": arguments.trace.name}
     for mode, flags in MODES.items():
         print(f"replaying with {mode}", file=sys.stderr)

@@ -166,9 +166,12 @@ class Mover:
 
     Args:
         slots: blocks; the arena has a slot more for each, to rise into.
+        io_threads: as the setting of that name.
     """
 
-    def __init__(self, folder: Path, slots: int, shape: RecordShape, undo: ExitStack) -> None:
+    def __init__(
+        self, folder: Path, slots: int, shape: RecordShape, io_threads: int, undo: ExitStack
+    ) -> None:
         self.dram = DramTier(
             Path("/dev/shm") / f"{folder.name}-flash", 2 * slots, shape.record_bytes
         )
@@ -179,7 +182,7 @@ class Mover:
         undo.callback(self.flash.close)
         self._posted: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._ended = 0
-        self.io = FlashIo(self.dram, self.flash, Threads(), 2, self._posted.put, self)
+        self.io = FlashIo(self.dram, self.flash, Threads(), io_threads, self._posted.put, self)
         undo.callback(self.io.close)
 
     def risen(self, job: Rise) -> None:
@@ -202,14 +205,14 @@ class Mover:
             self._posted.get()()
 
 
-def measure_flash(block_bytes: int, folder: Path, rounds: int) -> Seconds:
+def measure_flash(block_bytes: int, folder: Path, rounds: int, io_threads: int) -> Seconds:
     """Rounds of plain writes, sinks, plain reads and rises, one after the other."""
     shape = RecordShape(block_bytes, BLOCK_TOKENS)
     count = max(12, WORKING_SET_BYTES // 2 // block_bytes)
     draw = np.random.default_rng(1)
     seconds: Seconds = {}
     with ExitStack() as undo:
-        mover = Mover(folder, count, shape, undo)
+        mover = Mover(folder, count, shape, io_threads, undo)
         headers = []
         for number in range(2 * count):
             payload = draw.integers(0, 256, block_bytes, dtype=np.uint8)
@@ -291,6 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--block-mib", type=float, default=1.5, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="(%(default)s)")
+    parser.add_argument("--io-threads", type=int, default=2, help="of flash (%(default)s)")
     parser.add_argument("--folder", help="of the flash tier; a temporary one if not given")
     arguments = parser.parse_args()
     block_bytes = int(arguments.block_mib * (1 << 20))
@@ -299,8 +303,9 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="kvist-bench-", dir=arguments.folder) as disk,
     ):
         dram = measure_dram(block_bytes, Path(memory), arguments.rounds)
-        flash = measure_flash(block_bytes, Path(disk), arguments.rounds)
-    print(json.dumps(report(block_bytes, dram, flash, arguments.rounds)))
+        flash = measure_flash(block_bytes, Path(disk), arguments.rounds, arguments.io_threads)
+    found = report(block_bytes, dram, flash, arguments.rounds)
+    print(json.dumps({**found, "io_threads": arguments.io_threads}))
 
 
 if __name__ == "__main__":

@@ -203,8 +203,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "eviction",
         "rgg",
-        "Which blocks go first: rgg learns what comes back; cost weighs it by what it costs to "
-        "compute; neither is far behind lru, which drops what was used longest ago.",
+        "Which blocks go first: rgg learns what comes back and stays close to lru, which drops "
+        "what was used longest ago; cost is rgg for long prompts, see docs/architecture.md.",
         _one_of(POLICIES),
     ),
     Setting(

@@ -52,7 +52,7 @@ def _priority(code: int) -> int:
 
 # By code.
 _PRIORITIES = np.array([_priority(code) for code in range(256)], np.int8)
-_WEIGHTS = 2.0**_PRIORITIES
+_WEIGHTS = np.exp2(_PRIORITIES.astype(np.float64))
 _WEIGHT_OF = _WEIGHTS.data
 
 
@@ -108,7 +108,7 @@ class Hints:
 
     def expectations(self, rows: Rows) -> NDArray[np.uint8]:
         """When blocks are expected, (rows,)."""
-        expected: NDArray[np.uint8] = self._codes[rows] & _EXPECTATION
+        expected: NDArray[np.uint8] = self._codes[rows] & np.uint8(_EXPECTATION)
         return expected
 
     def expectation(self, row: int) -> int:

@@ -72,7 +72,7 @@ class Gittins:
 
     Attributes:
         name: "cost" multiplies the worth of a block by what it costs to compute again, which grows
-            with the tokens before it; "rgg" does not.
+            with the tokens before it; it has no guard, which counts blocks alike. "rgg" does not.
         shadows: one per order, in their order.
         block_tokens: see Policy.
     """
@@ -108,7 +108,7 @@ class Gittins:
         self, may_go: Callable[[int], bool], held: Callable[[Rows], int], capacity: int
     ) -> SampledOrder:
         """See Policy."""
-        shadow = Shadow(capacity)
+        shadow = Shadow(capacity, is_guarding=self.name != "cost")
         self.shadows.append(shadow)
         self._held.append(held)
         return SampledOrder(self, shadow, may_go, self._random)

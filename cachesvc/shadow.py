@@ -50,9 +50,11 @@ class Shadow:
 
     Args:
         capacity: blocks that fit.
+        is_guarding: leaf-LRU's order may hold; else there are figures only.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, is_guarding: bool = True) -> None:
+        self._is_guarding = is_guarding
         self.hits = 0
         self.own_hits = 0
         self.asked = 0
@@ -104,7 +106,8 @@ class Shadow:
         prior = _RISK_OF_CAPACITY * self._capacity
         risk = (self._lost + _RISK * prior) / (self._lost + self._kept + prior)
         allowed = _ALLOWED_REQUESTS * self.asked / max(1, self._newest)
-        return self.is_losing or risk * self._stake > self._lead + allowed
+        is_over = risk * self._stake > self._lead + allowed
+        return self._is_guarding and (self.is_losing or is_over)
 
     def evicted(self, last: int) -> None:
         """The policy lets go a block that a request used last."""
@@ -198,7 +201,8 @@ class Shadow:
             self._lead = self._weight = 0.0
             self._since = request
         elif (
-            request - self._since >= _REQUESTS_MIN
+            self._is_guarding
+            and request - self._since >= _REQUESTS_MIN
             and self._stored >= _TURNOVERS_MIN * self._capacity
             and self._lead < -_LOSS * self._weight
         ):

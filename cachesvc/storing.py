@@ -128,7 +128,7 @@ class Storer:
             elif over:  # the share is smaller than it was: from now on commit before the next
                 rest[:0] = over
                 step, ahead = max(1, len(filled)), False
-            blocks = len(rest) - end if end < len(rest) <= step + end else step  # the last is short
+            blocks = _blocks_of_next(len(rest), step, end)
             asked = self._ask(life, _cut(rest, blocks), fates) if rest and ahead else None
             for slot, item in filled:
                 self._fill(life, slot, item)
@@ -238,6 +238,11 @@ def _step_blocks(items: Sequence[StoreItem], reservation_limit: int) -> tuple[in
     if len(items) > end:
         step = max(1, min(step, reservation_limit // 2))
     return step, min(step, end)
+
+
+def _blocks_of_next(left: int, step: int, end: int) -> int:
+    """Blocks of the next step but the first, so that the last one is short."""
+    return left - end if 2 * end < left <= step + end else step
 
 
 def _cut(rest: list[StoreItem], blocks: int) -> list[StoreItem]:

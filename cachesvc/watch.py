@@ -48,7 +48,7 @@ _STATES: dict[FlashState, int] = {
 
 def backoff_s(failures: int) -> float:
     """Until the next attempt to open a folder."""
-    return min(PROBE_S * 2 ** min(failures, 10), OPEN_S_MAX)
+    return min(PROBE_S * float(1 << min(failures, 10)), OPEN_S_MAX)
 
 
 class Watch:

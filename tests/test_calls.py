@@ -11,7 +11,7 @@ import pytest
 from sim.sidecar import Prompt, Sidecar, load_all, wait_until
 
 from kvist.cachesvc import storing
-from kvist.cachesvc.calls import COMMIT, ERRORS, RESERVE, CallSocket, pack_error
+from kvist.cachesvc.calls import COMMIT, ERRORS, RESERVE, CallSocket, Pending, pack_error
 from kvist.proto import cache_pb2
 from kvist.proto.errors import (
     BlockCorrupt,
@@ -155,6 +155,27 @@ def test_a_store_of_many_steps_keeps_its_share_and_stores_all(
     assert client.rpc_calls - calls == 2 * 14
     assert load_all(client, prompt) == [None] * 40
     assert client.store(prompt.items).present == 40
+
+
+def test_the_first_and_the_last_step_of_a_store_are_short(
+    sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = sidecar.client()
+    prompt = Prompt(8, 21)
+    block_bytes = prompt.items[0].payload.nbytes
+    monkeypatch.setattr(storing, "STEP_BYTES", 8 * block_bytes)
+    monkeypatch.setattr(storing, "END_BYTES", 2 * block_bytes)
+    steps: list[int] = []
+    reserve = client._control.reserve
+
+    def counted(request: cache_pb2.ReserveRequest) -> Pending[cache_pb2.ReserveReply]:
+        steps.append(len(request.blocks))
+        return reserve(request)
+
+    monkeypatch.setattr(client._control, "reserve", counted)
+    assert client.store(prompt.items).stored == 21
+    assert steps == [2, 8, 8, 3]
+    assert load_all(client, prompt) == [None] * 21
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7])

@@ -43,7 +43,10 @@ def test_of_leaves_used_together_the_deepest_goes_first(policy: PolicyName) -> N
     forest = forest_of(policy, [0])
     forest.add([1, 2], 0)
     forest.add([3], 0)
-    assert [forest.take() for _ in range(4)] == [2, 1, 3, 0]
+    if policy == "cost":  # but what is cheaper to compute again
+        assert [forest.take() for _ in range(4)] == [3, 2, 1, 0]
+    else:
+        assert [forest.take() for _ in range(4)] == [2, 1, 3, 0]
 
 
 @each_policy

@@ -13,7 +13,7 @@ from sim.stores import Bench, chain
 
 LIMIT_BYTES = 200
 # Header, origins, claims, learned curves and the like: the same for any number of slots.
-FIXED_BYTES = 512 << 10
+FIXED_BYTES = 544 << 10
 
 
 def held(owner: object, seen: set[int]) -> Iterator[tuple[object, int]]:
