@@ -15,7 +15,13 @@ from kvist.engine.bench.flags import (
     add_bench_serve_flags,
     add_bench_throughput_flags,
 )
-from kvist.engine.config import add_serve_flags, config_from_flags
+from kvist.engine.config import (
+    DTYPES,
+    QUANTIZATIONS,
+    add_serve_flags,
+    config_from_flags,
+    usable_cores,
+)
 from kvist.proto.errors import ConfigInvalid
 
 EXIT_USAGE = 2
@@ -114,6 +120,28 @@ def _replay(flags: argparse.Namespace) -> int:
     return run_replay(flags)
 
 
+def _add_eval_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="as for serve")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="compare this one; default: all modes that work here"
+    )
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="the same")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8; default: 7 KB that come with kvist")
+    parser.add_argument(
+        "--tokens", type=int, default=1024, metavar="N", help="of it, at most (%(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=usable_cores(), metavar="N", help="(%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def _eval(flags: argparse.Namespace) -> int:
+    from kvist.engine.evaluate import run_eval
+
+    return run_eval(flags)
+
+
 def _bench_serve(flags: argparse.Namespace) -> int:
     from kvist.engine.bench.serve import run_bench_serve
 
@@ -160,6 +188,7 @@ COMMANDS = (
     Command("serve", "serve a model over OpenAI's HTTP interface", add_serve_flags, _serve),
     Command("chat", "chat in the terminal with a running server", _add_chat_flags, _chat),
     Command("demo", "one sidecar, two engines, and what the cache saves", _add_demo_flags, _demo),
+    Command("eval", "how far each dtype and quantization is from float32", _add_eval_flags, _eval),
     BENCH,
     Group(
         "cache",

@@ -16,6 +16,7 @@ from kvist.proto.sizes import format_bytes, parse_bytes
 CACHE_EMBEDDED = "embedded"
 CACHE_OFF = "off"
 DTYPES = ("auto", "bfloat16", "float32")
+QUANTIZATIONS = ("auto", "none", "int8", "int4")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 BLOCK_TOKENS_MAX = 4096
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
@@ -53,6 +54,8 @@ class EngineConfig:
         port: TCP port; 0 takes any free one.
         served_model_name: name that clients use; None is the last part of the model's path.
         dtype: of the computation: "auto" (what this processor does faster), "bfloat16", "float32".
+        quantization: of the weights in memory: "auto" (4 and 8 bits where the file has them),
+            "none" (all in dtype), "int8" or "int4" (rounded to these).
         kv_cache_dtype: of K and V: "auto" (bfloat16; dtype's where that is set) or one of these.
         block_tokens: tokens per KV block and page, a power of two.
         max_model_len: tokens of prompt and output together; None is the model's own limit.
@@ -86,6 +89,7 @@ class EngineConfig:
     port: int = 8000
     served_model_name: str | None = None
     dtype: str = "auto"
+    quantization: str = "auto"
     kv_cache_dtype: str = "auto"
     block_tokens: int = 64
     max_model_len: int | None = None
@@ -138,6 +142,7 @@ class EngineConfig:
         self._check_range("--priority-aging-seconds", self.priority_aging_seconds, 1, 86400)
         self._check_choice("--default-priority", self.default_priority, PRIORITIES)
         self._check_choice("--dtype", self.dtype, DTYPES)
+        self._check_choice("--quantization", self.quantization, QUANTIZATIONS)
         self._check_choice("--kv-cache-dtype", self.kv_cache_dtype, DTYPES)
         self._check_choice("--log-level", self.log_level, LOG_LEVELS)
         if self.api_key == "":
@@ -246,6 +251,12 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     )
     run = parser.add_argument_group("model")
     run.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)} (%(default)s)")
+    run.add_argument(
+        "--quantization",
+        default="auto",
+        help=f"of the weights in memory: {', '.join(QUANTIZATIONS)}; auto keeps those that the "
+        "file has in 4 or 8 bits in these, where the processor has the instructions (%(default)s)",
+    )
     run.add_argument("--max-model-len", type=whole, metavar="TOKENS", help="default: the model's")
     run.add_argument(
         "--max-num-batched-tokens", type=whole, default=512, help="of one step (%(default)s)"

@@ -8,14 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from kvist.cachesvc.client import CacheClient, open_cache
 from kvist.cachesvc.log import LEVELS, Level, Log
 from kvist.engine.config import CACHE_EMBEDDED, CACHE_OFF, EngineConfig
 from kvist.engine.connector import Connector
 from kvist.engine.models.base import ModelConfig
-from kvist.engine.models.llama import LlamaModel
+from kvist.engine.models.build import build_model, compute_tag, quantization_of
 from kvist.engine.pages import Pages
 from kvist.engine.request import Ready
 from kvist.engine.runner import Runner
@@ -92,9 +90,10 @@ def open_parts(
         ModelFilesError: the model cannot be loaded.
     """
     started = now()
-    loaded = load_model(config.model, config.dtype, progress)
-    model = LlamaModel(loaded)
-    namespace = namespace_of(loaded, config.block_tokens, kv_dtype_of(config, loaded))
+    loaded = load_model(config.model, config.dtype, progress, quantization_of(config))
+    kv_dtype = kv_dtype_of(config, loaded)
+    model = build_model(config, loaded, kv_dtype)
+    namespace = namespace_of(loaded, config.block_tokens, kv_dtype)
     # Not info: the line would break into the bar that the API process draws on the terminal.
     log.debug("model loaded", dtype=loaded.dtype, seconds=now() - started)
     count = pool_pages(config, namespace.format, free_memory_bytes())
@@ -116,17 +115,12 @@ def open_parts(
 
 
 def namespace_of(loaded: LoadedModel, block_tokens: int, kv_dtype: str) -> Namespace:
-    """What the KV of this model, computed by this program on this machine, is.
-
-    Processors of another instruction set and other releases of torch round differently, so they
-    share no blocks: an answer must not depend on who computed its prefix.
-    """
-    capability = torch.backends.cpu.get_cpu_capability()
+    """What the KV of this model, computed by this program on this machine, is."""
     return Namespace(
         model=loaded.fingerprint,
         format=loaded.block_format(block_tokens, kv_dtype),
         rope=f"theta={loaded.config.rope_theta}",
-        compute=f"{loaded.dtype}/torch-{torch.__version__}/{capability}",
+        compute=compute_tag(loaded.config, loaded.dtype, kv_dtype),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from kvist.engine.models.files import ModelFilesError, model_path
 from kvist.engine.models.gguf_weights import GgufSource
 from kvist.engine.models.hf_folder import FolderSource
 from kvist.engine.models.source import TensorSource
+from kvist.kernels.groups import GROUP, Grouped, to_groups
 from kvist.kernels.linear import best_cpu_dtype
 from kvist.kernels.rope import RopeParams
 from kvist.proto.layout import BlockFormat
@@ -31,8 +32,10 @@ class LoadedModel:
         rope: its rotary embedding.
         dtype: "bfloat16" or "float32": of the tensors and of the computation.
         tensors: by Hugging Face name, contiguous, on the CPU.
-        fingerprint: 32 hex digits over every tensor's name, shape, dtype and bytes, the config
-            and the rope: KV of models with different fingerprints is never exchanged.
+        groups: 4 and 8-bit codes by the same names, of those weights that are to be kept in them;
+            tensors has their values, rounded to dtype.
+        fingerprint: 32 hex digits over the name, shape, dtype and bytes of every tensor and code,
+            the config and the rope: KV of models with different fingerprints is never exchanged.
     """
 
     config: ModelConfig
@@ -40,6 +43,7 @@ class LoadedModel:
     dtype: str
     tensors: Mapping[str, torch.Tensor]
     fingerprint: str
+    groups: Mapping[str, Grouped] = field(default_factory=dict)
 
     def block_format(self, block_tokens: int, kv_dtype: str) -> BlockFormat:
         """Format of a block, and of a pool's page, for this model."""
@@ -51,6 +55,7 @@ def load_model(
     path: str | Path,
     dtype: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    quantization: str = "none",
 ) -> LoadedModel:
     """Load a Llama-family model.
 
@@ -59,6 +64,9 @@ def load_model(
             .gguf file (its weights are dequantized), or "demo".
         dtype: "bfloat16", "float32", or "auto" for what this processor computes faster.
         progress: called after each tensor with (tensors done, tensors in all).
+        quantization: "none"; "auto" keeps the codes of weights that the file has in 4 or 8 bits;
+            "int8" and "int4" round to so many bits in groups of 32, an output projection or
+            embedding never to fewer than 8. Weights that have fewer bits already stay as they are.
 
     Raises:
         ModelFilesError: the files are not such a model; the message names the file and the field
@@ -68,13 +76,15 @@ def load_model(
     if torch_dtype is None:
         raise ModelFilesError(f"dtype must be auto or one of {sorted(DTYPES)}, got {dtype!r}")
     source = open_source(model_path(path))
-    tensors = _read_tensors(source, torch_dtype, progress or (lambda _done, _total: None))
+    reader = _Reader(source, torch_dtype, quantization)
+    tensors = _read_tensors(reader, progress or (lambda _done, _total: None))
     return LoadedModel(
         config=source.config,
         rope=source.rope,
         dtype=str(torch_dtype).removeprefix("torch."),
         tensors=tensors,
-        fingerprint=fingerprint(source.config, source.rope, tensors),
+        fingerprint=fingerprint(source.config, source.rope, {**tensors, **_parts(reader.groups)}),
+        groups=reader.groups,
     )
 
 
@@ -110,9 +120,38 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _read_tensors(
-    source: TensorSource, dtype: torch.dtype, progress: Callable[[int, int], None]
-) -> dict[str, torch.Tensor]:
+class _Reader:
+    """Reads tensors as they are to be computed with.
+
+    Attributes:
+        source: the checkpoint.
+        groups: of the tensors read so far.
+    """
+
+    def __init__(self, source: TensorSource, dtype: torch.dtype, quantization: str) -> None:
+        self.source = source
+        self.groups: dict[str, Grouped] = {}
+        self._dtype = dtype
+        self._quantization = quantization
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor; its codes are put into groups if they are to be kept."""
+        tensor = self.source.read(name)
+        if self._quantization == "none" or tensor.ndim != 2 or tensor.shape[1] % GROUP:
+            return tensor.to(self._dtype).contiguous()
+        found = self.source.groups(name)
+        if bits := {"int8": 8, "int4": 4}.get(self._quantization):
+            bits = 8 if "_proj" not in name else bits
+            if found is None or found.bits > bits:
+                found = to_groups(tensor, bits)
+                tensor = found.values()
+        if found is not None:
+            self.groups[name] = found
+        return tensor.to(self._dtype).contiguous()
+
+
+def _read_tensors(reader: _Reader, progress: Callable[[int, int], None]) -> dict[str, torch.Tensor]:
+    source = reader.source
     expected = tensor_shapes(source.config)
     # Files of models with tied embeddings may hold the tied copy, and old ones their frequencies.
     found = {
@@ -129,15 +168,26 @@ def _read_tensors(
         )
     tensors = {}
     for done, (name, shape) in enumerate(expected.items(), start=1):
-        tensor = source.read(name)
+        tensor = reader.read(name)
         if tuple(tensor.shape) != shape:
             raise ModelFilesError(
                 f"{source.path}: tensor {name} has shape {tuple(tensor.shape)}, "
                 f"the configuration asks for {shape}"
             )
-        tensors[name] = tensor.to(dtype).contiguous()
+        tensors[name] = tensor
         progress(done, len(expected))
     return tensors
+
+
+def _parts(groups: Mapping[str, Grouped]) -> dict[str, torch.Tensor]:
+    """Codes, scales and offsets, each by a name of its own."""
+    parts = {f"{name} codes": group.codes for name, group in groups.items()}
+    parts |= {f"{name} scales": group.scales for name, group in groups.items()}
+    return parts | {
+        f"{name} offsets": group.offsets
+        for name, group in groups.items()
+        if group.offsets is not None
+    }
 
 
 def _more(names: list[str]) -> str:

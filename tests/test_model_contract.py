@@ -14,13 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim.models import tiny_llama
 
-from kvist.engine.models.base import Chunk
+from kvist.engine.models.base import Chunk, Model
+from kvist.engine.models.build import missing_for_own_kernels
 from kvist.engine.models.llama import LlamaModel
 from kvist.engine.weights import LoadedModel, load_model
 from kvist.tiers.hbm import PagePool
 
-# Of the computation, and of K and V in the pool.
+# Of the computation and of K and V in the pool, by torch; and by kernels/cpu with its weights in
+# bfloat16 or codes.
 DTYPES = (("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16"))
+CODES = ("none", "int8", "int4")
+lacks = missing_for_own_kernels()
+own = pytest.mark.skipif(bool(lacks), reason=f"needs {lacks}")
+TINY = [
+    *DTYPES,
+    *(pytest.param(("own", codes), marks=own) for codes in CODES),
+]
+REAL = [*DTYPES, *(pytest.param(("own", codes), marks=own) for codes in ("none", "auto"))]
 LONGEST = 100
 POOL_PAGES = 64
 
@@ -30,7 +40,7 @@ class Subject:
     """A model and what it is asked."""
 
     loaded: LoadedModel
-    model: LlamaModel
+    model: Model
     kv_dtype: str
 
     def pool(self, block_tokens: int, pages: int = POOL_PAGES) -> PagePool:
@@ -55,16 +65,28 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=DTYPES, ids="/".join)
+def subject(path: str | Path, kind: tuple[str, str]) -> Subject:
+    """A model by torch, (dtype, K and V); or by kernels/cpu on two threads, ("own", codes)."""
+    if kind[0] != "own":
+        loaded = load_model(path, kind[0])
+        return Subject(loaded, LlamaModel(loaded), kind[1])
+    # Not everywhere: numba is an option.
+    from kvist.engine.models.llama_cpu import CpuLlama
+
+    loaded = load_model(path, "bfloat16", quantization=kind[1])
+    return Subject(loaded, CpuLlama(loaded, threads=2), "bfloat16")
+
+
+@pytest.fixture(scope="module", params=TINY, ids="/".join)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    loaded = load_model(tiny_llama(tmp_path_factory.mktemp("tiny")), request.param[0])
-    return Subject(loaded, LlamaModel(loaded), request.param[1])
+    head_dim = 32 if request.param[0] == "own" else 16
+    folder = tiny_llama(tmp_path_factory.mktemp("tiny"), head_dim=head_dim)
+    return subject(folder, request.param)
 
 
-@pytest.fixture(scope="module", params=DTYPES, ids="/".join)
+@pytest.fixture(scope="module", params=REAL, ids="/".join)
 def real(request: pytest.FixtureRequest) -> Subject:
-    loaded = load_model("demo", request.param[0])
-    return Subject(loaded, LlamaModel(loaded), request.param[1])
+    return subject("demo", request.param)
 
 
 def forward_in_parts(
@@ -183,12 +205,49 @@ def test_logits_come_in_the_order_of_the_chunks(tiny: Subject) -> None:
         assert torch.equal(logits[row : row + 1], tiny.whole(prompts[i], 16)[0])
 
 
+def test_a_prompt_in_chunks_of_one_token_gives_the_logits_of_every_position(tiny: Subject) -> None:
+    prompt = tiny.prompt(40, seed=11)
+    pool = tiny.pool(16).tensor.fill_(float("nan"))
+    chunks = [Chunk([token], place, [4, 9, 2], True) for place, token in enumerate(prompt)]
+    logits = tiny.model.forward(chunks, pool)
+    for length in (1, 15, 16, 17, 33, 40):
+        assert torch.equal(logits[length - 1 : length], tiny.whole(prompt[:length], 16)[0])
+
+
 def test_an_untied_output_projection_is_used(tmp_path: Path) -> None:
     tied = load_model(tiny_llama(tmp_path / "tied"), "float32")
     untied = load_model(tiny_llama(tmp_path / "untied", tied=False), "float32")
     first, second = (Subject(loaded, LlamaModel(loaded), "float32") for loaded in (tied, untied))
     prompt = first.prompt(10, seed=5)
     assert not torch.allclose(first.whole(prompt, 16)[0], second.whole(prompt, 16)[0])
+
+
+def test_each_layer_is_announced_before_it_reads_the_pages(tiny: Subject) -> None:
+    prompt = tiny.prompt(50, seed=8)
+    pages = tiny.whole(prompt, 16)[1]
+    pool, seen = tiny.pool(16).tensor, []
+
+    def bring(layer: int) -> None:
+        seen.append(layer)
+        pool[[7, 2, 5], layer] = pages[:3, layer]
+
+    logits = tiny.model.forward([Chunk(prompt[48:], 48, [7, 2, 5, 1], True)], pool, bring)
+    assert seen == [0, 1]
+    assert torch.equal(logits, tiny.whole(prompt, 16)[0])
+
+
+@own
+def test_a_step_given_up_amid_its_layers_leaves_a_model_that_computes(tmp_path: Path) -> None:
+    this = subject(tiny_llama(tmp_path, head_dim=32), ("own", "none"))
+    prompt = this.prompt(20, seed=9)
+
+    def fail(layer: int) -> None:
+        if layer:
+            raise OSError("no such block")
+
+    with pytest.raises(OSError, match="no such block"):
+        this.model.forward([Chunk(prompt, 0, [0, 1], True)], this.pool(16).tensor, fail)
+    assert torch.equal(this.whole(prompt, 16)[0], this.whole(prompt, 16)[0])
 
 
 @pytest.mark.model

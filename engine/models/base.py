@@ -80,8 +80,9 @@ class Model(Protocol):
         """Compute the chunks, write their K and V to their pages.
 
         Args:
-            chunks: one per request; a page written by one is in no other chunk's pages unless
-                that other chunk only reads it.
+            chunks: a page written by one is in no other chunk's pages unless
+                that other chunk only reads it, or goes on where that one ends: a sequence may come
+                as several chunks, in their order.
             pool: (pages, layers, 2, kv_heads, block_tokens, head_dim), contiguous.
             before_layer: called with each layer's number right before that layer first reads the
                 pages; complete pages of earlier positions may be filled until it returns.

@@ -8,11 +8,15 @@ of Q8_0 0.04 s in place of 0.13 to 0.19.
 
 from __future__ import annotations
 
+from typing import Any
+
 import gguf
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from kvist.engine.models.gguf_file import GgufTensor
+from kvist.kernels.groups import Grouped
 
 Floats = npt.NDArray[np.float32]
 Octets = npt.NDArray[np.uint8]
@@ -35,6 +39,37 @@ def dequantize(tensor: GgufTensor) -> Floats:
         return _q8_0(data.reshape(-1, 34)).reshape(*data.shape[:-1], -1)
     values: Floats = gguf.quants.dequantize(data, tensor.kind)
     return values
+
+
+def codes(tensor: GgufTensor) -> Grouped | None:
+    """The codes of a Q4_0, Q4_1 or Q8_0 matrix; of others None. values() is what dequantize gives.
+
+    Returns:
+        (rows, row values).
+    """
+    rows = tensor.data.shape[0]
+    sizes = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+    if tensor.kind.name not in sizes or tensor.data.ndim != 2:
+        return None
+    blocks = tensor.data.reshape(-1, sizes[tensor.kind.name])
+    scales = _numbers(blocks[:, :2], rows)
+    if tensor.kind.name == "Q8_0":
+        return Grouped(_owned(blocks[:, 2:].view(np.int8), rows), scales, None)
+    first = 2 if tensor.kind.name == "Q4_0" else 4
+    nibbles = np.concatenate((blocks[:, first:] & np.uint8(15), blocks[:, first:] >> 4), axis=1)
+    # Q4_0 has no offset: its codes mean -8 to 7. Times 8 a float16 is exact unless it overflows.
+    offsets = scales * -8 if first == 2 else _numbers(blocks[:, 2:4], rows)
+    if not offsets.isfinite().all():
+        return None
+    return Grouped(_owned(nibbles, rows), scales, offsets)
+
+
+def _owned(values: npt.NDArray[Any], rows: int) -> torch.Tensor:
+    return torch.from_numpy(values.reshape(rows, -1).copy())
+
+
+def _numbers(octets: Octets, rows: int) -> torch.Tensor:
+    return _owned(np.ascontiguousarray(octets).view(np.float16), rows)
 
 
 def _q4_1(blocks: Octets) -> Floats:

@@ -13,8 +13,9 @@ import torch
 from kvist.engine.models.base import ModelConfig
 from kvist.engine.models.files import ModelFilesError, take_count, take_number
 from kvist.engine.models.gguf_file import GgufFile, GgufTensor, eos_ids
-from kvist.engine.models.gguf_values import dequantize
+from kvist.engine.models.gguf_values import codes, dequantize
 from kvist.engine.models.source import check_heads
+from kvist.kernels.groups import Grouped
 from kvist.kernels.rope import RopeParams
 
 ARCHITECTURE = "llama"
@@ -69,6 +70,16 @@ class GgufSource:
             values = unpermute(values, self.config.kv_heads)
         # torch warns of memory that it could write to and must not, as float32 in the file is.
         return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+    def groups(self, name: str) -> Grouped | None:
+        """Its codes, in the order of rows that read gives."""
+        found = codes(self._tensors[name])
+        heads = {"q_proj.weight": self.config.heads, "k_proj.weight": self.config.kv_heads}
+        count = heads.get(".".join(name.split(".")[-2:]))
+        if found is None or count is None:
+            return found
+        order = np.arange(len(found.codes), dtype=np.float32)[:, None]
+        return found.rows(torch.from_numpy(unpermute(order, count)[:, 0].astype(np.int64)))
 
 
 def unpermute(weight: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:

@@ -57,6 +57,10 @@ class FolderSource:
             raise ModelFilesError(f"{file}: tensor {name} cannot be read: {error}") from error
         return tensor
 
+    def groups(self, _name: str) -> None:
+        """None: no quantized folder is supported."""
+        return None
+
 
 def _check_supported(fields: Mapping[str, Any], where: Path) -> None:
     for name, allowed in REQUIRED_VALUES.items():

@@ -10,6 +10,7 @@ import torch
 
 from kvist.engine.models.base import ModelConfig
 from kvist.engine.models.files import ModelFilesError
+from kvist.kernels.groups import Grouped
 from kvist.kernels.rope import RopeParams
 
 
@@ -32,6 +33,14 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """One of them, on the CPU, in whatever dtype it is stored; raises ModelFilesError."""
+        ...
+
+    def groups(self, name: str) -> Grouped | None:
+        """The codes of one of them, if it is stored in 4 or 8 bits; what read gives is from them.
+
+        Returns:
+            (outputs, inputs); None for a tensor that is stored otherwise.
+        """
         ...
 
 

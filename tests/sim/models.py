@@ -25,7 +25,7 @@ HIDDEN = HEADS * HEAD_DIM
 MAX_MODEL_LEN = 2048
 
 
-def tiny_llama(path: Path, seed: int = 0, tied: bool = True) -> Path:
+def tiny_llama(path: Path, seed: int = 0, tied: bool = True, head_dim: int = HEAD_DIM) -> Path:
     """Write a model of 2 layers, a tokenizer and a chat template to a folder.
 
     Weights are random but large enough that greedy outputs vary; the same seed writes the same
@@ -35,6 +35,7 @@ def tiny_llama(path: Path, seed: int = 0, tied: bool = True) -> Path:
         path: folder, made if it is not there.
         seed: of the weights.
         tied: whether the output projection is the embedding.
+        head_dim: elements of a head; the kernels of kernels/cpu want 32 or more.
 
     Returns:
         The folder.
@@ -43,8 +44,8 @@ def tiny_llama(path: Path, seed: int = 0, tied: bool = True) -> Path:
     tokenizer = tiny_tokenizer()
     tokenizer.save(str(path / "tokenizer.json"))
     vocab = tokenizer.get_vocab_size()
-    save_file(tiny_tensors(vocab, seed, tied), path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(tiny_config(vocab, tied), indent=1))
+    save_file(tiny_tensors(vocab, seed, tied, head_dim), path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(tiny_config(vocab, tied, head_dim), indent=1))
     names = {"bos_token": SPECIALS[1], "eos_token": SPECIALS[2], "unk_token": SPECIALS[0]}
     extra = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings = {**names, **extra, "chat_template": CHAT_TEMPLATE}
@@ -52,18 +53,18 @@ def tiny_llama(path: Path, seed: int = 0, tied: bool = True) -> Path:
     return path
 
 
-def tiny_config(vocab: int, tied: bool) -> dict[str, object]:
+def tiny_config(vocab: int, tied: bool, head_dim: int = HEAD_DIM) -> dict[str, object]:
     """The fields of config.json."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": vocab,
-        "hidden_size": HIDDEN,
+        "hidden_size": HEADS * head_dim,
         "intermediate_size": INTERMEDIATE,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
+        "head_dim": head_dim,
         "max_position_embeddings": MAX_MODEL_LEN,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -74,31 +75,34 @@ def tiny_config(vocab: int, tied: bool) -> dict[str, object]:
     }
 
 
-def tiny_tensors(vocab: int, seed: int, tied: bool) -> dict[str, torch.Tensor]:
+def tiny_tensors(
+    vocab: int, seed: int, tied: bool, head_dim: int = HEAD_DIM
+) -> dict[str, torch.Tensor]:
     """Random float32 weights by name; the variance of activations is kept about 1."""
+    hidden = HEADS * head_dim
     generator = torch.Generator().manual_seed(seed)
 
     def weight(outputs: int, inputs: int, gain: float = 1.0) -> torch.Tensor:
         return torch.randn(outputs, inputs, generator=generator).mul_(gain * math.sqrt(1 / inputs))
 
-    tensors = {"model.embed_tokens.weight": weight(vocab, HIDDEN, gain=4.0)}
+    tensors = {"model.embed_tokens.weight": weight(vocab, hidden, gain=4.0)}
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
-        keys = KV_HEADS * HEAD_DIM
+        keys = KV_HEADS * head_dim
         tensors |= {
-            prefix + "input_layernorm.weight": 1 + 0.1 * torch.randn(HIDDEN, generator=generator),
-            prefix + "self_attn.q_proj.weight": weight(HIDDEN, HIDDEN, gain=2.0),
-            prefix + "self_attn.k_proj.weight": weight(keys, HIDDEN, gain=2.0),
-            prefix + "self_attn.v_proj.weight": weight(keys, HIDDEN),
-            prefix + "self_attn.o_proj.weight": weight(HIDDEN, HIDDEN),
-            prefix + "post_attention_layernorm.weight": torch.ones(HIDDEN),
-            prefix + "mlp.gate_proj.weight": weight(INTERMEDIATE, HIDDEN),
-            prefix + "mlp.up_proj.weight": weight(INTERMEDIATE, HIDDEN),
-            prefix + "mlp.down_proj.weight": weight(HIDDEN, INTERMEDIATE),
+            prefix + "input_layernorm.weight": 1 + 0.1 * torch.randn(hidden, generator=generator),
+            prefix + "self_attn.q_proj.weight": weight(hidden, hidden, gain=2.0),
+            prefix + "self_attn.k_proj.weight": weight(keys, hidden, gain=2.0),
+            prefix + "self_attn.v_proj.weight": weight(keys, hidden),
+            prefix + "self_attn.o_proj.weight": weight(hidden, hidden),
+            prefix + "post_attention_layernorm.weight": torch.ones(hidden),
+            prefix + "mlp.gate_proj.weight": weight(INTERMEDIATE, hidden),
+            prefix + "mlp.up_proj.weight": weight(INTERMEDIATE, hidden),
+            prefix + "mlp.down_proj.weight": weight(hidden, INTERMEDIATE),
         }
-    tensors["model.norm.weight"] = torch.ones(HIDDEN)
+    tensors["model.norm.weight"] = torch.ones(hidden)
     if not tied:
-        tensors["lm_head.weight"] = weight(vocab, HIDDEN)
+        tensors["lm_head.weight"] = weight(vocab, hidden)
     return tensors
 
 
