@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
 from threading import Event
 
@@ -223,9 +224,13 @@ def test_clear_drops_everything_from_the_disk_too_and_ends_a_rebuild(tmp_path: P
     tier.close()
 
 
-def write_forever(path: Path, seed: int) -> None:
+FORK = multiprocessing.get_context("fork")
+
+
+def write_forever(path: Path, seed: int, begun: EventType) -> None:
     """Store and evict at random, in the order that the tier's contract asks for."""
     tier = open_tier(path)
+    begun.set()
     chance = random.Random(seed)
     held = {entry.key: entry.slot for entry in tier.entries() if tier.take(entry)}
     while True:
@@ -248,11 +253,11 @@ def test_a_writer_killed_at_any_moment_leaves_only_whole_blocks(
     chance = random.Random(11)
     survivors = 0
     for life in range(8):
-        writer = multiprocessing.get_context("fork").Process(
-            target=write_forever, args=(tmp_path, life)
-        )
+        begun = FORK.Event()
+        writer = FORK.Process(target=write_forever, args=(tmp_path, life, begun))
         writer.start()
-        Event().wait(0.05 + chance.random() * 0.15)
+        assert begun.wait(60)
+        Event().wait(chance.random() * 0.15)
         assert writer.pid is not None
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
