@@ -13,7 +13,7 @@ from kvist.cachesvc.log import LEVELS, Level, Log
 from kvist.engine.config import CACHE_EMBEDDED, CACHE_OFF, EngineConfig
 from kvist.engine.connector import Connector
 from kvist.engine.models.base import ModelConfig
-from kvist.engine.models.build import build_model, compute_tag, quantization_of
+from kvist.engine.models.build import build_model, compute_tag, kernels_of, quantization_of
 from kvist.engine.pages import Pages
 from kvist.engine.request import Ready
 from kvist.engine.runner import Runner
@@ -48,6 +48,7 @@ class Parts:
         format: of a page.
         digests: namespaces by tenant.
         dtype: what is computed in.
+        kernels: what computes, for people.
     """
 
     runner: Runner
@@ -57,6 +58,7 @@ class Parts:
     format: BlockFormat
     digests: Digests
     dtype: str
+    kernels: str = ""
 
     def ready(self) -> Ready:
         """What the API process needs to know."""
@@ -68,6 +70,7 @@ class Parts:
             dtype=self.dtype,
             kv_dtype=self.format.dtype,
             namespace=self.digests.of("").hex(),
+            kernels=self.kernels,
         )
 
 
@@ -109,9 +112,8 @@ def open_parts(
     connector.weigher = Weigher(format.layers, format.payload_bytes, format.block_tokens)
     connector.weigher.by_layers = config.cache_overlap
     runner = Runner(model, pool.tensor, Sampler(config.seed))
-    return Parts(
-        runner, pages, connector, limits, namespace.format, Digests(namespace), loaded.dtype
-    )
+    digests, kernels = Digests(namespace), kernels_of(model, loaded)
+    return Parts(runner, pages, connector, limits, format, digests, loaded.dtype, kernels)
 
 
 def namespace_of(loaded: LoadedModel, block_tokens: int, kv_dtype: str) -> Namespace:

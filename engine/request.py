@@ -254,6 +254,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
         dtype: what is computed in, "bfloat16" or "float32"; never "auto".
         kv_dtype: of K and V in every tier, one of the same.
         namespace: hex digest under which blocks are shared.
+        kernels: what computes, for people.
     """
 
     max_model_len: int
@@ -263,6 +264,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     dtype: str
     kv_dtype: str
     namespace: str
+    kernels: str = ""
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):

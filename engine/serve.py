@@ -277,6 +277,7 @@ class EngineServer:
                 "Dtype",
                 f"{ready.dtype}, K and V {ready.kv_dtype}; namespace {ready.namespace[:12]}",
             ),
+            ("Kernels", ready.kernels),
             (
                 "Pages",
                 f"{ready.pages} of {ready.block_tokens} tokens and "

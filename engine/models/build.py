@@ -93,6 +93,15 @@ def _own(loaded: LoadedModel, threads: int) -> CpuLlama:
     return CpuLlama(loaded, threads)
 
 
+def kernels_of(model: Model, loaded: LoadedModel) -> str:
+    """What computes, for people."""
+    if isinstance(model, LlamaModel):
+        return "torch"
+    bits = {group.bits for group in loaded.groups.values()}
+    kept = f"weights kept in {' and '.join(map(str, sorted(bits)))} bits" if bits else ""
+    return ", ".join(filter(None, ("Kvist's own for AVX-512 BF16", kept)))
+
+
 def compute_tag(model: ModelConfig, dtype: str, kv_dtype: str) -> str:
     """What decides the bits of K and V besides the weights, see Namespace.compute.
 
