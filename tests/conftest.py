@@ -1,4 +1,4 @@
-"""Options of the tests: --seed replays one history of the simulation, and nothing else."""
+"""Options: --seed replays one history of the simulation; --prompts sizes the runs under vLLM."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ REPLAY = "test_seed_finds_nothing"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--prompts", type=int, default=200, help="prompts of make test-vllm")
     parser.addoption("--seed", type=int, help="replay one seed of the simulation, step by step")
 
 

@@ -2,6 +2,7 @@
 
     {"do": "generate", "prompts": [[ids]], "max_tokens": 8, "at_once": false, "salt": null}
         -> {"tokens": [[ids]], "cached": [tokens], "seconds": [s]}
+    {"do": "abort", "prompts": [[ids]], "steps": 3}     -> {"left": requests}  begin, step, give up
     {"do": "reset", "connector": false}      -> {"done": bool}     forget vLLM's own cache
     {"do": "metrics"}                        -> {"metrics": {name: value}}
 
@@ -60,6 +61,19 @@ class Host:
             reply["tokens"] += [list(output.outputs[0].token_ids) for output in outputs]
             reply["cached"] += [output.num_cached_tokens for output in outputs]
         return reply
+
+    def abort(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Begin requests, let the engine make some steps, give all of them up."""
+        from vllm import SamplingParams
+
+        engine, params = self._llm.llm_engine, SamplingParams(temperature=0.0, max_tokens=64)
+        names = [f"aborted-{number}" for number in range(len(command["prompts"]))]
+        for name, ids in zip(names, command["prompts"], strict=True):
+            engine.add_request(name, {"prompt_token_ids": ids}, params)
+        for _ in range(command["steps"]):
+            engine.step()
+        engine.abort_request(names)
+        return {"left": engine.get_num_unfinished_requests()}
 
     def reset(self, command: dict[str, Any]) -> dict[str, Any]:
         """Forget what vLLM itself has cached; with connector, what it may take from outside."""

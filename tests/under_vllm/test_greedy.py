@@ -1,0 +1,191 @@
+"""Greedy answers of vLLM on the real model are the same from nothing and from every cache, and
+while the sidecar or vLLM is killed. Runs with vLLM's Python only (make test-vllm).
+
+One reference (vLLM without a connector, each prompt alone) and three engines after one another on
+one sidecar, so the tests below stand in the order in which the blocks wander: DRAM, flash, DRAM.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+
+from sim.sidecar import Sidecar, wait_until
+from sim.vllm_process import ROOT, Prompt, VllmProcess, draw_prompts
+
+GROUP = 20  # prompts whose KV fits into vLLM's own pool together
+DRAM, FLASH = 'hit_tokens{"tier": "dram"}', 'hit_tokens{"tier": "flash"}'
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    out = ROOT / "build" / "smollm2-hf"
+    script = ROOT / "benchmarks" / "peers" / "smollm2_folder.py"
+    subprocess.run([sys.executable, str(script), str(out)], check=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def prompts(request: pytest.FixtureRequest) -> list[Prompt]:
+    return draw_prompts(request.config.getoption("--prompts"), seed=5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("under-vllm")
+
+
+@pytest.fixture(scope="module")
+def sidecar(folder: Path) -> Iterator[Sidecar]:
+    flags = ["--dram-bytes", "3GiB", "--flash-path", str(folder / "flash"), "--flash-bytes", "4GiB"]
+    made = Sidecar(folder / "sidecar", [*flags, "--flash-admission", "always"])
+    made.start()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path, prompts: list[Prompt], folder: Path) -> list[Prompt]:
+    """What vLLM says by itself."""
+    engine = VllmProcess(model, None, folder / "reference.log", False, "--no-prefix-caching")
+    answers = engine.answers(prompts)
+    engine.close()
+    return answers
+
+
+def groups(prompts: list[Prompt]) -> Iterator[slice]:
+    return (slice(first, first + GROUP) for first in range(0, len(prompts), GROUP))
+
+
+def usable_tokens(prompts: list[Prompt]) -> int:
+    """Of full blocks; the last token is always computed."""
+    return sum((len(prompt) - 1) // 128 * 128 for prompt in prompts)
+
+
+def hits(engine: VllmProcess) -> float:
+    return engine.count('hit_tokens{"tier": "hbm"}') + engine.count(DRAM)
+
+
+def in_use(sidecar: Sidecar, tier: str) -> float:
+    return metric(sidecar, f'kvist_tier_used_slots{{tier="{tier}"}}')
+
+
+def metric(sidecar: Sidecar, name: str) -> float:
+    lines = [line for line in sidecar.get("/metrics").splitlines() if line.startswith(name + " ")]
+    assert lines, name
+    return float(lines[0].rsplit(" ", 1)[1])
+
+
+def settled(sidecar: Sidecar, tier: str) -> None:
+    """Wait until no more blocks arrive in a tier."""
+    seen = -1.0
+    while (now := in_use(sidecar, tier)) != seen:
+        seen = now
+        time.sleep(1.0)
+
+
+def test_cold_own_cache_and_dram_in_one_process(
+    model: Path, prompts: list[Prompt], folder: Path, sidecar: Sidecar, reference: list[Prompt]
+) -> None:
+    engine = VllmProcess(model, sidecar.socket, folder / "first.log")
+    try:
+        for part in groups(prompts):
+            assert engine.answers(prompts[part]) == reference[part]  # cold
+            assert engine.answers(prompts[part]) == reference[part]  # vLLM's own cache
+            assert engine.forget()
+            settled(sidecar, "dram")
+            before = hits(engine)
+            assert engine.answers(prompts[part]) == reference[part]  # Kvist's DRAM
+            # Each full block of each prompt; those of shared prefixes vLLM has after the first.
+            assert hits(engine) - before == usable_tokens(prompts[part])
+        assert engine.count(DRAM) > usable_tokens(prompts) / 2
+        assert not engine.count('load_failures{"reason": "corrupt"}')
+
+        # Another tenant shares nothing, and after a reset of the connector nobody does.
+        before = engine.count(DRAM)
+        assert engine.forget()
+        assert engine.answers(prompts[:3], salt="acme:1") == reference[:3]
+        assert engine.forget(connector=True)
+        assert engine.answers(prompts[:3]) == reference[:3]
+        assert engine.count(DRAM) == before
+    finally:
+        engine.close()
+
+
+def test_flash_after_both_were_restarted_with_the_process_split(
+    model: Path, prompts: list[Prompt], folder: Path, sidecar: Sidecar, reference: list[Prompt]
+) -> None:
+    settled(sidecar, "flash")
+    sidecar.stop()
+    sidecar.start()
+    engine = VllmProcess(model, sidecar.socket, folder / "second.log", True)
+    try:
+        assert engine.answers(prompts) == reference
+        assert engine.count(FLASH) > 0
+        # Another engine beside it, with prefix caching off, from the DRAM that this one warmed.
+        other = VllmProcess(
+            model, sidecar.socket, folder / "third.log", False, "--no-prefix-caching",
+            "--blocks", "48",
+        )  # fmt: skip
+        try:
+            some = prompts[:GROUP]
+            assert other.answers(some) == reference[:GROUP]
+            assert other.count(DRAM) == usable_tokens(some)
+            give_up_and_preempt(other, some)
+            assert other.answers(some) == reference[:GROUP]
+        finally:
+            other.close()
+        sidecar_dies_at_random(engine, sidecar, prompts[:GROUP], reference[:GROUP])
+        vllm_dies_amid_work(engine, sidecar, prompts)
+    finally:
+        if engine.process.poll() is None:
+            engine.close()
+
+
+def give_up_and_preempt(engine: VllmProcess, prompts: list[Prompt]) -> None:
+    """Aborts at every stage, then more requests than there are blocks for."""
+    for steps in (0, 1, 2, 5):
+        assert engine.ask("abort", prompts=prompts[:6], steps=steps)["left"] == 0
+    long = [one * 3 for one in prompts if 250 < len(one) < 700][:6]
+    answers = engine.answers(long, tokens=150, at_once=True)
+    assert [len(one) for one in answers] == [150] * len(long)
+
+
+def sidecar_dies_at_random(
+    engine: VllmProcess, sidecar: Sidecar, prompts: list[Prompt], reference: list[Prompt]
+) -> None:
+    draw, done = random.Random(7), threading.Event()
+
+    def storm() -> None:
+        while not done.wait(draw.uniform(0.2, 2.0)):
+            sidecar.kill()
+            time.sleep(draw.uniform(0.0, 0.5))
+            sidecar.start()
+
+    thread = threading.Thread(target=storm)
+    thread.start()
+    try:
+        for _ in range(2):
+            assert engine.forget()
+            assert engine.answers(prompts) == reference
+    finally:
+        done.set()
+        thread.join()
+
+
+def vllm_dies_amid_work(engine: VllmProcess, sidecar: Sidecar, prompts: list[Prompt]) -> None:
+    fresh = [[token + 1 for token in one] for one in prompts]
+    engine.send("generate", prompts=fresh, max_tokens=1, at_once=True)
+    time.sleep(2.0)
+    engine.kill()
+    wait_until(lambda: metric(sidecar, "kvist_reserved_slots") == 0, "reserved slots to be freed")
+    wait_until(lambda: metric(sidecar, "kvist_sessions") == 0, "its sessions to end")
