@@ -193,6 +193,17 @@ def test_a_block_is_saved_when_its_last_token_is_known(engine: Engine) -> None:
     assert not step(engine.planner, request, 1, [1, 2])
 
 
+def test_blocks_that_vllm_does_not_want_are_counted_as_computed(engine: Engine) -> None:
+    request = Request("a", prompt(12, 3 * SIZE + 1))
+    engine.compute(request, [1, 2, 3, 4])
+    engine.stored(request)
+    engine.planner.take_counts()
+    again = Request("b", list(request.all_token_ids))
+    assert engine.planner.matched(again, 0) == 3 * SIZE
+    engine.planner.admitted(again, [5, 6, 7, 8], 0)  # it asked for the logprobs of its prompt
+    assert engine.planner.take_counts() == {"miss_tokens.tail": 1, "miss_tokens.no_cache": 3 * SIZE}
+
+
 def test_a_load_that_fails_names_its_blocks_and_is_not_tried_again(engine: Engine) -> None:
     request = Request("a", prompt(5, 4 * SIZE + 1))
     engine.compute(request, [1, 2, 3, 4, 5])

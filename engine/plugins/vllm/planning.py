@@ -115,6 +115,9 @@ class Planner:
         """
         tracked = self._track(request)
         blocks = external_tokens // self._size
+        if blocks < tracked.ready:
+            # vLLM does not want them all, like for a request with prompt_logprobs.
+            tracked.ready, tracked.end = blocks, "no_cache"
         if blocks and tracked.names is not None:
             tokens, first = request.all_token_ids, tracked.local
             wanted = [tracked.names.wanted(tokens, first + at) for at in range(blocks)]
