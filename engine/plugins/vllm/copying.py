@@ -33,6 +33,8 @@ LOAD_PATIENCE_S = 2.0
 # Copies that wait for the sidecar. A processor computes 20 MB of KV a second and the sidecar takes
 # 1 GB, so this is full only when the sidecar is stuck.
 BUFFERS_BYTES = 256 << 20
+# Of these, made before the first step: memory that was never touched is 10 to 40 times as slow.
+PREPARED = 32
 STORE_BATCH = 64
 CLOSE_DRAIN_S = 2.0
 CLOSE_JOIN_S = LOAD_PATIENCE_S + 3.0
@@ -100,7 +102,8 @@ class Copier:
         self._gathers: queue.SimpleQueue[list[tuple[Save, Bytes]] | None] = queue.SimpleQueue()
         self._stores: queue.SimpleQueue[tuple[Save, Bytes] | None] = queue.SimpleQueue()
         self._free: list[Bytes] = []
-        self._room = max(1, BUFFERS_BYTES // memory.payload_bytes)
+        self._buffers = max(1, BUFFERS_BYTES // memory.payload_bytes)
+        self._room = self._buffers
         self._closing = threading.Event()
         targets = [("kvist-load", self._run_loads)] * LOADERS
         targets += [("kvist-gather", self._run_gathers), ("kvist-store", self._run_stores)]
@@ -211,6 +214,11 @@ class Copier:
             return "detached"
 
     def _run_gathers(self) -> None:
+        for _ in range(min(self._buffers, PREPARED)):
+            buffer = self._new_buffer()
+            buffer.fill(0)
+            with self._lock:
+                self._free.append(buffer)
         while (taken := self._gathers.get()) is not None:
             try:
                 for save, buffer in taken:
