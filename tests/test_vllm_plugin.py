@@ -241,6 +241,39 @@ def test_a_dead_sidecar_is_a_miss_and_vllm_goes_on(tmp_path: Path) -> None:
     sidecar.close()
 
 
+def test_a_request_is_put_off_while_its_blocks_rise_from_flash_and_then_takes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash = ["--flash-path", str(tmp_path / "flash"), "--flash-bytes", "8MiB"]
+    flags = ["--slot-bytes", "16KiB", *flash, "--flash-admission", "always"]
+    sidecar = Sidecar(tmp_path / "sidecar", flags)
+    sidecar.start()
+    engine = Engine(sidecar)
+    request = Request("a", prompt(13, 3 * SIZE + 1))
+    engine.compute(request, [1, 2, 3, 4])
+    engine.stored(request)
+    sidecar.stop()  # writes what is in DRAM only to flash
+    sidecar.start()
+    wait_until(lambda: all(one.state == "attached" for one in engine.clients), "a new session")
+    again = Request("b", list(request.all_token_ids))
+    assert engine.planner.matched(again, 0) is None
+    wait_until(lambda: engine.planner.matched(again, 0) == 3 * SIZE, "blocks to rise")
+    assert engine.load(again, [5, 6, 7, 8]).came == 3
+    assert engine.planner.sources(again, 3 * SIZE) == {"flash": 3 * SIZE}
+    assert engine.planner.take_counts()["hit_tokens.flash"] == 3 * SIZE
+    # When flash is too slow, what is in DRAM by then has to do: here nothing.
+    monkeypatch.setattr("kvist.engine.plugins.vllm.planning.FLASH_WAIT_S", 0.0)
+    sidecar.stop()
+    sidecar.start()
+    wait_until(lambda: all(one.state == "attached" for one in engine.clients), "a new session")
+    late = Request("c", list(request.all_token_ids))
+    assert engine.planner.matched(late, 0) == 0
+    engine.planner.admitted(late, [5, 6, 7, 8], 0)
+    assert engine.planner.take_counts()["miss_tokens.flash_late"] == 3 * SIZE
+    engine.close()
+    sidecar.close()
+
+
 def test_after_a_reset_nothing_of_before_is_found(engine: Engine) -> None:
     request = Request("a", prompt(7, 2 * SIZE + 1))
     engine.compute(request, [1, 2, 3])
