@@ -27,7 +27,8 @@ def transfer_config(socket: Path) -> dict[str, Any]:
 
 
 def draw_prompts(count: int, seed: int) -> list[Prompt]:
-    """Random tokens of 20 to 1,500, the shorter ones more often; every third shares a prefix."""
+    """Random tokens of 20 to 1,500, the shorter ones more often; every third begins as the one
+    before it."""
     draw = random.Random(seed)
     prompts: list[Prompt] = []
     for number in range(count):

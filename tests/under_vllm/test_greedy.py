@@ -1,8 +1,13 @@
-"""Greedy answers of vLLM on the real model are the same from nothing and from every cache, and
+"""Greedy answers of vLLM on the real model with Kvist under it: from nothing, from every cache, and
 while the sidecar or vLLM is killed. Runs with vLLM's Python only (make test-vllm).
 
-One reference (vLLM without a connector, each prompt alone) and three engines after one another on
-one sidecar, so the tests below stand in the order in which the blocks wander: DRAM, flash, DRAM.
+vLLM's arithmetic depends on how a prompt is cut into steps, so that with its own prefix cache it
+may say another word than without, where two are nearly as likely. The reference is therefore vLLM
+without a connector, each prompt alone, once cold and once from its own cache; what comes from
+Kvist is cut as the latter and has to be equal to it, in each token.
+
+Three engines after one another on one sidecar, so the tests stand in the order in which the blocks
+wander: DRAM, flash, DRAM.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -53,13 +59,28 @@ def sidecar(folder: Path) -> Iterator[Sidecar]:
     made.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What vLLM says by itself.
+
+    Attributes:
+        cold: each prompt for the first time. own: again, from its own cache.
+    """
+
+    cold: list[Prompt]
+    own: list[Prompt]
+
+
 @pytest.fixture(scope="module")
-def reference(model: Path, prompts: list[Prompt], folder: Path) -> list[Prompt]:
-    """What vLLM says by itself."""
-    engine = VllmProcess(model, None, folder / "reference.log", False, "--no-prefix-caching")
-    answers = engine.answers(prompts)
+def reference(model: Path, prompts: list[Prompt], folder: Path) -> Reference:
+    engine = VllmProcess(model, None, folder / "reference.log")
+    made = Reference([], [])
+    for part in groups(prompts):
+        made.cold.extend(engine.answers(prompts[part]))
+        made.own.extend(engine.answers(prompts[part]))
+        assert engine.forget()
     engine.close()
-    return answers
+    return made
 
 
 def groups(prompts: list[Prompt]) -> Iterator[slice]:
@@ -94,17 +115,17 @@ def settled(sidecar: Sidecar, tier: str) -> None:
 
 
 def test_cold_own_cache_and_dram_in_one_process(
-    model: Path, prompts: list[Prompt], folder: Path, sidecar: Sidecar, reference: list[Prompt]
+    model: Path, prompts: list[Prompt], folder: Path, sidecar: Sidecar, reference: Reference
 ) -> None:
     engine = VllmProcess(model, sidecar.socket, folder / "first.log")
     try:
         for part in groups(prompts):
-            assert engine.answers(prompts[part]) == reference[part]  # cold
-            assert engine.answers(prompts[part]) == reference[part]  # vLLM's own cache
+            assert engine.answers(prompts[part]) == reference.cold[part]
+            assert engine.answers(prompts[part]) == reference.own[part]
             assert engine.forget()
             settled(sidecar, "dram")
             before = hits(engine)
-            assert engine.answers(prompts[part]) == reference[part]  # Kvist's DRAM
+            assert engine.answers(prompts[part]) == reference.own[part]  # from Kvist
             # Each full block of each prompt; those of shared prefixes vLLM has after the first.
             assert hits(engine) - before == usable_tokens(prompts[part])
         assert engine.count(DRAM) > usable_tokens(prompts) / 2
@@ -113,23 +134,23 @@ def test_cold_own_cache_and_dram_in_one_process(
         # Another tenant shares nothing, and after a reset of the connector nobody does.
         before = engine.count(DRAM)
         assert engine.forget()
-        assert engine.answers(prompts[:3], salt="acme:1") == reference[:3]
+        assert engine.answers(prompts[:3], salt="acme:1") == reference.cold[:3]
         assert engine.forget(connector=True)
-        assert engine.answers(prompts[:3]) == reference[:3]
+        assert engine.answers(prompts[:3]) == reference.cold[:3]
         assert engine.count(DRAM) == before
     finally:
         engine.close()
 
 
 def test_flash_after_both_were_restarted_with_the_process_split(
-    model: Path, prompts: list[Prompt], folder: Path, sidecar: Sidecar, reference: list[Prompt]
+    model: Path, prompts: list[Prompt], folder: Path, sidecar: Sidecar, reference: Reference
 ) -> None:
     settled(sidecar, "flash")
     sidecar.stop()
     sidecar.start()
     engine = VllmProcess(model, sidecar.socket, folder / "second.log", True)
     try:
-        assert engine.answers(prompts) == reference
+        assert engine.answers(prompts) == reference.own
         assert engine.count(FLASH) > 0
         # Another engine beside it, with prefix caching off, from the DRAM that this one warmed.
         other = VllmProcess(
@@ -138,13 +159,13 @@ def test_flash_after_both_were_restarted_with_the_process_split(
         )  # fmt: skip
         try:
             some = prompts[:GROUP]
-            assert other.answers(some) == reference[:GROUP]
+            assert other.answers(some) == reference.own[:GROUP]
             assert other.count(DRAM) == usable_tokens(some)
             give_up_and_preempt(other, some)
-            assert other.answers(some) == reference[:GROUP]
+            assert other.answers(some) == reference.own[:GROUP]
         finally:
             other.close()
-        sidecar_dies_at_random(engine, sidecar, prompts[:GROUP], reference[:GROUP])
+        sidecar_dies_at_random(engine, sidecar, prompts[:GROUP], reference)
         vllm_dies_amid_work(engine, sidecar, prompts)
     finally:
         if engine.process.poll() is None:
@@ -161,8 +182,10 @@ def give_up_and_preempt(engine: VllmProcess, prompts: list[Prompt]) -> None:
 
 
 def sidecar_dies_at_random(
-    engine: VllmProcess, sidecar: Sidecar, prompts: list[Prompt], reference: list[Prompt]
+    engine: VllmProcess, sidecar: Sidecar, prompts: list[Prompt], reference: Reference
 ) -> None:
+    """Any part of a prompt may come or not come; where vLLM says the same cold and from its own
+    cache, it must say that."""
     draw, done = random.Random(7), threading.Event()
 
     def storm() -> None:
@@ -176,7 +199,9 @@ def sidecar_dies_at_random(
     try:
         for _ in range(2):
             assert engine.forget()
-            assert engine.answers(prompts) == reference
+            answers = engine.answers(prompts)
+            sure = [at for at, one in enumerate(answers) if reference.cold[at] == reference.own[at]]
+            assert [answers[at] for at in sure] == [reference.own[at] for at in sure]
     finally:
         done.set()
         thread.join()
