@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -108,8 +109,9 @@ class VllmProcess:
 
     def kill(self) -> None:
         """End it and what it started, as a crash would."""
-        os.killpg(self.process.pid, 9)
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(20.0)
+        self._let_go()
 
     def close(self) -> None:
         """End it as its owner would."""
@@ -117,3 +119,10 @@ class VllmProcess:
             assert self.process.stdin is not None
             self.process.stdin.close()
             self.process.wait(60.0)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()

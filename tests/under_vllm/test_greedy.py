@@ -155,7 +155,7 @@ def test_flash_after_both_were_restarted_with_the_process_split(
         # Another engine beside it, with prefix caching off, from the DRAM that this one warmed.
         other = VllmProcess(
             model, sidecar.socket, folder / "third.log", False, "--no-prefix-caching",
-            "--blocks", "48",
+            "--blocks", "48", "--max-model-len", "4096",
         )  # fmt: skip
         try:
             some = prompts[:GROUP]
