@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from sim.sidecar import Sidecar
+
 ROOT = Path(__file__).resolve().parents[2]
 HOST = ROOT / "benchmarks" / "peers" / "vllm_host.py"
 Prompt = list[int]
@@ -39,6 +41,18 @@ def draw_prompts(count: int, seed: int) -> list[Prompt]:
             prompt = prompts[-1][: draw.randrange(len(prompts[-1])) + 1] + prompt
         prompts.append(prompt)
     return prompts
+
+
+def usable_tokens(prompts: list[Prompt]) -> int:
+    """Of full blocks of 128; the last token is always computed."""
+    return sum((len(prompt) - 1) // 128 * 128 for prompt in prompts)
+
+
+def sidecar_metric(sidecar: Sidecar, name: str) -> float:
+    """One value of a sidecar's /metrics, labels in the name."""
+    lines = [line for line in sidecar.get("/metrics").splitlines() if line.startswith(name + " ")]
+    assert lines, name
+    return float(lines[0].rsplit(" ", 1)[1])
 
 
 class VllmProcess:
