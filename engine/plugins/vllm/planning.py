@@ -246,12 +246,13 @@ class Planner:
         tracked.counted = True
         size, prompt = self._size, tracked.request.num_prompt_tokens
         usable = (prompt - 1) // size
-        hits = Counter({"hbm": tracked.local * size})
+        local = min(tracked.local, usable)
+        hits = Counter({"hbm": local * size})
         for at in range(came):
-            hits[tracked.tier(tracked.local + at)] += size
+            hits[tracked.tier(local + at)] += size
         misses = Counter({"tail": prompt - usable * size})
         misses[reason] += (tracked.ready - came) * size
-        misses[tracked.end] += (usable - tracked.local - tracked.ready) * size
+        misses[tracked.end] += (usable - local - tracked.ready) * size
         self._cache.count(prompt, +hits, +misses)
         for tier, tokens in (+hits).items():
             self._counts[f"hit_tokens.{tier}"] += tokens
