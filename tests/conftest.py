@@ -1,5 +1,5 @@
-"""Options of the tests: --seed replays one history of the simulation, and nothing else. Triton's
-kernels run in its interpreter where there is no GPU."""
+"""Options: --seed replays one history of the simulation; --prompts sizes the runs under vLLM.
+Triton's kernels run in its interpreter where there is no GPU."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ REPLAY = "test_seed_finds_nothing"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--prompts", type=int, default=200, help="prompts of make test-vllm")
     parser.addoption("--seed", type=int, help="replay one seed of the simulation, step by step")
 
 

@@ -1,0 +1,1 @@
+"""Kvist under other engines: one folder, one engine."""

@@ -1,0 +1,172 @@
+"""What vLLM's KV bytes are interchangeable with: the namespace, and what is not served at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from kvist.proto.keys import Namespace
+from kvist.proto.layout import DTYPE_BYTES, BlockFormat
+
+SUPPORTED = ("0.32",)
+"""Releases of vLLM whose interface this plugin was tested with."""
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+_CHUNK_BYTES = 8 << 20
+
+
+def check_version(version: str) -> None:
+    """Raises: RuntimeError: a release of vLLM that this plugin was not tested with."""
+    if not any(version == one or version.startswith(f"{one}.") for one in SUPPORTED):
+        raise RuntimeError(
+            f"KvistConnector is tested with vLLM {', '.join(SUPPORTED)}; this is vLLM {version}, "
+            "whose connector interface may differ. Install one of these releases, or a release of "
+            "Kvist that names yours"
+        )
+
+
+def refusal(config: Any, kv: Any) -> str:
+    """Why this setup of vLLM is not served, with the way out; "" when it is.
+
+    Args:
+        config: VllmConfig. kv: KVCacheConfig.
+    """
+    parallel = config.parallel_config
+    for name in (
+        "tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):  # fmt: skip
+        if getattr(parallel, name) != 1:
+            return f"{name}={getattr(parallel, name)} is not served yet; set 1"
+    if config.speculative_config is not None:
+        return "speculative decoding is not served yet; remove --speculative-config"
+    if getattr(config.cache_config, "calculate_kv_scales", False):
+        return "KV scales that are found at run time make blocks of two runs differ"
+    return _memory_refusal(kv)
+
+
+def _memory_refusal(kv: Any) -> str:
+    kinds = [type(group.kv_cache_spec).__name__ for group in kv.kv_cache_groups]
+    if kinds != ["FullAttentionSpec"]:
+        return (
+            f"a model with KV groups {kinds or 'none'} is not served; one group of full attention "
+            "is (hybrid models need more than the blocks of one prefix)"
+        )
+    spec = kv.kv_cache_groups[0].kv_cache_spec
+    dtype = str(spec.dtype).removeprefix("torch.")
+    if dtype not in DTYPE_BYTES or spec.kv_quant_mode.name != "NONE":
+        return f"KV of dtype {dtype}/{spec.kv_quant_mode.name} is not served; set kv_cache_dtype"
+    content = 2 * spec.head_size * DTYPE_BYTES[dtype]
+    if spec.head_size_v != spec.head_size or spec.state_content_size_bytes != content:
+        return "KV whose K and V are of different sizes is not served"
+    if spec.page_size_bytes != spec.num_heads * spec.block_size * content:
+        return "KV pages with padding or more than one token a state are not served"
+    return ""
+
+
+def namespace_of(config: Any, kv: Any, layers: Sequence[Any], vllm_version: str) -> Namespace:
+    """The namespace of a worker's blocks.
+
+    A block's bytes are vLLM's own: how K and V lie inside it depends on its release, its attention
+    backend and the processor, so all of these are in it. The format only says how many bytes.
+
+    Args:
+        config: VllmConfig, with which refusal found nothing wrong.
+        kv: KVCacheConfig.
+        layers: vLLM's attention layer objects, in the order of the placement.
+    """
+    spec = kv.kv_cache_groups[0].kv_cache_spec
+    backends = sorted({_backend(layer) for layer in layers})
+    names = kv.kv_cache_tensors[0].layers
+    words = {
+        "engine": f"vllm-{vllm_version}/torch-{torch.__version__}",
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "attention": "+".join(backends),
+        "layout": str(kv.kv_cache_layout),
+        "page": f"{spec.num_heads}x{spec.block_size}x{spec.head_size}x2",
+        "window": str(spec.sliding_window or spec.attention_chunk_size),
+        "layers": _digest(*names),
+        "dtype": str(config.model_config.dtype),
+        "kv_dtype": str(config.cache_config.cache_dtype),
+        "compiled": str(getattr(config.compilation_config.mode, "name", "NONE")),
+        "rank": "tp0of1/pp0of1",
+    }
+    return Namespace(
+        model=model_name(config),
+        format=BlockFormat(
+            len(names), spec.num_heads, spec.head_size, str(spec.dtype).removeprefix("torch."),
+            spec.block_size,
+        ),
+        rope="in the model's configuration",
+        compute=" ".join(f"{name}={value}" for name, value in words.items()),
+    )  # fmt: skip
+
+
+def _backend(layer: Any) -> str:
+    """Name and instruction set of a layer's attention; the latter is set before the first step."""
+    return f"{layer.attn_backend.get_name()}/{getattr(layer, 'isa', 'none')}"
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def model_name(config: Any) -> str:
+    """Fingerprint of configuration and weights: by content where the files can be found."""
+    model = config.model_config
+    said = json.loads(model.hf_config.to_json_string(use_diff=False))
+    for key in ("_name_or_path", "transformers_version"):
+        said.pop(key, None)
+    folder = _model_folder(model.model, model.revision, config.load_config.download_dir)
+    weights = (
+        files_fingerprint(folder, WEIGHT_SUFFIXES)
+        if folder is not None and config.load_config.load_format != "dummy"
+        else f"{model.model}@{model.revision}"
+    )
+    parts = (
+        json.dumps(said, sort_keys=True), weights, str(model.quantization),
+        str(config.load_config.load_format), json.dumps(model.hf_overrides, default=repr),
+    )  # fmt: skip
+    return _digest(*parts)
+
+
+def _model_folder(model: str, revision: str | None, download_dir: str | None) -> Path | None:
+    if Path(model).exists():
+        return Path(model)
+    try:
+        from huggingface_hub import snapshot_download
+
+        found = snapshot_download(
+            model, revision=revision, cache_dir=download_dir, local_files_only=True
+        )
+    except Exception:  # not a name of the hub, or not kept here: the name must do
+        return None
+    return Path(found)
+
+
+def files_fingerprint(path: Path, suffixes: Sequence[str]) -> str:
+    """Hash of names and contents of files; about 10 GB/s where they are in the page cache.
+
+    Args:
+        path: a file, or a folder whose files with one of suffixes count.
+
+    Raises: OSError.
+    """
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(one for one in path.iterdir() if one.suffix in suffixes)
+    )
+    hasher = xxhash.xxh3_128()
+    for file in files:
+        hasher.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as opened:
+            while chunk := opened.read(_CHUNK_BYTES):
+                hasher.update(chunk)
+    return hasher.hexdigest()

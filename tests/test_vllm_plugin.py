@@ -1,0 +1,419 @@
+"""The vLLM plugin's two halves without vLLM: a real sidecar, real threads, KV memory as vLLM lays
+it out, and requests that have the fields which the plugin reads (pinned in under_vllm/)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sim.sidecar import QUIET, Sidecar, wait_until
+
+from kvist.cachesvc.client import CacheClient
+from kvist.engine.plugins.vllm.copying import Copier, LoadJob
+from kvist.engine.plugins.vllm.identity import check_version, files_fingerprint, refusal
+from kvist.engine.plugins.vllm.lookups import Adapters, Load, Save, digest_of, unnamed
+from kvist.engine.plugins.vllm.memory import (
+    BlockMemory,
+    LayoutRefused,
+    ScratchPage,
+    map_memory,
+    try_memory,
+)
+from kvist.engine.plugins.vllm.planning import Planner, Roles
+from kvist.proto.keys import Namespace
+from kvist.proto.layout import BlockFormat
+
+LAYERS, HEADS, SIZE, DIM, BLOCKS = 3, 2, 16, 8, 40
+NAMESPACE = Namespace(
+    "model", BlockFormat(LAYERS, HEADS, DIM, "bfloat16", SIZE), "rope", "vllm-test"
+)
+BOTH = Roles(loads=True, saves=True)
+
+
+def vllm_memory() -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Placement and layer tensors, all slices of one allocation, as vLLM's CPU build has them."""
+    page = HEADS * SIZE * 2 * DIM * 2
+    raw = torch.zeros(64 + LAYERS * BLOCKS * page, dtype=torch.uint8)
+    names = [f"model.layers.{layer}.attn" for layer in range(LAYERS)]
+    caches = {}
+    for layer, name in enumerate(names):
+        first = 64 + layer * BLOCKS * page
+        part = raw[first : first + BLOCKS * page].view(torch.bfloat16)
+        caches[name] = part.view(BLOCKS, HEADS, SIZE, 2 * DIM)
+    place = SimpleNamespace(
+        layers=names, offset=64, layer_stride=BLOCKS * page, block_stride=page, size=raw.nbytes
+    )
+    return [place], caches
+
+
+class Request:
+    """The fields of vLLM's Request that the plugin reads."""
+
+    def __init__(self, name: str, tokens: list[int], salt: str | None = None) -> None:
+        self.request_id = name
+        self.prompt_token_ids: list[int] | None = tokens
+        self.all_token_ids = list(tokens)
+        self.num_prompt_tokens = len(tokens)
+        self.num_computed_tokens = 0
+        self.cache_salt = salt
+        self.prompt_embeds: object = None
+        self.resumable = False
+        self.lora_request: Any = None
+        self.mm_features: list[Any] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+
+def step(planner: Planner, request: Request, tokens: int, blocks: list[int]) -> list[Save]:
+    """A step of vLLM that computes some tokens of one request."""
+    planner.arrive(request)
+    state = SimpleNamespace(get_block_ids={request.request_id: (blocks,)}.__getitem__)
+    output = SimpleNamespace(
+        num_scheduled_tokens={request.request_id: tokens}, kv_connector_block_state=state
+    )
+    _, saves = planner.plan(output)
+    request.num_computed_tokens += tokens
+    return saves
+
+
+def prompt(seed: int, tokens: int) -> list[int]:
+    return random.Random(seed).choices(range(1000), k=tokens)
+
+
+@pytest.fixture(scope="module")
+def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
+    made = Sidecar(tmp_path_factory.mktemp("vllm-plugin"), ["--slot-bytes", "16KiB"])
+    made.start()
+    yield made
+    made.close()
+
+
+class Engine:
+    """Both halves over one KV memory; steps are made by hand."""
+
+    def __init__(self, sidecar: Sidecar, roles: Roles = BOTH) -> None:
+        placement, self.caches = vllm_memory()
+        self.runs = map_memory(placement, BLOCKS, self.caches)
+        self.memory = BlockMemory(self.runs)
+        self.clients = [sidecar.client(half, NAMESPACE) for half in ("scheduler", "worker")]
+        self.planner = Planner(self.clients[0], NAMESPACE, roles)
+        self.copier = Copier(self.clients[1], self.memory, QUIET)
+
+    def compute(self, request: Request, blocks: list[int]) -> None:
+        """One step that computes a whole prompt, and its saves."""
+        draw = np.random.default_rng(request.all_token_ids[0])
+        for block in blocks:
+            self.runs[:, block] = draw.integers(0, 256, (LAYERS, self.memory.run_bytes))
+        self.planner.admitted(request, blocks, 0)
+        self.copier.save(step(self.planner, request, request.num_tokens, blocks))
+        self.copier.wait_gathered()
+
+    def load(self, request: Request, blocks: list[int]) -> LoadJob:
+        """Bring in what is cached; returns how that ended."""
+        tokens = self.planner.matched(request, 0)
+        assert tokens
+        self.planner.admitted(request, blocks, tokens)
+        (load,), saves = self.planner.plan(SimpleNamespace(num_scheduled_tokens={}))
+        assert not saves
+        self.copier.load(load)
+        (job,) = self.copier.take_ended(10.0)
+        self.planner.loaded({request.request_id: (job.came, job.reason)})
+        return job
+
+    def stored(self, request: Request) -> None:
+        """Wait until all full blocks of a request are cached."""
+        fresh = Request("probe", request.all_token_ids, request.cache_salt)
+        usable = (fresh.num_tokens - 1) // SIZE * SIZE
+        wait_until(lambda: self.planner.matched(fresh, 0) == usable, "blocks to be stored")
+        self.planner.finished("probe")
+
+    def close(self) -> None:
+        self.planner.close()
+        self.copier.close()
+
+
+@pytest.fixture
+def engine(sidecar: Sidecar) -> Iterator[Engine]:
+    made = Engine(sidecar)
+    yield made
+    made.close()
+
+
+def test_blocks_that_were_saved_come_back_into_other_blocks_byte_for_byte(engine: Engine) -> None:
+    request = Request("a", prompt(1, 5 * SIZE + 3))
+    engine.compute(request, [7, 3, 30, 12, 5, 9])
+    # The step is over: what vLLM does with its blocks now must not matter.
+    saved = engine.runs[:, [7, 3, 30, 12, 5]].copy()
+    engine.runs[:] = 0
+    engine.stored(request)
+    again = Request("b", list(request.all_token_ids))
+    job = engine.load(again, [20, 21, 22, 23, 24, 25])
+    assert (job.came, job.reason) == (5, "")
+    assert np.array_equal(engine.runs[:, 20:25], saved)
+    assert not engine.runs[:, 25:].any()
+    assert engine.planner.sources(again, 5 * SIZE) == {"dram": 5 * SIZE}
+    counts = engine.planner.take_counts()
+    assert counts["hit_tokens.dram"] == 5 * SIZE
+    assert sum(counts.values()) == 2 * (5 * SIZE + 3)
+    assert engine.copier.take_counts()["save_blocks"] == 5
+
+
+def test_only_what_vllm_lacks_is_asked_for_and_only_what_the_cache_lacks_is_saved(
+    engine: Engine,
+) -> None:
+    first = Request("a", prompt(2, 3 * SIZE))
+    engine.compute(first, [1, 2, 3])
+    engine.stored(first)
+    longer = Request("b", first.all_token_ids + prompt(3, 2 * SIZE))
+    assert engine.planner.matched(longer, 0) == 3 * SIZE
+    assert engine.planner.matched(longer, SIZE) == 2 * SIZE
+    assert engine.planner.matched(longer, 3 * SIZE) == 0
+    longer.num_computed_tokens = 3 * SIZE
+    saves = step(engine.planner, longer, 2 * SIZE, [1, 2, 3, 4, 5])
+    assert [(save.block, save.item.depth) for save in saves] == [(4, 3), (5, 4)]
+
+
+def test_a_block_is_saved_when_its_last_token_is_known(engine: Engine) -> None:
+    """With steps under way vLLM counts a token as computed before it is sampled."""
+    request = Request("a", prompt(4, SIZE - 1))
+    assert not step(engine.planner, request, SIZE - 1, [1])
+    assert not step(engine.planner, request, 1, [1])  # its token is still on its way
+    request.all_token_ids.append(7)
+    (save,) = step(engine.planner, request, 1, [1, 2])
+    assert save.item.tokens == np.asarray(request.all_token_ids, "<u4").tobytes()
+    assert not step(engine.planner, request, 1, [1, 2])
+
+
+def test_blocks_that_vllm_does_not_want_are_counted_as_computed(engine: Engine) -> None:
+    request = Request("a", prompt(12, 3 * SIZE + 1))
+    engine.compute(request, [1, 2, 3, 4])
+    engine.stored(request)
+    engine.planner.take_counts()
+    again = Request("b", list(request.all_token_ids))
+    assert engine.planner.matched(again, 0) == 3 * SIZE
+    engine.planner.admitted(again, [5, 6, 7, 8], 0)  # it asked for the logprobs of its prompt
+    assert engine.planner.take_counts() == {"miss_tokens.tail": 1, "miss_tokens.no_cache": 3 * SIZE}
+
+
+def test_a_load_that_fails_names_its_blocks_and_is_not_tried_again(engine: Engine) -> None:
+    request = Request("a", prompt(5, 4 * SIZE + 1))
+    engine.compute(request, [1, 2, 3, 4, 5])
+    engine.stored(request)
+    again = Request("b", list(request.all_token_ids))
+    tokens = engine.planner.matched(again, 0)
+    assert tokens == 4 * SIZE
+    engine.planner.admitted(again, [10, 11, 12, 13, 14], tokens)
+    (load,), _ = engine.planner.plan(SimpleNamespace(num_scheduled_tokens={}))
+    wrong = replace(load.wanted[2], tokens=bytes(4 * SIZE))
+    engine.copier.load(Load("b", [*load.wanted[:2], wrong, load.wanted[3]], load.blocks))
+    (job,) = engine.copier.take_ended(10.0)
+    assert (job.came, job.reason) == (2, "corrupt")
+    engine.planner.loaded({"b": (job.came, job.reason)})
+    assert engine.planner.matched(again, 0) == 0
+    assert engine.planner.take_counts()["miss_tokens.corrupt"] == 2 * SIZE
+
+
+def test_a_dead_sidecar_is_a_miss_and_vllm_goes_on(tmp_path: Path) -> None:
+    sidecar = Sidecar(tmp_path, ["--slot-bytes", "16KiB"])
+    sidecar.start()
+    engine = Engine(sidecar)
+    request = Request("a", prompt(6, 2 * SIZE + 1))
+    engine.compute(request, [1, 2, 3])
+    engine.stored(request)
+    engine.planner.matched(Request("b", list(request.all_token_ids)), 0)
+    sidecar.kill()
+    wait_until(lambda: all(one.state == "detached" for one in engine.clients), "the end")
+    late = Request("c", list(request.all_token_ids))
+    assert engine.planner.matched(late, 0) == 0
+    assert step(engine.planner, late, 2 * SIZE + 1, [1, 2, 3]) == []
+    engine.planner.admitted(late, [1, 2, 3], 0)
+    assert engine.planner.take_counts()["miss_tokens.detached"] == 2 * SIZE
+    engine.close()
+    sidecar.close()
+
+
+def test_a_request_is_put_off_while_its_blocks_rise_from_flash_and_then_takes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash = ["--flash-path", str(tmp_path / "flash"), "--flash-bytes", "8MiB"]
+    flags = ["--slot-bytes", "16KiB", *flash, "--flash-admission", "always"]
+    sidecar = Sidecar(tmp_path / "sidecar", flags)
+    sidecar.start()
+    engine = Engine(sidecar)
+    request = Request("a", prompt(13, 3 * SIZE + 1))
+    engine.compute(request, [1, 2, 3, 4])
+    engine.stored(request)
+    sidecar.stop()  # writes what is in DRAM only to flash
+    sidecar.start()
+    wait_until(lambda: all(one.state == "attached" for one in engine.clients), "a new session")
+    again = Request("b", list(request.all_token_ids))
+    assert engine.planner.matched(again, 0) is None
+    wait_until(lambda: engine.planner.matched(again, 0) == 3 * SIZE, "blocks to rise")
+    assert engine.load(again, [5, 6, 7, 8]).came == 3
+    assert engine.planner.sources(again, 3 * SIZE) == {"flash": 3 * SIZE}
+    assert engine.planner.take_counts()["hit_tokens.flash"] == 3 * SIZE
+    # When flash is too slow, what is in DRAM by then has to do: here nothing.
+    monkeypatch.setattr("kvist.engine.plugins.vllm.planning.FLASH_WAIT_S", 0.0)
+    sidecar.stop()
+    sidecar.start()
+    wait_until(lambda: all(one.state == "attached" for one in engine.clients), "a new session")
+    late = Request("c", list(request.all_token_ids))
+    assert engine.planner.matched(late, 0) == 0
+    engine.planner.admitted(late, [5, 6, 7, 8], 0)
+    assert engine.planner.take_counts()["miss_tokens.flash_late"] == 3 * SIZE
+    engine.close()
+    sidecar.close()
+
+
+def test_after_a_reset_nothing_of_before_is_found(engine: Engine) -> None:
+    request = Request("a", prompt(7, 2 * SIZE + 1))
+    engine.compute(request, [1, 2, 3])
+    engine.stored(request)
+    engine.planner.reset()
+    assert engine.planner.matched(Request("b", list(request.all_token_ids)), 0) == 0
+    assert step(engine.planner, request, 1, [1, 2, 3]) == []
+
+
+@pytest.mark.parametrize(
+    ("roles", "found", "saved"),
+    [(Roles(True, False), True, 0), (Roles(False, True), False, 2)],
+    ids=["consumer", "producer"],
+)
+def test_kv_role_says_what_is_done(engine: Engine, roles: Roles, found: bool, saved: int) -> None:
+    request = Request("a", prompt(8, 2 * SIZE + 1))
+    engine.compute(request, [1, 2, 3])
+    engine.stored(request)
+    other = Planner(engine.clients[0], NAMESPACE, roles)
+    assert bool(other.matched(Request("b", list(request.all_token_ids)), 0)) is found
+    unseen = Request("c", prompt(80 + saved, 2 * SIZE + 1))
+    assert len(step(other, unseen, 2 * SIZE + 1, [1, 2, 3])) == saved
+
+
+def changed(change: Callable[[Request], None]) -> bytes:
+    request = Request("a", [1, 2, 3])
+    change(request)
+    return digest_of(NAMESPACE, request, Adapters())
+
+
+def test_salt_adapter_and_media_each_make_another_namespace(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"lora")
+    lora = SimpleNamespace(lora_path=str(tmp_path), load_inplace=False)
+
+    def media(identifier: str, offset: int) -> list[Any]:
+        where = SimpleNamespace(offset=offset, length=4)
+        return [SimpleNamespace(identifier=identifier, mm_position=where)]
+
+    digests = [
+        NAMESPACE.digest(),
+        changed(lambda one: setattr(one, "cache_salt", "acme:1")),
+        changed(lambda one: setattr(one, "lora_request", lora)),
+        changed(lambda one: setattr(one, "mm_features", media("cat", 0))),
+        changed(lambda one: setattr(one, "mm_features", media("dog", 0))),
+        changed(lambda one: setattr(one, "mm_features", media("cat", 1))),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digest_of(NAMESPACE, Request("a", [1]), Adapters()) == digests[0]
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"LORA")
+    assert changed(lambda one: setattr(one, "lora_request", lora)) not in digests
+
+
+def test_requests_without_names_are_counted_and_neither_found_nor_saved(engine: Engine) -> None:
+    embedded = Request("a", prompt(9, 3 * SIZE))
+    embedded.prompt_embeds = object()
+    assert engine.planner.matched(embedded, 0) == 0
+    engine.planner.admitted(embedded, [1, 2, 3], 0)
+    assert step(engine.planner, embedded, 3 * SIZE, [1, 2, 3]) == []
+    counts = engine.planner.take_counts()
+    assert counts["unnamed_requests.prompt_embeds"] == 1
+    assert counts["miss_tokens.no_cache"] == 2 * SIZE
+    lost = Request("b", [1])
+    lost.lora_request = SimpleNamespace(lora_path="/nowhere", load_inplace=False)
+    assert unnamed(lost, Adapters()) == "adapter"
+
+
+def test_memory_is_where_vllm_says_and_a_trial_shows_it() -> None:
+    placement, caches = vllm_memory()
+    memory = BlockMemory(map_memory(placement, BLOCKS, caches))
+    try_memory(memory, list(caches.values()))
+    assert not any(cache.any() for cache in caches.values())
+    page = ScratchPage(memory, NAMESPACE.format)
+    assert page.reads(page.written())
+    assert not page.reads(page.written() ^ np.uint8(1))
+
+
+def test_memory_that_lies_otherwise_than_vllm_says_is_refused() -> None:
+    placement, caches = vllm_memory()
+    placement[0].block_stride *= 2
+    with pytest.raises(LayoutRefused, match="placement"):
+        map_memory(placement, BLOCKS // 2, caches)
+    placement, caches = vllm_memory()
+    swapped = dict(zip(caches, reversed(caches.values()), strict=True))
+    with pytest.raises(LayoutRefused, match="do not lie"):
+        map_memory(placement, BLOCKS, swapped)
+    turned = {name: cache.transpose(1, 2) for name, cache in caches.items()}
+    with pytest.raises(LayoutRefused, match="one run"):
+        map_memory(placement, BLOCKS, turned)
+
+
+def test_a_trial_notices_layers_in_another_order() -> None:
+    placement, caches = vllm_memory()
+    memory = BlockMemory(map_memory(placement, BLOCKS, caches))
+    with pytest.raises(LayoutRefused, match="stored and restored"):
+        try_memory(memory, list(caches.values())[::-1])
+
+
+def vllm_config(**parallel: int) -> Any:
+    sizes = {
+        "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
+        "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, **parallel,
+    }  # fmt: skip
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**sizes),
+        speculative_config=None,
+        cache_config=SimpleNamespace(calculate_kv_scales=False),
+    )
+
+
+def test_what_is_not_served_is_refused_with_the_reason() -> None:
+    window = type("SlidingWindowSpec", (), {})()
+    hybrid = SimpleNamespace(
+        kv_cache_groups=[
+            SimpleNamespace(kv_cache_spec=window),
+            SimpleNamespace(kv_cache_spec=window),
+        ]
+    )
+    assert "tensor_parallel_size=2" in refusal(vllm_config(tensor_parallel_size=2), hybrid)
+    assert "SlidingWindowSpec" in refusal(vllm_config(), hybrid)
+    with pytest.raises(RuntimeError, match="tested with vLLM"):
+        check_version("0.33.0")
+
+
+def test_weights_are_known_by_content_and_not_by_name(tmp_path: Path) -> None:
+    def folder(name: str, weights: bytes) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        (tmp_path / name / "README.md").write_text(name)
+        return files_fingerprint(tmp_path / name, (".safetensors",))
+
+    assert folder("a", b"weights") == folder("b", b"weights") != folder("c", b"Weights")
+
+
+def test_buffers_are_bounded_and_what_finds_none_is_counted(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvist.engine.plugins.vllm.copying.BUFFERS_BYTES", 1)
+    client: CacheClient = engine.clients[1]
+    small = Copier(client, engine.memory, QUIET)
+    request = Request("a", prompt(11, 3 * SIZE))
+    small.save(step(engine.planner, request, 3 * SIZE, [1, 2, 3]))
+    small.wait_gathered()
+    assert small.take_counts()["save_drops.queue_full"] == 2
