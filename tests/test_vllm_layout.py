@@ -1,0 +1,87 @@
+"""What the vLLM plugin finds out at start: where blocks lie, what is served, what model it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from sim.vllm_memory import BLOCKS, NAMESPACE, vllm_memory
+
+from kvist.engine.plugins.vllm.identity import check_version, files_fingerprint, refusal
+from kvist.engine.plugins.vllm.memory import (
+    BlockMemory,
+    LayoutRefused,
+    ScratchPage,
+    map_memory,
+    try_memory,
+)
+
+
+def test_memory_is_where_vllm_says_and_a_trial_shows_it() -> None:
+    placement, caches = vllm_memory()
+    memory = BlockMemory(map_memory(placement, BLOCKS, caches))
+    try_memory(memory, list(caches.values()))
+    assert not any(cache.any() for cache in caches.values())
+    page = ScratchPage(memory, NAMESPACE.format)
+    assert page.reads(page.written())
+    assert not page.reads(page.written() ^ np.uint8(1))
+
+
+def test_memory_that_lies_otherwise_than_vllm_says_is_refused() -> None:
+    placement, caches = vllm_memory()
+    placement[0].block_stride *= 2
+    with pytest.raises(LayoutRefused, match="placement"):
+        map_memory(placement, BLOCKS // 2, caches)
+    placement, caches = vllm_memory()
+    swapped = dict(zip(caches, reversed(caches.values()), strict=True))
+    with pytest.raises(LayoutRefused, match="do not lie"):
+        map_memory(placement, BLOCKS, swapped)
+    turned = {name: cache.transpose(1, 2) for name, cache in caches.items()}
+    with pytest.raises(LayoutRefused, match="one run"):
+        map_memory(placement, BLOCKS, turned)
+
+
+def test_a_trial_notices_layers_in_another_order() -> None:
+    placement, caches = vllm_memory()
+    memory = BlockMemory(map_memory(placement, BLOCKS, caches))
+    with pytest.raises(LayoutRefused, match="stored and restored"):
+        try_memory(memory, list(caches.values())[::-1])
+
+
+def vllm_config(**parallel: int) -> Any:
+    sizes = {
+        "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
+        "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, **parallel,
+    }  # fmt: skip
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**sizes),
+        speculative_config=None,
+        cache_config=SimpleNamespace(calculate_kv_scales=False),
+    )
+
+
+def test_what_is_not_served_is_refused_with_the_reason() -> None:
+    window = type("SlidingWindowSpec", (), {})()
+    hybrid = SimpleNamespace(
+        kv_cache_groups=[
+            SimpleNamespace(kv_cache_spec=window),
+            SimpleNamespace(kv_cache_spec=window),
+        ]
+    )
+    assert "tensor_parallel_size=2" in refusal(vllm_config(tensor_parallel_size=2), hybrid)
+    assert "SlidingWindowSpec" in refusal(vllm_config(), hybrid)
+    with pytest.raises(RuntimeError, match="tested with vLLM"):
+        check_version("0.33.0")
+
+
+def test_weights_are_known_by_content_and_not_by_name(tmp_path: Path) -> None:
+    def folder(name: str, weights: bytes) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        (tmp_path / name / "README.md").write_text(name)
+        return files_fingerprint(tmp_path / name, (".safetensors",))
+
+    assert folder("a", b"weights") == folder("b", b"weights") != folder("c", b"Weights")
