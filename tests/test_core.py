@@ -326,13 +326,15 @@ def test_a_realtime_request_takes_the_seat_of_a_batch_one_which_goes_on_from_the
     start: Start,
 ) -> None:
     cache = FakeCache()
-    core = start(cache, max_num_seqs=1, pages=16)
-    low = core.submit(prompt(30), 20, priority=BATCH)
+    core = start(cache, max_num_seqs=1, pages=28)
+    core.model.nap_s = 0.03
+    low = core.submit(prompt(30), 80, priority=BATCH)
     core.wait(lambda: len(core.deltas[low]) >= 4)
-    high = core.submit(prompt(40, 9), 4, priority=REALTIME)
-    assert core.tokens(high) == continuation(prompt(40, 9), 4)
+    high = core.submit(prompt(90, 9), 4, priority=REALTIME)
+    assert core.tokens(high) == continuation(prompt(90, 9), 4)
     assert not core.ended(low)
-    assert core.tokens(low) == continuation(prompt(30), 20)
+    core.model.nap_s = 0.0
+    assert core.tokens(low) == continuation(prompt(30), 80)
     core.settle()
     assert core.stats.preemptions == {"decode": 0, "seat": 1, "pages": 0}
     resumed = core.stats.resumed_tokens
@@ -344,6 +346,7 @@ def test_a_realtime_request_takes_the_seat_of_a_batch_one_which_goes_on_from_the
 
 def test_a_server_may_have_another_class_for_those_that_name_none(start: Start) -> None:
     core = start(max_num_seqs=1, default_priority="batch")
+    core.model.nap_s = 0.03
     first, second = core.submit(prompt(5), 40), core.submit(prompt(5, 3), 4)
     core.wait(lambda: core.stats.waiting_by_class == (0, 0, 1))
     assert core.stats.running_by_class == (0, 0, 1)
@@ -351,6 +354,7 @@ def test_a_server_may_have_another_class_for_those_that_name_none(start: Start) 
     core.finish(named)
     assert not core.ended(first)
     assert not core.ended(second)
+    core.model.nap_s = 0.0
     core.finish(first, second)
 
 

@@ -8,6 +8,7 @@ assertion, never a plausible answer.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -58,12 +59,14 @@ class FakeModel:
     Attributes:
         computed: tokens that went through it.
         fail_next: raise in this many of the next steps.
+        nap_s: how long each step takes, so that who tests has time to do something meanwhile.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.computed = 0
         self.fail_next = 0
+        self.nap_s = 0.0
 
     def forward(
         self,
@@ -75,6 +78,7 @@ class FakeModel:
         if self.fail_next:
             self.fail_next -= 1
             raise RuntimeError("the sim was asked to fail")
+        time.sleep(self.nap_s)
         rows = []
         size = pool.shape[4]
         for chunk in chunks:
