@@ -305,7 +305,9 @@ def test_sigterm_lets_running_requests_end_and_takes_no_more(
     server = start()
     server.wait_ready()
     got: list[dict[str, Any]] = []
-    reader = threading.Thread(target=events, args=(server.url, ENDLESS, got))
+    # Long enough that the server still drains when it is asked for more.
+    body = {**ENDLESS, "max_tokens": 1500}
+    reader = threading.Thread(target=events, args=(server.url, body, got))
     reader.start()
     wait_until(lambda: len(got) > 1)
     os.kill(server.pid, signal.SIGTERM)
