@@ -76,6 +76,12 @@ class Mover:
             assert flash.allocate() == number
         self.io = FlashIo(self.dram, flash, Threads(), io_threads, self.posted.put, self)
 
+    def close(self) -> None:
+        """End the threads, let files and memory go."""
+        self.io.close()
+        self.flash.close()
+        self.dram.close()
+
     def sink(self, number: int) -> None:
         """Queue a block to sink."""
         self.io.sink(Sink(number, make_block(number).header.key, number, number))
@@ -138,9 +144,7 @@ def test_a_read_waits_for_one_write_at_most(tmp_path: Path) -> None:
     mover.disk.gate.set()
     mover.wait(9, risen=1)
     assert mover.disk.asked == ["write", "index 1", "read", *["write"] * 7, "index 7"]
-    mover.io.close()
-    mover.flash.close()
-    mover.dram.close()
+    mover.close()
 
 
 def test_a_second_thread_reads_while_the_first_one_writes(tmp_path: Path) -> None:
@@ -156,6 +160,4 @@ def test_a_second_thread_reads_while_the_first_one_writes(tmp_path: Path) -> Non
     assert mover.disk.asked == ["write", "read"], "nobody else writes meanwhile"
     mover.disk.gate.set()
     mover.wait(9)
-    mover.io.close()
-    mover.flash.close()
-    mover.dram.close()
+    mover.close()
