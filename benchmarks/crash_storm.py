@@ -31,11 +31,11 @@ from pathlib import Path
 
 import numpy as np
 
+from kvist.cachesvc.catalog.index import IndexReader, Location
 from kvist.cachesvc.client import CacheClient, open_cache
-from kvist.cachesvc.control import PROTOCOL_VERSION, GrpcControl
-from kvist.cachesvc.index import IndexReader, Location
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.storing import StoreItem
+from kvist.cachesvc.worker.control import PROTOCOL_VERSION, GrpcControl
+from kvist.cachesvc.worker.storing import StoreItem
 from kvist.engine.local import LocalSidecar
 from kvist.proto import cache_pb2
 from kvist.proto.keys import NO_KEY, BlockKey, Namespace, block_keys

@@ -1,6 +1,6 @@
 """Block hit ratio of the service's eviction on a trace, beside leaf-LRU and the optimum.
 
-The same code as in the service, by way of cachesvc/replay: hits are the leading cached blocks of
+The same code as in the service, by way of study/replay: hits are the leading cached blocks of
 each prompt, in percent of all blocks asked for; capacities are in percent of the trace's different
 blocks. The *_compute lists weigh each block by the operations that it takes to compute.
 ns_per_event is the processor time of a replay with our policy over its block events (hits and
@@ -14,10 +14,10 @@ import json
 import sys
 from pathlib import Path
 
-from kvist.cachesvc.eviction import POLICIES, PolicyName
-from kvist.cachesvc.replay import Contender, Score, replay_policy
-from kvist.cachesvc.replay_table import Progress
-from kvist.cachesvc.trace import Trace, read_trace
+from kvist.cachesvc.policy.eviction import POLICIES, PolicyName
+from kvist.cachesvc.study.replay import Contender, Score, replay_policy
+from kvist.cachesvc.study.replay_table import Progress
+from kvist.cachesvc.study.trace import Trace, read_trace
 from kvist.proto.errors import ConfigInvalid
 
 CAPACITY_PERCENT = (1, 2, 5, 10, 25, 50)

@@ -23,16 +23,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kvist.kernels.add_norm import add_rms_norm
-from kvist.kernels.decode_attention import decode_attention, new_decode_plan
-from kvist.kernels.gate import silu_gate
-from kvist.kernels.kv_copy import gather, scatter
-from kvist.kernels.matmul import matmul
-from kvist.kernels.paged import Paged
-from kvist.kernels.prefill_attention import plan_prefill, prefill_attention
+from kvist.kernels.device.add_norm import add_rms_norm
+from kvist.kernels.device.decode_attention import decode_attention, new_decode_plan
+from kvist.kernels.device.gate import silu_gate
+from kvist.kernels.device.kv_copy import gather, scatter
+from kvist.kernels.device.matmul import matmul
+from kvist.kernels.device.paged import Paged
+from kvist.kernels.device.prefill_attention import plan_prefill, prefill_attention
+from kvist.kernels.device.rope_store import rope_store
+from kvist.kernels.device.sampling import new_draws, sample
 from kvist.kernels.rope import RopeParams, rope_table
-from kvist.kernels.rope_store import rope_store
-from kvist.kernels.sampling import new_draws, sample
 
 WARP = 32
 TYPES = {

@@ -19,7 +19,7 @@ import numpy as np
 
 from kvist.cachesvc.client import CacheClient, open_cache
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.storing import StoreItem
+from kvist.cachesvc.worker.storing import StoreItem
 from kvist.engine.local import LocalSidecar
 from kvist.proto.keys import NO_KEY, Namespace, Tokens, block_keys
 from kvist.proto.layout import BlockFormat

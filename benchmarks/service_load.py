@@ -24,7 +24,7 @@ import numpy as np
 
 from kvist.cachesvc.client import CacheClient, open_cache
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.storing import StoreItem
+from kvist.cachesvc.worker.storing import StoreItem
 from kvist.engine.local import LocalSidecar
 from kvist.proto.keys import NO_KEY, BlockKey, Namespace, block_keys, origin_of
 from kvist.proto.layout import BlockFormat

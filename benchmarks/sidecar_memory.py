@@ -20,14 +20,14 @@ import time
 from pathlib import Path
 
 from kvist.cachesvc.__main__ import freeze
-from kvist.cachesvc.blocks import NO_ROW
-from kvist.cachesvc.eviction import POLICIES, PolicyName
-from kvist.cachesvc.index import IndexWriter, Location
-from kvist.cachesvc.pins import Pins
-from kvist.cachesvc.placement import Placement
-from kvist.cachesvc.rgg import make_policy
-from kvist.cachesvc.tenancy import Tenancy
-from kvist.cachesvc.wards import Rules
+from kvist.cachesvc.catalog.blocks import NO_ROW
+from kvist.cachesvc.catalog.index import IndexWriter, Location
+from kvist.cachesvc.placing.pins import Pins
+from kvist.cachesvc.placing.placement import Placement
+from kvist.cachesvc.placing.tenancy import Tenancy
+from kvist.cachesvc.placing.wards import Rules
+from kvist.cachesvc.policy.eviction import POLICIES, PolicyName
+from kvist.cachesvc.policy.rgg import make_policy
 from kvist.proto.keys import BlockKey
 from kvist.tiers.dram import DramTier
 from kvist.tiers.slots import FreeSlots

@@ -27,10 +27,10 @@ from queue import SimpleQueue
 import numpy as np
 
 from kvist.cachesvc.client import CacheClient, open_cache
-from kvist.cachesvc.flashio import FlashIo, Rise, Sink
-from kvist.cachesvc.host import Threads
+from kvist.cachesvc.core.host import Threads
+from kvist.cachesvc.flash.flashio import FlashIo, Rise, Sink
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.storing import StoreItem
+from kvist.cachesvc.worker.storing import StoreItem
 from kvist.engine.copying import STORE_BATCH
 from kvist.engine.local import LocalSidecar
 from kvist.proto.keys import NO_KEY, BlockKey, Namespace, block_keys

@@ -19,17 +19,17 @@ from pathlib import Path
 import uvloop
 from prometheus_client import CollectorRegistry
 
-from kvist.cachesvc.answers import Answers
-from kvist.cachesvc.beat import Beat, call_on
+from kvist.cachesvc.api.answers import Answers
+from kvist.cachesvc.api.desk import Desk
+from kvist.cachesvc.api.service import CacheService, Server
 from kvist.cachesvc.config import SidecarConfig, add_flags, as_toml, load_config
-from kvist.cachesvc.dashboard import Dashboard
-from kvist.cachesvc.desk import Desk
+from kvist.cachesvc.core.beat import Beat, call_on
+from kvist.cachesvc.core.space import check_space
+from kvist.cachesvc.core.store import Store, StoreConfig, StoreStats
 from kvist.cachesvc.folders import OwnedFolder, sweep
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.metrics import Metrics
-from kvist.cachesvc.service import CacheService, Server
-from kvist.cachesvc.space import check_space
-from kvist.cachesvc.store import Store, StoreConfig, StoreStats
+from kvist.cachesvc.view.dashboard import Dashboard
+from kvist.cachesvc.view.metrics import Metrics
 from kvist.proto.errors import ConfigInvalid, FormatRefused, KvistError
 from kvist.tiers.segment import clear_directory
 

@@ -16,12 +16,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from kvist.cachesvc.control import PROTOCOL_VERSION, Control, GrpcControl, local_address
-from kvist.cachesvc.life import Claimant, Found, Life
-from kvist.cachesvc.loading import LayerLoad, load_block, stream_blocks
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.storing import StoreItem, Storer, StoreResult
-from kvist.cachesvc.trial import RETRY_S, TrialPage, run_trial
+from kvist.cachesvc.worker.control import PROTOCOL_VERSION, Control, GrpcControl, local_address
+from kvist.cachesvc.worker.life import Claimant, Found, Life
+from kvist.cachesvc.worker.loading import LayerLoad, load_block, stream_blocks
+from kvist.cachesvc.worker.storing import StoreItem, Storer, StoreResult
+from kvist.cachesvc.worker.trial import RETRY_S, TrialPage, run_trial
 from kvist.proto import cache_pb2
 from kvist.proto.errors import KvistError
 from kvist.proto.hints import NO_HINT, Hint
@@ -49,7 +49,7 @@ class CacheClient:
 
     Attributes:
         trial: a page of the worker, for the trial before the first hit of each session
-            (cachesvc/trial.py); None makes none. Set before start.
+            (cachesvc/worker/trial.py); None makes none. Set before start.
         pace: of copies out and in; may be set as long as nothing is copied.
         reattaches: how often a session followed an earlier one.
         bell_failures: wake-ups that the sidecar did not take; it looks by itself soon after.

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from kvist.cachesvc.budget import ADMISSIONS, AdmissionMode
-from kvist.cachesvc.eviction import POLICIES, PolicyName
+from kvist.cachesvc.flash.budget import ADMISSIONS, AdmissionMode
 from kvist.cachesvc.folders import home_folders
 from kvist.cachesvc.log import FORMATS, LEVELS, Format, Level
-from kvist.cachesvc.tenancy import Limits, check_floors, parse_tenants
+from kvist.cachesvc.placing.tenancy import Limits, check_floors, parse_tenants
+from kvist.cachesvc.policy.eviction import POLICIES, PolicyName
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.record import PAGE_BYTES
 from kvist.proto.sizes import format_bytes, parse_bytes
@@ -211,7 +211,7 @@ SETTINGS: tuple[Setting, ...] = (
         "tenants",
         "",
         "What tenants may have, like: acme quota=4GiB floor=1GiB ttl=24h; * quota=1GiB. Also "
-        "flash_quota, flash_floor; cachesvc/tenancy.py says it all.",
+        "flash_quota, flash_floor; cachesvc/placing/tenancy.py says it all.",
         parse_tenants,
     ),
     Setting(

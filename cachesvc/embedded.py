@@ -14,15 +14,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from kvist.cachesvc.answers import Answers
-from kvist.cachesvc.beat import Beat, begin_on, call_on, finish
-from kvist.cachesvc.calls import Pending
+from kvist.cachesvc.api.answers import Answers
+from kvist.cachesvc.api.calls import Pending
 from kvist.cachesvc.client import CacheClient
-from kvist.cachesvc.control import CALL_TIMEOUT_S
+from kvist.cachesvc.core.beat import Beat, begin_on, call_on, finish
+from kvist.cachesvc.core.store import Store, StoreConfig
 from kvist.cachesvc.folders import OwnedFolder, sweep
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.store import Store, StoreConfig
-from kvist.cachesvc.trial import TrialPage
+from kvist.cachesvc.worker.control import CALL_TIMEOUT_S
+from kvist.cachesvc.worker.trial import TrialPage
 from kvist.proto import cache_pb2
 from kvist.proto.errors import Detached
 from kvist.proto.keys import Namespace

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from kvist.cachesvc.client import Claimant, Found
-from kvist.cachesvc.loading import LayerLoad
-from kvist.cachesvc.storing import StoreItem, StoreResult
+from kvist.cachesvc.worker.loading import LayerLoad
+from kvist.cachesvc.worker.storing import StoreItem, StoreResult
 from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import Bytes, Wanted

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from kvist.cachesvc.flash_verify import add_verify_flags, run_verify
-from kvist.cachesvc.stats_table import add_stats_flags, run_stats
+from kvist.cachesvc.flash.flash_verify import add_verify_flags, run_verify
+from kvist.cachesvc.view.stats_table import add_stats_flags, run_stats
 from kvist.engine.bench.flags import (
     add_bench_latency_flags,
     add_bench_serve_flags,
@@ -115,7 +115,7 @@ def _add_replay_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _replay(flags: argparse.Namespace) -> int:
-    from kvist.cachesvc.replay_table import run_replay
+    from kvist.cachesvc.study.replay_table import run_replay
 
     return run_replay(flags)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Blocks
 
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.storing import StoreItem
+from kvist.cachesvc.worker.storing import StoreItem
 from kvist.engine.cache import Cache
 from kvist.engine.copying import Copiers, Loaded, StoreJob
 from kvist.engine.flights import Flights

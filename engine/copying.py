@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvist.cachesvc.loading import LayerLoad
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.storing import StoreItem, StoreResult
+from kvist.cachesvc.worker.loading import LayerLoad
+from kvist.cachesvc.worker.storing import StoreItem, StoreResult
 from kvist.engine.cache import Cache
 from kvist.engine.loading import LoadGate, LoadJob
 from kvist.engine.sequence import Sequence, State

@@ -1,7 +1,7 @@
 """Single flight: two engines that need the same missing prefix at once compute it once.
 
 Who is about to compute a block claims it; the sidecar grants it to the first, and everybody sees
-in shared memory to whom (cachesvc/claims). A request whose next block is being computed by another
+in shared memory to whom (core/claims). A request whose next block is being computed by another
 engine waits for it, and those behind it pass:
 
     asking     it has claimed its first missing block and waits for the answer, CLAIM_WAIT_S at most

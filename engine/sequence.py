@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvist.cachesvc.cost import Choice
+from kvist.cachesvc.worker.cost import Choice
 from kvist.engine.loading import LoadGate
 from kvist.engine.priority import INTERACTIVE
 from kvist.engine.request import CachedTokens, LoadCost, NewRequest

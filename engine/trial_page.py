@@ -12,7 +12,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 class PoolPage:
-    """See cachesvc.trial.TrialPage. The page is of a pool of its own, made as the model's is made.
+    """See worker.trial.TrialPage. The page is of a pool of its own, made as the model's is made.
 
     Args:
         format: of the pool's pages. device: where the pool is.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from kvist.cachesvc.cost import Choice, CostModel
+from kvist.cachesvc.worker.cost import Choice, CostModel
 from kvist.engine.copying import Loaded, Stored
 from kvist.engine.loading import LoadGate
 from kvist.engine.request import LoadCost, LoadStats

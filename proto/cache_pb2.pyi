@@ -100,7 +100,7 @@ class AttachReply(_message.Message):
     number: _builtins.int
     """of the session in this life, names it in the claims of the index"""
     calls_path: _builtins.str
-    """packet socket for Reserve and Commit, see cachesvc/calls.py"""
+    """packet socket for Reserve and Commit, see cachesvc/api/calls.py"""
     def __init__(
         self,
         *,

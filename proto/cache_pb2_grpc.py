@@ -158,7 +158,7 @@ class CacheServicer:
 
     def Pin(self, request, context):
         """Makes the cached blocks of a prompt go later than others: a priority that decays, never a
-        promise. See cachesvc/pins.py.
+        promise. See cachesvc/placing/pins.py.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -56,7 +56,7 @@ class CacheStub:
     """Drops every block, or every block of one namespace."""
     Pin: _grpc.UnaryUnaryMultiCallable[_cache_pb2.PinRequest, _cache_pb2.PinReply]
     """Makes the cached blocks of a prompt go later than others: a priority that decays, never a
-    promise. See cachesvc/pins.py.
+    promise. See cachesvc/placing/pins.py.
     """
     Unpin: _grpc.UnaryUnaryMultiCallable[_cache_pb2.UnpinRequest, _cache_pb2.UnpinReply]
     """Ends the pins of a prompt's blocks."""
@@ -88,7 +88,7 @@ class CacheAsyncStub(CacheStub):
     """Drops every block, or every block of one namespace."""
     Pin: _aio.UnaryUnaryMultiCallable[_cache_pb2.PinRequest, _cache_pb2.PinReply]  # type: ignore[assignment]
     """Makes the cached blocks of a prompt go later than others: a priority that decays, never a
-    promise. See cachesvc/pins.py.
+    promise. See cachesvc/placing/pins.py.
     """
     Unpin: _aio.UnaryUnaryMultiCallable[_cache_pb2.UnpinRequest, _cache_pb2.UnpinReply]  # type: ignore[assignment]
     """Ends the pins of a prompt's blocks."""
@@ -171,7 +171,7 @@ class CacheServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cache_pb2.PinReply, _abc.Awaitable[_cache_pb2.PinReply]]:
         """Makes the cached blocks of a prompt go later than others: a priority that decays, never a
-        promise. See cachesvc/pins.py.
+        promise. See cachesvc/placing/pins.py.
         """
 
     @_abc_1.abstractmethod

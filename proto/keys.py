@@ -35,7 +35,7 @@ NO_KEY = BlockKey(bytes(KEY_BYTES))
 """The parent of a first block."""
 
 TRIAL_PREFIX = b"kv-trial"
-"""How the key of a trial block begins (cachesvc/trial.py); it never leaves DRAM."""
+"""How the key of a trial block begins (cachesvc/worker/trial.py); it never leaves DRAM."""
 
 
 @dataclass(frozen=True, slots=True)

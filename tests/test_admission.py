@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sim.blocks import SLOT_BYTES
 from sim.stores import Bench, chain, check, keys_of, worker_of
 
-from kvist.cachesvc.budget import BOOK_NAME, BOOK_S, DAY_S, Wear, WearBook, WriteBudget
+from kvist.cachesvc.flash.budget import BOOK_NAME, BOOK_S, DAY_S, Wear, WearBook, WriteBudget
 from kvist.proto.shm import TOUCH
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sim.sidecar import Prompt, Sidecar, load_all, wait_until
 
-from kvist.cachesvc.stats_table import from_url
+from kvist.cachesvc.view.stats_table import from_url
 from kvist.engine.cli import main
 from kvist.proto.shm import NEVER, RATES
 

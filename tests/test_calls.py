@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from sim.sidecar import Prompt, Sidecar, load_all, wait_until
 
-from kvist.cachesvc import storing
-from kvist.cachesvc.calls import COMMIT, ERRORS, RESERVE, CallSocket, Pending, pack_error
+from kvist.cachesvc.api.calls import COMMIT, ERRORS, RESERVE, CallSocket, Pending, pack_error
+from kvist.cachesvc.worker import storing
 from kvist.proto import cache_pb2
 from kvist.proto.errors import (
     BlockCorrupt,

@@ -13,8 +13,8 @@ from sim.direct import StoreControl, attached
 from sim.sidecar import Prompt, namespace
 from sim.stores import Bench
 
-from kvist.cachesvc.claims import CLAIM_S, SESSION_CLAIMS_MAX, Claims, ClaimTable
 from kvist.cachesvc.client import CacheClient
+from kvist.cachesvc.core.claims import CLAIM_S, SESSION_CLAIMS_MAX, Claims, ClaimTable
 from kvist.proto.keys import BlockKey
 from kvist.proto.shm import CLAIM_BUCKET, CLAIM_BUCKETS
 

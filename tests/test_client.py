@@ -28,7 +28,7 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 from sim.sidecar import QUIET, Prompt, load_all, namespace
 from kvist.cachesvc.client import open_cache
-from kvist.cachesvc.control import GrpcControl
+from kvist.cachesvc.worker.control import GrpcControl
 
 what, address = sys.argv[2:4]
 if what == "hang-in-commit":

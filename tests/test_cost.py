@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvist.cachesvc.cost import START_S, TRY_AGAIN, CostModel, Prefill, Rate
+from kvist.cachesvc.worker.cost import START_S, TRY_AGAIN, CostModel, Prefill, Rate
 from kvist.proto.shm import NEVER, RATES
 
 BLOCK = 64

@@ -20,7 +20,7 @@ from kvist.engine.models.llama_cuda import CudaLlama
 from kvist.engine.request import SamplingParams
 from kvist.engine.sampler import DrawState
 from kvist.engine.weights import LoadedModel, load_model
-from kvist.kernels.worklist import _cut_kernel
+from kvist.kernels.device.worklist import _cut_kernel
 
 BLOCK_TOKENS = 8
 PROMPT = [(7 * i * i + 3) % 200 for i in range(19)]

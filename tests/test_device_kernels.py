@@ -9,14 +9,14 @@ import torch
 from sim.device import DEVICE, DTYPES, ULP32, randn, random_pages, rounding, sizes
 
 from kvist.kernels.activation import silu_mul_reference
-from kvist.kernels.add_norm import add_rms_norm, add_rms_norm_reference
-from kvist.kernels.gate import silu_gate
-from kvist.kernels.kv_copy import gather, gather_reference, scatter
+from kvist.kernels.device.add_norm import add_rms_norm, add_rms_norm_reference
+from kvist.kernels.device.gate import silu_gate
+from kvist.kernels.device.kv_copy import gather, gather_reference, scatter
+from kvist.kernels.device.matmul import matmul
+from kvist.kernels.device.rope_store import find_slots, rope_store, rope_store_reference
+from kvist.kernels.device.sampling import Draws, new_draws, probabilities_reference, sample
 from kvist.kernels.linear import linear_reference
-from kvist.kernels.matmul import matmul
 from kvist.kernels.rope import RopeParams, rope_table
-from kvist.kernels.rope_store import find_slots, rope_store, rope_store_reference
-from kvist.kernels.sampling import Draws, new_draws, probabilities_reference, sample
 
 # rows, heads, kv_heads, block_tokens, head_dim
 ROPE_SHAPES = [(5, 9, 3, 16, 80), (3, 4, 2, 4, 16)]

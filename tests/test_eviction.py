@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim.forest import Forest
 
-from kvist.cachesvc.blocks import NO_ROW
-from kvist.cachesvc.eviction import POLICIES, PolicyName
-from kvist.cachesvc.rgg import Gittins
-from kvist.cachesvc.uses import JOIN_S
+from kvist.cachesvc.catalog.blocks import NO_ROW
+from kvist.cachesvc.policy.eviction import POLICIES, PolicyName
+from kvist.cachesvc.policy.rgg import Gittins
+from kvist.cachesvc.policy.uses import JOIN_S
 
 each_policy = pytest.mark.parametrize("policy", POLICIES)
 

@@ -10,8 +10,8 @@ from queue import SimpleQueue
 import pytest
 from sim.blocks import SLOT_BYTES, make_block
 
-from kvist.cachesvc.flashio import BATCH_BLOCKS, FlashIo, Rise, Sink
-from kvist.cachesvc.host import Threads
+from kvist.cachesvc.core.host import Threads
+from kvist.cachesvc.flash.flashio import BATCH_BLOCKS, FlashIo, Rise, Sink
 from kvist.tiers.dram import DramTier
 from kvist.tiers.flash import FlashEntry, FlashTier
 from kvist.tiers.segment import DiskIo

@@ -16,8 +16,8 @@ from sim.disk import FaultyDisk
 from sim.sidecar import Sidecar, wait_until
 from sim.stores import Bench, chain, check, comes_back, keys_of, store_settled, worker_of
 
-from kvist.cachesvc.budget import BOOK_NAME
-from kvist.cachesvc.watch import OPEN_S_MAX, backoff_s
+from kvist.cachesvc.flash.budget import BOOK_NAME
+from kvist.cachesvc.flash.watch import OPEN_S_MAX, backoff_s
 from kvist.proto.errors import ConfigInvalid, FormatRefused, TierOffline
 from kvist.tiers.flash import FlashTier
 from kvist.tiers.segment import SEGMENT_BYTES, clear_directory

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from kvist.cachesvc.index import IndexWriter
-from kvist.cachesvc.ring import make_ring
-from kvist.cachesvc.sessions import Sessions
+from kvist.cachesvc.catalog.index import IndexWriter
+from kvist.cachesvc.core.sessions import Sessions
+from kvist.cachesvc.worker.ring import make_ring
 from kvist.proto.record import PAGE_BYTES
 
 # On a tmpfs of 256 KiB, in a mount namespace of its own.
 FULL = """
 import sys
 from pathlib import Path
-from kvist.cachesvc.index import IndexWriter
-from kvist.cachesvc.ring import RingWriter, make_ring
+from kvist.cachesvc.catalog.index import IndexWriter
+from kvist.cachesvc.worker.ring import RingWriter, make_ring
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.shm import TOUCH
 

@@ -12,13 +12,13 @@ from sim.forest import Forest
 from sim.stores import Bench, chain, check, keys_of, store_settled
 from sim.traces import chat_lines, chat_trace, continuations, write_trace
 
-from kvist.cachesvc.blocks import NO_ROW
-from kvist.cachesvc.hints import NEVER, PAUSE_KINDS, SOONEST, UNTOLD
-from kvist.cachesvc.replay import replay_policy
-from kvist.cachesvc.rgg import Gittins
-from kvist.cachesvc.ring import RingReader, RingWriter, make_ring
-from kvist.cachesvc.trace import Trace, read_trace
-from kvist.cachesvc.uses import JOIN_S
+from kvist.cachesvc.catalog.blocks import NO_ROW
+from kvist.cachesvc.policy.hints import NEVER, PAUSE_KINDS, SOONEST, UNTOLD
+from kvist.cachesvc.policy.rgg import Gittins
+from kvist.cachesvc.policy.uses import JOIN_S
+from kvist.cachesvc.study.replay import replay_policy
+from kvist.cachesvc.study.trace import Trace, read_trace
+from kvist.cachesvc.worker.ring import RingReader, RingWriter, make_ring
 from kvist.engine.api_error import ApiError
 from kvist.engine.openai import CompletionRequest, parse
 from kvist.proto.errors import ConfigInvalid

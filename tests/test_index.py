@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvist.cachesvc.index import IndexReader, IndexWriter, Location, bucket_count
+from kvist.cachesvc.catalog.index import IndexReader, IndexWriter, Location, bucket_count
 from kvist.proto.errors import FormatRefused, TierFull
 from kvist.proto.keys import BlockKey, origin_of
 from kvist.proto.shm import BUCKET_ROWS, DEPARTURES, FLASH_FAILED, FLASH_READY, FLASH_REBUILDING
@@ -235,7 +235,7 @@ def test_reader_of_an_earlier_life_keeps_its_own_file(
 
 BUSY_WRITER = """
 import sys, time, hashlib, pathlib
-from kvist.cachesvc.index import IndexWriter
+from kvist.cachesvc.catalog.index import IndexWriter
 def key(n): return hashlib.sha256(n.to_bytes(8, "little")).digest()[:16]
 index = IndexWriter(pathlib.Path(sys.argv[1]), 400, 0, 8192, bytes(16))
 for n in range(50):

@@ -10,13 +10,13 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvist.cachesvc import dashboard
-from kvist.cachesvc.dashboard import stats_document
-from kvist.cachesvc.metrics import TIER_STATES, Metrics
-from kvist.cachesvc.placement import Counts
-from kvist.cachesvc.report import EvictionUse, TierUse
-from kvist.cachesvc.store import StoreStats
-from kvist.cachesvc.whatif import Estimate
+from kvist.cachesvc.core.report import EvictionUse, TierUse
+from kvist.cachesvc.core.store import StoreStats
+from kvist.cachesvc.placing.placement import Counts
+from kvist.cachesvc.study.whatif import Estimate
+from kvist.cachesvc.view import dashboard
+from kvist.cachesvc.view.dashboard import stats_document
+from kvist.cachesvc.view.metrics import TIER_STATES, Metrics
 from kvist.proto.errors import Detached
 from kvist.proto.shm import COUNTERS, MISS_REASONS, TIERS
 

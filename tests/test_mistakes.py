@@ -9,9 +9,9 @@ import pytest
 from sim.sidecar import QUIET, Prompt, Sidecar, namespace, wait_until
 from sim.stores import Bench, chain, check, keys_of, store_settled, worker_of
 
-from kvist.cachesvc.calls import Pending
+from kvist.cachesvc.api.calls import Pending
 from kvist.cachesvc.client import CacheClient
-from kvist.cachesvc.control import GrpcControl
+from kvist.cachesvc.worker.control import GrpcControl
 from kvist.proto import cache_pb2
 from kvist.tiers.segment import DiskIo
 

@@ -9,16 +9,20 @@ import pytest
 import torch
 from sim.device import DEVICE, DTYPES, ULP32, randn, random_pages, rounding, sizes
 
-from kvist.kernels import decode_attention as decode_module
-from kvist.kernels.decode_attention import decode_attention, decode_reference, new_decode_plan
-from kvist.kernels.paged import Paged
-from kvist.kernels.prefill_attention import (
+from kvist.kernels.device import decode_attention as decode_module
+from kvist.kernels.device.decode_attention import (
+    decode_attention,
+    decode_reference,
+    new_decode_plan,
+)
+from kvist.kernels.device.paged import Paged
+from kvist.kernels.device.prefill_attention import (
     plan_prefill,
     prefill_attention,
     prefill_reference,
     tile_tokens,
 )
-from kvist.kernels.worklist import cut, cut_reference, new_work_list
+from kvist.kernels.device.worklist import cut, cut_reference, new_work_list
 
 # lengths of the sequences; heads, kv_heads, block_tokens, head_dim
 SMALL = [

@@ -13,7 +13,7 @@ from sim.blocks import SLOT_BYTES
 from sim.sidecar import Prompt, Sidecar
 from sim.stores import Bench, chain, check, keys_of, worker_of
 
-from kvist.cachesvc.pins import Pins
+from kvist.cachesvc.placing.pins import Pins
 from kvist.proto import cache_pb2
 from kvist.proto.cache_pb2_grpc import CacheStub
 

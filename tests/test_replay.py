@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from sim.traces import chat_lines, write_trace
 
-from kvist.cachesvc.replay import OptCache, PolicyCache, replay
-from kvist.cachesvc.replay_table import parse_capacities
-from kvist.cachesvc.trace import Trace, read_trace
-from kvist.cachesvc.whatif import MULTIPLES
+from kvist.cachesvc.study.replay import OptCache, PolicyCache, replay
+from kvist.cachesvc.study.replay_table import parse_capacities
+from kvist.cachesvc.study.trace import Trace, read_trace
+from kvist.cachesvc.study.whatif import MULTIPLES
 from kvist.engine.cli import main
 from kvist.proto.errors import ConfigInvalid
 

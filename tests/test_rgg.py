@@ -12,14 +12,22 @@ from hypothesis import strategies as st
 from sim.forest import Forest
 from sim.traces import chat_trace
 
-from kvist.cachesvc import rgg
-from kvist.cachesvc import shadow as shadow_module
-from kvist.cachesvc.ghosts import NO_GHOST, Ghosts
-from kvist.cachesvc.gittins import BUCKETS, CLASSES, WIDTHS_S, Estimator, Table, hazards, worths
-from kvist.cachesvc.replay import PolicyCache, replay, replay_policy
-from kvist.cachesvc.rgg import Gittins
-from kvist.cachesvc.shadow import Shadow
-from kvist.cachesvc.trace import Trace
+from kvist.cachesvc.policy import rgg
+from kvist.cachesvc.policy import shadow as shadow_module
+from kvist.cachesvc.policy.ghosts import NO_GHOST, Ghosts
+from kvist.cachesvc.policy.gittins import (
+    BUCKETS,
+    CLASSES,
+    WIDTHS_S,
+    Estimator,
+    Table,
+    hazards,
+    worths,
+)
+from kvist.cachesvc.policy.rgg import Gittins
+from kvist.cachesvc.policy.shadow import Shadow
+from kvist.cachesvc.study.replay import PolicyCache, replay, replay_policy
+from kvist.cachesvc.study.trace import Trace
 
 
 @settings(deadline=None, max_examples=60)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvist.cachesvc.ring import Entry, RingReader, RingWriter, make_ring
+from kvist.cachesvc.worker.ring import Entry, RingReader, RingWriter, make_ring
 from kvist.proto.errors import FormatRefused
 from kvist.proto.keys import BlockKey
 from kvist.proto.shm import COUNTERS, HEAD_OFFSET, PREFETCH, TOUCH
@@ -89,7 +89,7 @@ def test_lock_goes_with_a_killed_process_and_its_counters_stay(
 ) -> None:
     program = (
         "import sys, pathlib, time\n"
-        "from kvist.cachesvc.ring import RingWriter\n"
+        "from kvist.cachesvc.worker.ring import RingWriter\n"
         "ring = RingWriter(pathlib.Path(sys.argv[1]))\n"
         "ring.add('lookups', 3)\n"
         "print('ready', flush=True)\n"

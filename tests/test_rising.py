@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from sim.fake_cache import FakeCache
 
-from kvist.cachesvc.cost import START_S
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.storing import StoreItem
+from kvist.cachesvc.worker.cost import START_S
+from kvist.cachesvc.worker.storing import StoreItem
 from kvist.engine.connector import Connector
 from kvist.engine.pages import Pages
 from kvist.engine.request import NewRequest, SamplingParams

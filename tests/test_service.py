@@ -12,8 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sim.sidecar import Prompt, Sidecar, load_all, namespace, wait_until
 
-from kvist.cachesvc.control import KEYS_MAX, PROTOCOL_VERSION, SLOTS_MAX
-from kvist.cachesvc.service import STATUS
+from kvist.cachesvc.api.service import STATUS
+from kvist.cachesvc.worker.control import KEYS_MAX, PROTOCOL_VERSION, SLOTS_MAX
 from kvist.proto import cache_pb2, errors
 from kvist.proto.cache_pb2_grpc import CacheStub
 from kvist.proto.keys import BlockKey

@@ -16,13 +16,13 @@ from sim.direct import StoreControl, attached
 from sim.sidecar import Prompt, namespace
 from sim.stores import Bench, Worker, chain, check, keys_of
 
-from kvist.cachesvc.store import Store
+from kvist.cachesvc.core.store import Store
 from kvist.proto.errors import SessionUnknown
 
 # Holds the ring as a worker does, fills the slots that it is told with 0xAB, slowly.
 PROCESS = f"""
 import sys, time, pathlib
-from kvist.cachesvc.ring import RingWriter
+from kvist.cachesvc.worker.ring import RingWriter
 from kvist.transfer.shm import ArenaMap
 ring = RingWriter(pathlib.Path(sys.argv[1]))
 arena = ArenaMap(pathlib.Path(sys.argv[2]), {SLOT_BYTES}, 16)

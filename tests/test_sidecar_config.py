@@ -11,7 +11,7 @@ import pytest
 
 from kvist.cachesvc import config as settings
 from kvist.cachesvc.config import SETTINGS, Loaded, add_flags, as_toml, load_config
-from kvist.cachesvc.space import check_space
+from kvist.cachesvc.core.space import check_space
 from kvist.proto.errors import ConfigInvalid
 
 

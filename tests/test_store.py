@@ -17,7 +17,7 @@ import pytest
 from sim.blocks import NAMESPACE, SHAPE, SLOT_BYTES, Block, make_block
 from sim.stores import Bench, Worker, chain, check, keys_of, tree_block
 
-from kvist.cachesvc.index import IndexReader
+from kvist.cachesvc.catalog.index import IndexReader
 from kvist.proto.errors import BlockCorrupt, BlockMissing, ConfigInvalid, FormatRefused
 from kvist.proto.keys import NO_KEY, BlockKey
 from kvist.proto.record import RecordShape, pack_header

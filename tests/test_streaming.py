@@ -23,9 +23,9 @@ from sim.models import tiny_llama
 from sim.sidecar import Sidecar, wait_until
 
 from kvist.cachesvc.client import CacheClient
-from kvist.cachesvc.cost import Choice
-from kvist.cachesvc.loading import LayerLoad
 from kvist.cachesvc.log import Log
+from kvist.cachesvc.worker.cost import Choice
+from kvist.cachesvc.worker.loading import LayerLoad
 from kvist.engine.config import EngineConfig
 from kvist.engine.loading import LoadGate
 from kvist.engine.opening import open_parts

@@ -13,8 +13,8 @@ from sim.sidecar import Prompt, namespace
 from sim.stores import Bench, chain, check, keys_of
 
 from kvist.cachesvc.client import CacheClient
-from kvist.cachesvc.sessions import First
-from kvist.cachesvc.tenancy import Limits, Tenancy, check_floors, parse_tenants
+from kvist.cachesvc.core.sessions import First
+from kvist.cachesvc.placing.tenancy import Limits, Tenancy, check_floors, parse_tenants
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.keys import tenant_of
 

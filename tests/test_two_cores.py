@@ -15,8 +15,8 @@ from sim.sidecar import QUIET, Sidecar, wait_until
 from test_core_cache import BLOCK_TOKENS, prompt, settings
 
 from kvist.cachesvc.client import CacheClient
-from kvist.cachesvc.control import GrpcControl
 from kvist.cachesvc.log import Log
+from kvist.cachesvc.worker.control import GrpcControl
 from kvist.engine.config import EngineConfig
 from kvist.engine.flights import Flights
 from kvist.engine.opening import namespace_of, open_parts

@@ -13,10 +13,10 @@ from sim.forest import Forest
 from sim.stores import Bench, Worker, chain, check, keys_of, store_settled, tree_block
 from sim.traces import chat_lines, write_trace
 
-from kvist.cachesvc.eviction import PolicyName
-from kvist.cachesvc.replay import PolicyCache, replay
-from kvist.cachesvc.trace import read_trace
-from kvist.cachesvc.uses import JOIN_S
+from kvist.cachesvc.policy.eviction import PolicyName
+from kvist.cachesvc.policy.uses import JOIN_S
+from kvist.cachesvc.study.replay import PolicyCache, replay
+from kvist.cachesvc.study.trace import read_trace
 from kvist.proto.keys import BlockKey
 from kvist.proto.shm import PREFETCH, TOUCH
 

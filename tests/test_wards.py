@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from sim.blocks import SLOT_BYTES, Block
 from sim.stores import Bench, Worker, keys_of, tree_block
 
-from kvist.cachesvc.intake import Reserved
-from kvist.cachesvc.sessions import First
-from kvist.cachesvc.tenancy import Limits, parse_tenants
+from kvist.cachesvc.core.intake import Reserved
+from kvist.cachesvc.core.sessions import First
+from kvist.cachesvc.placing.tenancy import Limits, parse_tenants
 from kvist.proto.shm import TOUCH
 
 SLOTS = 12

@@ -8,8 +8,8 @@ import pytest
 from sim.stores import Bench, chain, store_settled
 from sim.traces import chat_trace
 
-from kvist.cachesvc.replay import PolicyCache, replay, replay_policy
-from kvist.cachesvc.whatif import MULTIPLES, Curve
+from kvist.cachesvc.study.replay import PolicyCache, replay, replay_policy
+from kvist.cachesvc.study.whatif import MULTIPLES, Curve
 from kvist.proto.shm import TOUCH
 
 

@@ -11,7 +11,7 @@ class Tier(Protocol):
     """Fixed slots of immutable blocks.
 
     A tier knows slots, not keys: which block is where is the index's business, what to drop is
-    a decision, and decisions live in cachesvc/placement.py. A block is written once and never
+    a decision, and decisions live in placing/placement. A block is written once and never
     changed. Methods block for one device operation at most. Different slots may be used from
     different threads at once; the caller sees to it that one slot is used by one thread at a
     time, except that read may run at any moment and then gives the block or raises.

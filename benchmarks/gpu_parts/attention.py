@@ -7,14 +7,14 @@ import functools
 import torch
 
 from gpu_parts.clock import Clock, Result, Sizes, percent
-from kvist.kernels.decode_attention import (
+from kvist.kernels.device.decode_attention import (
     DecodePlan,
     decode_attention,
     decode_reference,
     new_decode_plan,
 )
-from kvist.kernels.paged import Paged
-from kvist.kernels.prefill_attention import (
+from kvist.kernels.device.paged import Paged
+from kvist.kernels.device.prefill_attention import (
     PrefillPlan,
     plan_prefill,
     prefill_attention,

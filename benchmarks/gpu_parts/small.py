@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from gpu_parts.attention import lay_out, relative_error
 from gpu_parts.clock import Clock, Result, Sizes, percent
 from kvist.kernels.activation import silu_mul_reference
-from kvist.kernels.add_norm import add_rms_norm, add_rms_norm_reference
-from kvist.kernels.gate import silu_gate
-from kvist.kernels.kv_copy import gather, scatter
+from kvist.kernels.device.add_norm import add_rms_norm, add_rms_norm_reference
+from kvist.kernels.device.gate import silu_gate
+from kvist.kernels.device.kv_copy import gather, scatter
+from kvist.kernels.device.matmul import matmul
+from kvist.kernels.device.paged import Paged
+from kvist.kernels.device.rope_store import find_slots, rope_store, rope_store_reference
+from kvist.kernels.device.sampling import new_draws, sample
 from kvist.kernels.linear import linear_reference
-from kvist.kernels.matmul import matmul
-from kvist.kernels.paged import Paged
 from kvist.kernels.rope import RopeParams, RopeTable, rope_table
-from kvist.kernels.rope_store import find_slots, rope_store, rope_store_reference
-from kvist.kernels.sampling import new_draws, sample
 
 ERROR_MAX = 1e-2
 COPIES = 4  # sets of inputs that are taken in turn

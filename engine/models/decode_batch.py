@@ -15,9 +15,9 @@ import torch
 
 from kvist.engine.models.llama_cuda import CudaLlama
 from kvist.engine.sampler import DrawState
-from kvist.kernels.decode_attention import DecodePlan
-from kvist.kernels.paged import Paged
-from kvist.kernels.sampling import Draws, new_draws, sample
+from kvist.kernels.device.decode_attention import DecodePlan
+from kvist.kernels.device.paged import Paged
+from kvist.kernels.device.sampling import Draws, new_draws, sample
 
 # Rows that graphs are captured for; a step takes the smallest that holds its rows. Steps of 16
 # waste at most 15 rows, which at these sizes cost less than the weights that are read anyway.
@@ -33,7 +33,7 @@ class DecodeBatch:
         pool: pages, on the model's device.
         rows: requests at once, at most.
         width: pages of the longest request.
-        keys: lengths of all rows together, at most; see kernels.decode_attention.
+        keys: lengths of all rows together, at most; see kernels.device.decode_attention.
     """
 
     def __init__(

@@ -14,19 +14,19 @@ import torch.nn.functional as F
 
 from kvist.engine.models.base import Chunk, ModelConfig
 from kvist.engine.weights import LoadedModel
-from kvist.kernels.add_norm import add_rms_norm
-from kvist.kernels.decode_attention import (
+from kvist.kernels.device.add_norm import add_rms_norm
+from kvist.kernels.device.decode_attention import (
     SPLIT,
     DecodePlan,
     decode_attention,
     new_decode_plan,
 )
-from kvist.kernels.gate import silu_gate
-from kvist.kernels.matmul import matmul
-from kvist.kernels.paged import Paged
-from kvist.kernels.prefill_attention import plan_prefill, prefill_attention
+from kvist.kernels.device.gate import silu_gate
+from kvist.kernels.device.matmul import matmul
+from kvist.kernels.device.paged import Paged
+from kvist.kernels.device.prefill_attention import plan_prefill, prefill_attention
+from kvist.kernels.device.rope_store import find_slots, rope_store
 from kvist.kernels.rope import rope_table
-from kvist.kernels.rope_store import find_slots, rope_store
 
 # Attention of one layer: turned queries, number of the layer, where the result goes.
 Attend = Callable[[torch.Tensor, int, torch.Tensor], None]
@@ -70,7 +70,7 @@ class DeviceStep:
     Attributes:
         tokens: (rows,), int64.
         positions: (rows,), int64.
-        slots: (rows,), int64, from kernels.rope_store.find_slots.
+        slots: (rows,), int64, from kernels.device.rope_store.find_slots.
         paged: pool, tables and lengths of all sequences.
         attend: of a layer.
     """
@@ -96,7 +96,7 @@ class CudaLlama:
             the device already are not copied.
         device: where to compute; the pool must be there too.
         fast: see above.
-        kv_scale: of a float8 pool, see kernels.rope_store; 1 for others.
+        kv_scale: of a float8 pool, see kernels.device.rope_store; 1 for others.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class CudaLlama:
         return DeviceStep(tokens, positions, find_slots(paged, rows, positions), paged, attend)
 
     def decode_plan(self, rows: int, keys: int) -> DecodePlan:
-        """Room for decode steps of fast models, see kernels.decode_attention."""
+        """Room for decode steps of fast models, see kernels.device.decode_attention."""
         return new_decode_plan(rows, keys, self.config.heads, self.config.head_dim, self.device)
 
     def _ids(self, values: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:

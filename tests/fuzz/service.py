@@ -23,7 +23,7 @@ from sim.sidecar import Prompt, Sidecar, load_all, namespace
 
 from fuzz.records import BLOCKS, DAMAGES, EDGES, Damage
 from fuzz.target import Check, Target
-from kvist.cachesvc.control import PROTOCOL_VERSION
+from kvist.cachesvc.worker.control import PROTOCOL_VERSION
 from kvist.proto import cache_pb2
 from kvist.proto.cache_pb2_grpc import CacheStub
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvist.kernels.paged import Paged
+from kvist.kernels.device.paged import Paged
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16]

@@ -6,10 +6,10 @@ import threading
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from kvist.cachesvc.answers import Answers
-from kvist.cachesvc.calls import Pending
+from kvist.cachesvc.api.answers import Answers
+from kvist.cachesvc.api.calls import Pending
 from kvist.cachesvc.client import CacheClient
-from kvist.cachesvc.store import Store
+from kvist.cachesvc.core.store import Store
 from kvist.proto import cache_pb2
 from kvist.proto.errors import Detached
 from kvist.proto.keys import Namespace
@@ -22,7 +22,7 @@ Reply = TypeVar("Reply")
 
 @dataclass(frozen=True)
 class Done(Generic[Reply]):
-    """A call that is answered already; see cachesvc.calls.Pending."""
+    """A call that is answered already; see cachesvc.api.calls.Pending."""
 
     reply: Reply
 
@@ -32,7 +32,7 @@ class Done(Generic[Reply]):
 
 
 class StoreControl:
-    """See cachesvc.control.Control. The client's own thread enters the store in attach only, and
+    """See worker.control.Control. The client's own thread enters the store in attach only, and
     the test waits for it meanwhile.
 
     Attributes:

@@ -10,8 +10,8 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from kvist.cachesvc.client import Claimant, Found
-from kvist.cachesvc.loading import LayerLoad
-from kvist.cachesvc.storing import StoreItem, StoreResult
+from kvist.cachesvc.worker.loading import LayerLoad
+from kvist.cachesvc.worker.storing import StoreItem, StoreResult
 from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import NO_KEY, BlockKey
 from kvist.proto.record import Bytes, Wanted

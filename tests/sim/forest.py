@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvist.cachesvc.blocks import NO_ROW
-from kvist.cachesvc.eviction import History, PolicyName
-from kvist.cachesvc.rgg import make_policy
-from kvist.cachesvc.uses import Uses
+from kvist.cachesvc.catalog.blocks import NO_ROW
+from kvist.cachesvc.policy.eviction import History, PolicyName
+from kvist.cachesvc.policy.rgg import make_policy
+from kvist.cachesvc.policy.uses import Uses
 from kvist.proto.hints import NO_HINT, Hint
 
 

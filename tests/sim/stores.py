@@ -12,13 +12,13 @@ from queue import Empty, SimpleQueue
 
 import numpy as np
 
-from kvist.cachesvc.blocks import NO_ROW
-from kvist.cachesvc.host import Host
-from kvist.cachesvc.index import IndexReader
+from kvist.cachesvc.catalog.blocks import NO_ROW
+from kvist.cachesvc.catalog.index import IndexReader
+from kvist.cachesvc.core.host import Host
+from kvist.cachesvc.core.parts import Parts
+from kvist.cachesvc.core.store import Reserved, Store, StoreConfig
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.parts import Parts
-from kvist.cachesvc.ring import RingWriter
-from kvist.cachesvc.store import Reserved, Store, StoreConfig
+from kvist.cachesvc.worker.ring import RingWriter
 from kvist.proto.keys import NO_KEY, BlockKey
 from kvist.proto.record import RecordShape
 from kvist.tiers.segment import DiskIo

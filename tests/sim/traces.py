@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from kvist.cachesvc.trace import Trace, read_trace
+from kvist.cachesvc.study.trace import Trace, read_trace
 
 
 def chat_lines(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvist.cachesvc.storing import StoreItem
+from kvist.cachesvc.worker.storing import StoreItem
 from kvist.engine.plugins.vllm.identity import files_fingerprint
 from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of, tenant_of
 from kvist.proto.record import Bytes, Wanted

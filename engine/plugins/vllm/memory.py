@@ -132,7 +132,7 @@ def _bytes_of(tensor: torch.Tensor) -> bytes:
 
 
 class ScratchPage:
-    """See cachesvc.trial.TrialPage: a block in memory of the same geometry as the worker's.
+    """See cachesvc.worker.trial.TrialPage: a block in memory of the same geometry as the worker's.
 
     What the trial shows each session is the sidecar's half; the worker's half, which cannot
     change in its life, was shown by try_memory.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kvist.cachesvc.storing import StoreItem
-from kvist.cachesvc.tenancy import NAMESPACE_PREFIX, Limits
+from kvist.cachesvc.placing.tenancy import NAMESPACE_PREFIX, Limits
+from kvist.cachesvc.worker.storing import StoreItem
 from kvist.proto.keys import BlockKey, Namespace
 from kvist.proto.layout import BlockFormat
 from kvist.proto.record import PAGE_BYTES, RecordShape

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from kvist.cachesvc.blocks import NO_ROW
-from kvist.cachesvc.parts import Parts
-from kvist.cachesvc.store import Store
-from kvist.cachesvc.wards import Wards
+from kvist.cachesvc.catalog.blocks import NO_ROW
+from kvist.cachesvc.core.parts import Parts
+from kvist.cachesvc.core.store import Store
+from kvist.cachesvc.placing.wards import Wards
 from kvist.proto.errors import BlockCorrupt, FormatRefused
 from kvist.proto.keys import KEY_BYTES, NO_KEY, BlockKey
 from kvist.proto.record import PAGE_BYTES, checksum, unpack_header

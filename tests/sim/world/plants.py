@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kvist.cachesvc import flashio, intake, moves, placement, restore
-from kvist.cachesvc.blocks import Blocks
-from kvist.cachesvc.index import Location
-from kvist.cachesvc.ring import RingReader
+from kvist.cachesvc.catalog.blocks import Blocks
+from kvist.cachesvc.catalog.index import Location
+from kvist.cachesvc.core import intake
+from kvist.cachesvc.flash import flashio, restore
+from kvist.cachesvc.placing import moves, placement
+from kvist.cachesvc.worker.ring import RingReader
 from kvist.proto.slot import publish
 from kvist.tiers import flash_io
 from kvist.tiers.dram import DramTier

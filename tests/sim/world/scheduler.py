@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from random import Random
 
-from kvist.cachesvc.host import Threads
+from kvist.cachesvc.core.host import Threads
 
 STEPS_MAX = 20_000
 STEP_S_MAX = 60.0

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kvist.cachesvc import life as life_module
-from kvist.cachesvc.calls import Pending
+from kvist.cachesvc.api.calls import Pending
 from kvist.cachesvc.client import CacheClient
-from kvist.cachesvc.life import Life
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.storing import StoreItem
+from kvist.cachesvc.worker import life as life_module
+from kvist.cachesvc.worker.life import Life
+from kvist.cachesvc.worker.storing import StoreItem
 from kvist.proto import cache_pb2
 from kvist.proto import slot as slot_module
 from kvist.proto.errors import Detached, KvistError

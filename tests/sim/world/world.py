@@ -11,13 +11,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from kvist.cachesvc.answers import Answers
-from kvist.cachesvc.control import _ERRORS
-from kvist.cachesvc.eviction import POLICIES
-from kvist.cachesvc.host import Host
-from kvist.cachesvc.parts import Parts
-from kvist.cachesvc.service import STATUS
-from kvist.cachesvc.store import Store, StoreConfig
+from kvist.cachesvc.api.answers import Answers
+from kvist.cachesvc.api.service import STATUS
+from kvist.cachesvc.core.host import Host
+from kvist.cachesvc.core.parts import Parts
+from kvist.cachesvc.core.store import Store, StoreConfig
+from kvist.cachesvc.policy.eviction import POLICIES
+from kvist.cachesvc.worker.control import _ERRORS
 from kvist.proto import cache_pb2
 from kvist.proto.errors import Detached, KvistError
 from kvist.proto.keys import BlockKey

@@ -1,0 +1,1 @@
+"""How calls come in: gRPC for everybody, packets for the workers of the node."""

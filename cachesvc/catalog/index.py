@@ -1,0 +1,397 @@
+"""The shared index: which block is where. One writer, the sidecar; readers map it, nobody locks.
+
+The bytes are those of proto/shm.py. A row that was given to a key keeps its number until the key
+is removed, so row numbers serve as block ids in the sidecar's own tables.
+
+Sizes: 7 rows for 4 slots, so a bucket of 8 holds 4.6 keys on average; with two buckets to choose
+from, both full is then so rare that a block is refused (and counted) and no row is moved.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from struct import Struct
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvist.cachesvc.catalog.departed import Departed, Origins, departed_buckets
+from kvist.cachesvc.catalog.location import Location, pack_location, unpack_location
+from kvist.cachesvc.core.claims import ClaimTable
+from kvist.proto.errors import ConfigInvalid, FormatRefused, TierFull
+from kvist.proto.keys import KEY_BYTES, BlockKey
+from kvist.proto.shm import (
+    BUCKET_BYTES,
+    BUCKET_KEYS_BYTES,
+    BUCKET_ROWS,
+    CLAIM_BUCKET,
+    CLAIM_BUCKETS,
+    DEPARTED_BUCKET,
+    FLASH_FAILED,
+    FLASH_OFF,
+    FLASH_READY,
+    FLASH_REBUILDING,
+    FLASH_STATE_OFFSET,
+    FLASH_UNREAD,
+    HEADER_BYTES,
+    HEARTBEAT_OFFSET,
+    INDEX_HEADER,
+    INDEX_MAGIC,
+    LOW_HALF,
+    ORIGIN_BUCKET,
+    ORIGIN_BUCKETS,
+    SESSIONS_OFFSET,
+    SHM_VERSION,
+    VERIFY_OFFSET,
+)
+from kvist.proto.verify import VERIFY, Verify
+
+__all__ = ["Location", "pack_location", "unpack_location"]
+
+ROWS_PER_4_SLOTS = 7
+
+_HALVES = Struct("<QQ")
+_FREE_KEY = bytes(KEY_BYTES)
+_BUCKET_WORDS = BUCKET_BYTES // 8
+_KEYS_WORDS = BUCKET_KEYS_BYTES // 8
+_HEADER_WORDS = HEADER_BYTES // 8
+
+
+class _Table:
+    """The mapped file and how to find a key in it; what both halves share."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._map = mapped
+        self._words = memoryview(mapped).cast("Q")
+        fields = INDEX_HEADER.unpack_from(mapped)
+        self.boot_epoch: Final[bytes] = fields[3]
+        self.buckets: Final[int] = fields[4]
+        self.slot_bytes: Final[int] = fields[5]
+        self.dram_slots: Final[int] = fields[6]
+        whole = memoryview(mapped)
+        start = HEADER_BYTES + self.buckets * BUCKET_BYTES
+        stop = start + fields[8] * DEPARTED_BUCKET.size
+        end = stop + ORIGIN_BUCKETS * ORIGIN_BUCKET.size
+        views = whole[start:stop], whole[stop:end], whole[end:]
+        self.departed: Final = Departed(views[0])
+        self.origins: Final = Origins(views[1])
+        self.claims: Final = ClaimTable(views[2])
+        self._views = (*views, whole, self._words)
+
+    @property
+    def flash_state(self) -> int:
+        """One of the FLASH_ states of proto/shm.py."""
+        return int.from_bytes(self._map[FLASH_STATE_OFFSET : FLASH_STATE_OFFSET + 4], "little")
+
+    @property
+    def sessions(self) -> int:
+        """Workers attached, the reader's own included."""
+        return int(self._words[SESSIONS_OFFSET // 8])
+
+    @property
+    def dram_verify(self) -> Verify:
+        """What of a block in DRAM its reader checks. Raises: FormatRefused: none that we know."""
+        number = int.from_bytes(self._map[VERIFY_OFFSET : VERIFY_OFFSET + 4], "little")
+        if number >= len(VERIFY):
+            raise FormatRefused(f"dram_verify {number} is unknown; run one version of Kvist")
+        return VERIFY[number]
+
+    @property
+    def heartbeat_ns(self) -> int:
+        """CLOCK_MONOTONIC of the sidecar's last sign of life."""
+        return int(self._words[HEARTBEAT_OFFSET // 8])
+
+    def _word_at(self, key: bytes) -> int:
+        """Position of the key's location word in _words; 0, which is no such position, if none.
+
+        mmap.find over the 128 key bytes of a bucket is the fastest probe in pure Python: 0.4 us.
+        A stale copy of the key in a freed row, or one that begins amid a row, is stepped over.
+        """
+        find, words = self._map.find, self._words
+        for half in _HALVES.unpack(key):
+            bucket = half % self.buckets
+            start = HEADER_BYTES + bucket * BUCKET_BYTES
+            at = find(key, start, start + BUCKET_KEYS_BYTES)
+            while at >= 0:
+                way, rest = divmod(at - start, KEY_BYTES)
+                if not rest:
+                    word_at: int = _HEADER_WORDS + bucket * _BUCKET_WORDS + _KEYS_WORDS + way
+                    if words[word_at]:
+                        return word_at
+                at = find(key, at + 1, start + BUCKET_KEYS_BYTES)
+        return 0
+
+    def find(self, key: BlockKey) -> Location | None:
+        """Where a block is, or None when no tier holds it. About 2 us."""
+        word_at = self._word_at(key)
+        return unpack_location(self._words[word_at]) if word_at else None
+
+    def dram_slot(self, key: BlockKey) -> int | None:
+        """DRAM slot of a block, or None when it has no copy there: find for those in a hurry."""
+        word_at = self._word_at(key)
+        low = self._words[word_at] & LOW_HALF if word_at else 0
+        return low - 1 if low else None
+
+    def offered(self, key: BlockKey) -> bool:
+        """Whether a copy can be read now: in DRAM, or on flash while flash is ready."""
+        word_at = self._word_at(key)
+        if not word_at:
+            return False
+        word = self._words[word_at]
+        return bool(word & LOW_HALF) or (word != 0 and self.flash_state == FLASH_READY)
+
+    def longest_prefix(self, keys: Sequence[BlockKey]) -> int:
+        """How many keys of a prompt are offered, counted from its first.
+
+        Binary search, because the stored keys of a prompt are a prefix of its list: 11 probes
+        for 1563 keys. The writer may evict meanwhile: the last block found is looked at once
+        more, and if it went the search goes on below it. A prefix that is still too long or too
+        short by then is a miss or a recompute, never a wrong block.
+
+        While flash is away what is offered may have gaps, because the beginning of a prompt may
+        be on flash only; then every key is looked at, up to the first gap.
+
+        Args:
+            keys: of one prompt, first block first.
+        """
+        if self.flash_state in (FLASH_FAILED, FLASH_REBUILDING):
+            return next((at for at, key in enumerate(keys) if not self.offered(key)), len(keys))
+        high = len(keys)
+        while high:
+            low = 0
+            while low < high:
+                middle = (low + high) // 2
+                if self.offered(keys[middle]):
+                    low = middle + 1
+                else:
+                    high = middle
+            if not low or self.offered(keys[low - 1]):
+                return low
+            high = low - 1
+        return 0
+
+    def miss_reason(self, key: BlockKey) -> str:
+        """Why a block is not offered, one of proto.shm.MISS_REASONS."""
+        state = self.flash_state
+        if self._word_at(key) and state != FLASH_READY:
+            return "flash_rebuilding" if state == FLASH_REBUILDING else "flash_off"
+        departure = self.departed.reason(key)
+        if state == FLASH_REBUILDING and departure != "corrupt":
+            return "flash_rebuilding"
+        return departure or ("flash_off" if state == FLASH_UNREAD else "never_stored")
+
+    def close(self) -> None:
+        """Unmap; nothing is looked up after it."""
+        for view in self._views:
+            view.release()
+        self._map.close()
+
+
+class IndexReader(_Table):
+    """A worker's view of the index. Threads may share one.
+
+    Raises:
+        OSError: it cannot be opened; most likely the sidecar is not up.
+        FormatRefused: the file is not an index of this version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(_map_existing(path))
+
+
+def _map_existing(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        try:
+            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        except ValueError:
+            raise FormatRefused(f"{path} is empty") from None
+    problem = _problem(mapped)
+    if problem:
+        mapped.close()
+        raise FormatRefused(f"{path}: {problem}")
+    return mapped
+
+
+def _problem(mapped: mmap.mmap) -> str:
+    if len(mapped) < HEADER_BYTES:
+        return "shorter than a header"
+    magic, version, _, _, buckets, _, _, _, departed, _ = INDEX_HEADER.unpack_from(mapped)
+    if magic != INDEX_MAGIC:
+        return "not a Kvist index"
+    if version != SHM_VERSION:
+        return f"version {version}, this program reads {SHM_VERSION}"
+    is_power = departed > 0 and departed & (departed - 1) == 0
+    if not is_power or not buckets or len(mapped) != _file_bytes(buckets, departed):
+        return f"{len(mapped)} bytes do not fit {buckets} buckets"
+    return ""
+
+
+def _file_bytes(buckets: int, departed: int) -> int:
+    rest = ORIGIN_BUCKETS * ORIGIN_BUCKET.size + CLAIM_BUCKETS * CLAIM_BUCKET.size
+    return HEADER_BYTES + buckets * BUCKET_BYTES + departed * DEPARTED_BUCKET.size + rest
+
+
+def _key_at(row: int) -> int:
+    bucket, way = divmod(row, BUCKET_ROWS)
+    return HEADER_BYTES + bucket * BUCKET_BYTES + way * KEY_BYTES
+
+
+def bucket_count(slots: int) -> int:
+    """Buckets of an index for that many slots.
+
+    As many as it takes and not the next power of two: each row costs the sidecar 24 bytes here
+    and about 50 in its own tables, and there would be up to 4 a slot.
+    """
+    return max(1, -(-slots * ROWS_PER_4_SLOTS // (4 * BUCKET_ROWS)))
+
+
+class IndexWriter(_Table):
+    """The sidecar's half. One thread.
+
+    Attributes:
+        rows: row numbers are below this.
+        used_rows: rows that hold a block.
+
+    Args:
+        path: made anew; a file that is there is unlinked, so old readers keep the old one.
+        dram_slots: slots of the arena.
+        flash_slots: slots of the flash tier, 0 without one.
+        slot_bytes: bytes of a DRAM slot.
+        boot_epoch: 16 random bytes.
+
+    Raises: ConfigInvalid: the file system has no room for it.
+    """
+
+    def __init__(
+        self, path: Path, dram_slots: int, flash_slots: int, slot_bytes: int, boot_epoch: bytes
+    ) -> None:
+        buckets = bucket_count(dram_slots + flash_slots)
+        departed = departed_buckets(dram_slots + flash_slots)
+        size = _file_bytes(buckets, departed)
+        path.unlink(missing_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            # Its memory now: to touch a page that a full /dev/shm cannot give ends the toucher,
+            # and a worker that only reads touches it too.
+            os.posix_fallocate(handle, 0, size)
+            mapped = mmap.mmap(handle, 0)
+        except OSError as error:
+            path.unlink()
+            raise ConfigInvalid(
+                f"dram_bytes, flash_bytes: {path.parent} has no room for an index of"
+                f" {size} bytes ({error.strerror}); give it more room (docker"
+                " run --shm-size) or lower them"
+            ) from error
+        finally:
+            os.close(handle)
+        INDEX_HEADER.pack_into(
+            mapped, 0, INDEX_MAGIC, SHM_VERSION, FLASH_OFF, boot_epoch, buckets, slot_bytes,
+            dram_slots, 0, departed, 0,
+        )  # fmt: skip
+        super().__init__(mapped)
+        self.path = path
+        self.rows = buckets * BUCKET_ROWS
+        self.used_rows = 0
+
+    def locate(self, key: BlockKey) -> int | None:
+        """Row of a key, or None when the block is not stored."""
+        word_at = self._word_at(key)
+        if not word_at:
+            return None
+        bucket, rest = divmod(word_at - _HEADER_WORDS, _BUCKET_WORDS)
+        return bucket * BUCKET_ROWS + rest - _KEYS_WORDS
+
+    def insert(self, key: BlockKey, dram: int | None, flash: int | None) -> int:
+        """Give a key a row and make it visible.
+
+        Args:
+            key: not in the index.
+            dram, flash: slots; at least one is not None.
+
+        Returns: its row.
+
+        Raises: TierFull when both buckets are full; the index is as before.
+        """
+        assert dram is not None or flash is not None
+        row = self._free_row(key)
+        start = _key_at(row)
+        self._map[start : start + KEY_BYTES] = key
+        self._words[self._position(row)] = pack_location(dram, flash)
+        self.used_rows += 1
+        return row
+
+    def key(self, row: int) -> BlockKey:
+        """Key of a used row."""
+        start = _key_at(row)
+        return BlockKey(self._map[start : start + KEY_BYTES])
+
+    def is_free(self, row: int) -> bool:
+        """Whether a row holds no block."""
+        return not self._words[self._position(row)]
+
+    def dram(self, row: int) -> int | None:
+        """DRAM slot of a row's block, or None."""
+        low = self._words[self._position(row)] & LOW_HALF
+        return low - 1 if low else None
+
+    def count_dram(self, rows: NDArray[np.int64]) -> int:
+        """How many of some rows' blocks have a copy in DRAM."""
+        positions = rows // BUCKET_ROWS * (_BUCKET_WORDS - BUCKET_ROWS) + rows
+        words = np.frombuffer(self._words, np.uint64)[positions + _HEADER_WORDS + _KEYS_WORDS]
+        return int(np.count_nonzero(words & np.uint64(LOW_HALF)))
+
+    def flash(self, row: int) -> int | None:
+        """Flash slot of a row's block, or None."""
+        high = self._words[self._position(row)] >> 32
+        return high - 1 if high else None
+
+    def set_location(self, row: int, dram: int | None, flash: int | None) -> None:
+        """Change where a block's copies are; at least one is left (else: remove)."""
+        assert dram is not None or flash is not None
+        self._words[self._position(row)] = pack_location(dram, flash)
+
+    def remove(self, row: int) -> None:
+        """Free a row: location first, then the key, so that no reader finds a stale one."""
+        self._words[self._position(row)] = 0
+        start = _key_at(row)
+        self._map[start : start + KEY_BYTES] = _FREE_KEY
+        self.used_rows -= 1
+
+    def set_flash_state(self, state: int) -> None:
+        """Tell readers whether copies on flash can be read."""
+        self._map[FLASH_STATE_OFFSET : FLASH_STATE_OFFSET + 4] = state.to_bytes(4, "little")
+
+    def set_sessions(self, count: int) -> None:
+        """Tell workers how many there are."""
+        self._words[SESSIONS_OFFSET // 8] = count
+
+    def set_dram_verify(self, mode: Verify) -> None:
+        """Tell readers what to check; before anybody attaches."""
+        number = VERIFY.index(mode)
+        self._map[VERIFY_OFFSET : VERIFY_OFFSET + 4] = number.to_bytes(4, "little")
+
+    def beat(self, now_ns: int) -> None:
+        """Leave a sign of life."""
+        self._words[HEARTBEAT_OFFSET // 8] = now_ns
+
+    def _position(self, row: int) -> int:
+        bucket, way = divmod(row, BUCKET_ROWS)
+        return _HEADER_WORDS + bucket * _BUCKET_WORDS + _KEYS_WORDS + way
+
+    def _free_row(self, key: BlockKey) -> int:
+        """A free row in the emptier of the key's two buckets."""
+        best_row, best_free = 0, 0
+        for half in _HALVES.unpack(key):
+            bucket = half % self.buckets
+            first = self._position(bucket * BUCKET_ROWS)
+            ways = self._words[first : first + BUCKET_ROWS].tolist()
+            free = ways.count(0)
+            if free > best_free:
+                best_row, best_free = bucket * BUCKET_ROWS + ways.index(0), free
+        if not best_free:
+            raise TierFull("both buckets of the index are full")
+        return best_row

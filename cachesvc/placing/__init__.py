@@ -1,0 +1,1 @@
+"""What stays, sinks, rises and goes, and for whom: tenants, pins, floors, admission."""

@@ -1,0 +1,143 @@
+"""The page: a small HTTP server with figures for people and for Prometheus."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+import socketserver
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from kvist.cachesvc.core.store import StoreStats
+from kvist.proto.errors import ConfigInvalid, KvistError
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+# A client that sends nothing holds a thread; so long.
+CLIENT_TIMEOUT_S = 5.0
+# How long close may take at most.
+STOP_POLL_S = 0.1
+_PAGE = Path(__file__).with_name("page.html")
+_HEADERS = [
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    (
+        "Content-Security-Policy",
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+        "connect-src 'self'; img-src data:",
+    ),
+]
+
+
+def stats_document(stats: StoreStats, version: str) -> dict[str, Any]:
+    """What /stats.json says: the fields of StoreStats, bytes in hex, and the version."""
+    document = dataclasses.asdict(stats)
+    document["boot_epoch"] = stats.boot_epoch.hex()
+    return {"version": version, **document}
+
+
+class Dashboard:
+    """Serves /, /metrics, /stats.json and /healthz from threads of its own. It only reads.
+
+    Args:
+        address: host:port; port 0 takes a free one.
+        read: the store's figures; called from the server's threads, may raise KvistError.
+        registry: what /metrics shows.
+        version: of the program.
+
+    Attributes:
+        url: where it answers.
+
+    Raises:
+        ConfigInvalid: the address cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        read: Callable[[], StoreStats],
+        registry: CollectorRegistry,
+        version: str,
+    ) -> None:
+        self._read = read
+        self._version = version
+        self._page = _PAGE.read_bytes()
+        self._metrics: WSGIApplication = make_wsgi_app(registry)
+        host, _, port = address.rpartition(":")
+        try:
+            kind = _Server6 if host.startswith("[") else _Server
+            self._server = kind((host.strip("[]"), int(port)), _Handler)
+        except OSError as error:
+            raise ConfigInvalid(
+                f"http_listen: cannot listen on {address}: {error.strerror}; give another port or "
+                "none"
+            ) from None
+        self._server.set_app(self._answer)
+        self.url = f"http://{host}:{self._server.server_port}/"
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(STOP_POLL_S,), name="kvist-page", daemon=True
+        )
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answer no more."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+        self._server.server_close()
+
+    def _answer(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        if environ.get("REQUEST_METHOD") not in ("GET", "HEAD"):
+            return _reply(start, "405 Method Not Allowed", "text/plain", b"only GET\n")
+        try:
+            if path == "/metrics":
+                return self._metrics(environ, start)
+            if path == "/stats.json":
+                document = stats_document(self._read(), self._version)
+                return _reply(start, "200 OK", "application/json", json.dumps(document).encode())
+            if path == "/healthz":
+                self._read()
+                return _reply(start, "200 OK", "text/plain", b"ok\n")
+        except KvistError as error:
+            message = f"{error}\n".encode()
+            return _reply(start, "503 Service Unavailable", "text/plain", message)
+        if path == "/":
+            return _reply(start, "200 OK", "text/html; charset=utf-8", self._page)
+        return _reply(start, "404 Not Found", "text/plain", b"no such page\n")
+
+
+def _reply(start: StartResponse, status: str, kind: str, body: bytes) -> Iterable[bytes]:
+    start(status, [("Content-Type", kind), ("Content-Length", str(len(body))), *_HEADERS])
+    return [body]
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        """Bind without the look-up of the host's name that HTTPServer makes, which may take 5 s."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = CLIENT_TIMEOUT_S
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: a scrape every few seconds is no event."""

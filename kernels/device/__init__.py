@@ -1,0 +1,1 @@
+"""Kernels in Triton for a CUDA device, each with its bound and a torch reference."""
