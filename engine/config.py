@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvist.engine.device.flags import DEVICES, add_device_flags
 from kvist.engine.priority import INTERACTIVE, PRIORITIES
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.sizes import format_bytes, parse_bytes
@@ -53,7 +54,11 @@ class EngineConfig:
         host: address to listen on.
         port: TCP port; 0 takes any free one.
         served_model_name: name that clients use; None is the last part of the model's path.
-        dtype: of the computation: "auto" (what this processor does faster), "bfloat16", "float32".
+        device: where to compute: "auto", "cpu", "cuda", "cuda:N"; see device.
+        enforce_eager: capture no CUDA graphs.
+        gpu_memory_utilization: share of a device's memory that is used, in (0, 1].
+        dtype: of the computation: "auto" (what the processor does faster; bfloat16 on a device),
+            "bfloat16", "float32".
         quantization: of the weights in memory: "auto" (4 and 8 bits where the file has them),
             "none" (all in dtype), "int8" or "int4" (rounded to these).
         kv_cache_dtype: of K and V: "auto" (bfloat16; dtype's where that is set) or one of these.
@@ -88,6 +93,9 @@ class EngineConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_name: str | None = None
+    device: str = "auto"
+    enforce_eager: bool = False
+    gpu_memory_utilization: float = 0.9
     dtype: str = "auto"
     quantization: str = "auto"
     kv_cache_dtype: str = "auto"
@@ -137,6 +145,11 @@ class EngineConfig:
         if self.kv_cache_bytes is not None:
             self._check_range("--kv-cache-memory-bytes", self.kv_cache_bytes, 1 << 20, 1 << 50)
         self._check_range("--threads", self.threads, 1, 1024)
+        self._check_range("--gpu-memory-utilization", self.gpu_memory_utilization, 0.05, 1)
+        if not DEVICES.fullmatch(self.device):
+            raise ConfigInvalid(
+                f"--device: {self.device!r} is none; give auto, cpu, cuda or cuda:N"
+            )
         self._check_range("--seed", self.seed, 0, 2**63 - 1)
         self._check_range("--drain-seconds", self.drain_seconds, 0, 86400)
         self._check_range("--priority-aging-seconds", self.priority_aging_seconds, 1, 86400)
@@ -250,6 +263,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         help="let running requests go on this long after SIGTERM (%(default)s)",
     )
     run = parser.add_argument_group("model")
+    add_device_flags(run)
     run.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)} (%(default)s)")
     run.add_argument(
         "--quantization",

@@ -7,13 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from kvist.cachesvc.log import Log
+from kvist.engine.backend import Progress
 from kvist.engine.config import EngineConfig
 from kvist.engine.ipc import ApiLink
 from kvist.engine.opening import Parts, log_level, open_parts
@@ -29,7 +29,7 @@ from kvist.engine.request import (
     Outputs,
     ToCore,
 )
-from kvist.engine.runner import Sampled
+from kvist.engine.runner import Landing, Sampled
 from kvist.engine.scheduler import Scheduler
 from kvist.engine.seeds import ContentSeeds
 from kvist.engine.sequence import Sequence
@@ -69,7 +69,7 @@ class Flight:
 
     step: Step
     launched_s: float
-    sampled: Future[list[Sampled]]
+    sampled: Landing
 
 
 class Core:
@@ -101,7 +101,7 @@ class Core:
         self._scheduler = Scheduler(parts.pages, parts.connector, bounds)
         self._priority = priority_of(config.default_priority)
         self._seeds = ContentSeeds(config.seed) if config.deterministic else None
-        self._overlap = config.overlaps("cpu")
+        self._overlap = config.overlaps(parts.device.kind)
         self._flight: Flight | None = None
         self._live: dict[str, Sequence] = {}
         self._deltas: list[Delta] = []
@@ -341,12 +341,12 @@ def _prompt_part(work: Work) -> int:
     return min(work.start + work.count, prompt) - min(work.start, prompt)
 
 
-def loading_sender(send: Callable[[FromCore], None]) -> Callable[[int, int], None]:
-    """A load_model progress that sends Loading, LOADING_MESSAGES times a load at most."""
+def loading_sender(send: Callable[[FromCore], None]) -> Progress:
+    """A progress that sends Loading, LOADING_MESSAGES times a load at most."""
 
-    def tell(done: int, total: int) -> None:
+    def tell(done: int, total: int, what: str = "") -> None:
         if done * LOADING_MESSAGES // total > (done - 1) * LOADING_MESSAGES // total:
-            send(Loading(done, total))
+            send(Loading(done, total, what))
 
     return tell
 

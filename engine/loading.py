@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a sequence has a gate
-    from kvist.engine.sequence import Sequence
+    from kvist.engine import sequence as sequences
 
 
 class LoadGate:
@@ -63,6 +64,18 @@ class LoadGate:
         self.waited_s += time.perf_counter() - began_s
 
 
+def waiter(gates: Sequence[LoadGate]) -> Callable[[int], None] | None:
+    """What a model calls before a layer reads the pages."""
+    if not gates:
+        return None
+
+    def wait(layer: int) -> None:
+        for gate in gates:
+            gate.wait(layer)
+
+    return wait
+
+
 class LoadJob:
     """Blocks on their way into a sequence's pages. Every method may be called from any thread.
 
@@ -82,7 +95,9 @@ class LoadJob:
         began_s: when a thread took it up.
     """
 
-    def __init__(self, sequence: Sequence, first: int, pages: list[int], started_s: float) -> None:
+    def __init__(
+        self, sequence: sequences.Sequence, first: int, pages: list[int], started_s: float
+    ) -> None:
         self.sequence = sequence
         self.first = first
         self.pages = pages

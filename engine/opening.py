@@ -10,14 +10,15 @@ from pathlib import Path
 
 from kvist.cachesvc.client import CacheClient, open_cache
 from kvist.cachesvc.log import LEVELS, Level, Log
+from kvist.engine.backend import Backend, CpuBackend, Progress
 from kvist.engine.config import CACHE_EMBEDDED, CACHE_OFF, EngineConfig
 from kvist.engine.connector import Connector
+from kvist.engine.device.found import CPU, Device, find_device
 from kvist.engine.models.base import ModelConfig
-from kvist.engine.models.build import build_model, compute_tag, kernels_of, quantization_of
+from kvist.engine.models.build import compute_tag
 from kvist.engine.pages import Pages
 from kvist.engine.request import Ready
-from kvist.engine.runner import Runner
-from kvist.engine.sampler import Sampler
+from kvist.engine.runner import StepRunner
 from kvist.engine.sequence import Digests, Limits
 from kvist.engine.trial_page import PoolPage
 from kvist.engine.weighing import Weigher
@@ -29,10 +30,6 @@ from kvist.proto.sizes import format_bytes
 from kvist.tiers.hbm import PagePool
 from kvist.transfer.pace import Pace
 
-# Share of the free memory that the pool takes when nothing is said: the cache's own memory, the
-# API process and the file cache want room too.
-POOL_SHARE = 0.25
-POOL_BYTES_MAX = 4 << 30
 ATTACH_WAIT_S = 2.0
 
 
@@ -49,9 +46,11 @@ class Parts:
         digests: namespaces by tenant.
         dtype: what is computed in.
         kernels: what computes, for people.
+        device: where it computes.
+        memory: what is left there, for people.
     """
 
-    runner: Runner
+    runner: StepRunner
     pages: Pages
     connector: Connector
     limits: Limits
@@ -59,6 +58,8 @@ class Parts:
     digests: Digests
     dtype: str
     kernels: str = ""
+    device: Device = CPU
+    memory: str = ""
 
     def ready(self) -> Ready:
         """What the API process needs to know."""
@@ -71,6 +72,7 @@ class Parts:
             kv_dtype=self.format.dtype,
             namespace=self.digests.of("").hex(),
             kernels=self.kernels,
+            device=", ".join(filter(None, (self.device.name, self.memory))),
         )
 
 
@@ -78,7 +80,7 @@ def open_parts(
     config: EngineConfig,
     log: Log,
     now: Callable[[], float],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Parts:
     """Load the model, size and make the pool, open the cache.
 
@@ -86,43 +88,81 @@ def open_parts(
         config: checked settings.
         log: where the opening is told.
         now: clock of waiting times, seconds.
-        progress: see kvist.engine.weights.load_model.
+        progress: told how far the start has come.
 
     Raises:
         ConfigInvalid: a setting does not fit the model or the machine.
         ModelFilesError: the model cannot be loaded.
     """
     started = now()
-    loaded = load_model(config.model, config.dtype, progress, quantization_of(config))
+    tell = progress or _silent
+    backend = open_backend(config)
+    loaded = load_model(config.model, backend.dtype, tell, backend.quantization())
     kv_dtype = kv_dtype_of(config, loaded)
-    model = build_model(config, loaded, kv_dtype)
-    namespace = namespace_of(loaded, config.block_tokens, kv_dtype)
+    backend.build(loaded, kv_dtype)
+    namespace = namespace_of(
+        loaded, config.block_tokens, kv_dtype, backend.compute(loaded, kv_dtype)
+    )
+    kernels, dtype, shape = backend.kernels(loaded), loaded.dtype, loaded.config
+    del loaded  # on a device the weights have left the host
     # Not info: the line would break into the bar that the API process draws on the terminal.
-    log.debug("model loaded", dtype=loaded.dtype, seconds=now() - started)
-    count = pool_pages(config, namespace.format, free_memory_bytes())
-    limits = limits_of(config, loaded.config, count)
-    pool = PagePool(namespace.format, count)
+    log.debug("model loaded", dtype=dtype, seconds=now() - started)
+    format = namespace.format
+    count = pool_pages(config, format, backend.pool_bytes)
+    limits = limits_of(config, shape, count)
+    pool = PagePool(format, count, backend.device.torch)
     threading.Thread(
         target=pool.prefault, args=(threading.Event(),), name="kvist-pool", daemon=True
     ).start()
     pages = Pages(count)
-    cache = open_tiers(config, namespace, log)
+    runner = backend.runner(pool, limits, tell)
+    cache = open_tiers(config, namespace, log, backend)
     connector = Connector(cache, pool.page_bytes, pages, log, now)
-    format = namespace.format
     connector.weigher = Weigher(format.layers, format.payload_bytes, format.block_tokens)
     connector.weigher.by_layers = config.cache_overlap
-    runner = Runner(model, pool.tensor, Sampler(config.seed))
-    digests, kernels = Digests(namespace), kernels_of(model, loaded)
-    return Parts(runner, pages, connector, limits, format, digests, loaded.dtype, kernels)
+    return Parts(
+        runner=runner,
+        pages=pages,
+        connector=connector,
+        limits=limits,
+        format=format,
+        digests=Digests(namespace),
+        dtype=dtype,
+        kernels=kernels,
+        device=backend.device,
+        memory=backend.memory(),
+    )
 
 
-def namespace_of(loaded: LoadedModel, block_tokens: int, kv_dtype: str) -> Namespace:
-    """What the KV of this model, computed by this program on this machine, is."""
+def _silent(done: int, total: int, what: str = "") -> None:
+    """Nobody is told."""
+
+
+def open_backend(config: EngineConfig) -> Backend:
+    """What --device stands for; raises ConfigInvalid when it is not there."""
+    device = find_device(config.device)
+    if device.host:
+        return CpuBackend(config)
+    # Here and not at the top: an engine on a CPU starts without Triton.
+    from kvist.engine.device.backend import DeviceBackend
+
+    return DeviceBackend(config, device)
+
+
+def namespace_of(
+    loaded: LoadedModel, block_tokens: int, kv_dtype: str, compute: str | None = None
+) -> Namespace:
+    """What the KV of this model, computed by this program on this machine, is.
+
+    Args:
+        loaded: the model. block_tokens: of a page. kv_dtype: of K and V.
+        compute: see Namespace; None is what a processor computes with.
+    """
     return Namespace(
         model=loaded.fingerprint,
         format=loaded.block_format(block_tokens, kv_dtype),
         rope=f"theta={loaded.config.rope_theta}",
-        compute=compute_tag(loaded.config, loaded.dtype, kv_dtype),
+        compute=compute or compute_tag(loaded.config, loaded.dtype, kv_dtype),
     )
 
 
@@ -137,16 +177,18 @@ def kv_dtype_of(config: EngineConfig, loaded: LoadedModel) -> str:
     return "bfloat16" if config.dtype == "auto" else loaded.dtype
 
 
-def pool_pages(config: EngineConfig, format: BlockFormat, free_bytes: int) -> int:
-    """Pages of the pool: as many as the setting, or a share of the free memory, has room for.
+def pool_pages(
+    config: EngineConfig, format: BlockFormat, room: Callable[[BlockFormat], int]
+) -> int:
+    """Pages of the pool: as many as the setting has room for.
+
+    Args:
+        room: bytes for pages when nothing is set; asked only then.
 
     Raises:
         ConfigInvalid: not even one.
     """
-    size = config.kv_cache_bytes
-    if size is None:
-        taken = config.cache_dram_bytes if config.cache == CACHE_EMBEDDED else 0
-        size = min(int((free_bytes - taken) * POOL_SHARE), POOL_BYTES_MAX)
+    size = room(format) if config.kv_cache_bytes is None else config.kv_cache_bytes
     if size < format.payload_bytes:
         raise ConfigInvalid(
             f"--kv-cache-memory-bytes: {format_bytes(max(size, 0))} holds no page; one of "
@@ -176,7 +218,9 @@ def limits_of(config: EngineConfig, model: ModelConfig, pages: int) -> Limits:
     return Limits(longest, config.block_tokens, model.eos_token_ids)
 
 
-def open_tiers(config: EngineConfig, namespace: Namespace, log: Log) -> CacheClient | None:
+def open_tiers(
+    config: EngineConfig, namespace: Namespace, log: Log, backend: Backend
+) -> CacheClient | None:
     """Open the cache beyond the pool; None when it is off.
 
     Raises:
@@ -185,17 +229,20 @@ def open_tiers(config: EngineConfig, namespace: Namespace, log: Log) -> CacheCli
     if config.cache == CACHE_OFF or not config.enable_prefix_caching:
         return None
     name = f"kvist-{os.getpid()}"
+    page = PoolPage(namespace.format, backend.device.torch)
     if config.cache == CACHE_EMBEDDED:
-        client = _open_embedded(config, namespace, name, log)
+        client = _open_embedded(config, namespace, name, log, page)
     else:
-        client = open_cache(config.cache, namespace, name, log, PoolPage(namespace.format))
+        client = open_cache(config.cache, namespace, name, log, page)
     client.pace = Pace(config.cache_load_bytes_per_s, config.cache_store_bytes_per_s)
     # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
     client.wait_attached(ATTACH_WAIT_S)
     return client
 
 
-def _open_embedded(config: EngineConfig, namespace: Namespace, name: str, log: Log) -> CacheClient:
+def _open_embedded(
+    config: EngineConfig, namespace: Namespace, name: str, log: Log, page: PoolPage
+) -> CacheClient:
     # Here and not at the top: an engine with a sidecar needs no store in its own process.
     from kvist.cachesvc.embedded import StoreConfig, open_embedded
 
@@ -208,22 +255,7 @@ def _open_embedded(config: EngineConfig, namespace: Namespace, name: str, log: L
         flash_bytes=config.cache_flash_bytes,
         slot_bytes=None,
     )
-    return open_embedded(store, namespace, name, log, PoolPage(namespace.format))
-
-
-def free_memory_bytes() -> int:
-    """Memory that can still be taken: the machine's, cut by a cgroup limit if there is one."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            free = min(free, int(limit) - used)
-    except (OSError, ValueError):
-        pass
-    return free
+    return open_embedded(store, namespace, name, log, page)
 
 
 def log_level(text: str) -> Level:

@@ -237,10 +237,12 @@ class Loading(msgspec.Struct, frozen=True, tag="loading"):
     Attributes:
         done: tensors read so far, at most total.
         total: tensors of the model, >= 1.
+        what: is being done instead, for people; "" reads tensors.
     """
 
     done: int
     total: int
+    what: str = ""
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -255,6 +257,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
         kv_dtype: of K and V in every tier, one of the same.
         namespace: hex digest under which blocks are shared.
         kernels: what computes, for people.
+        device: where, for people.
     """
 
     max_model_len: int
@@ -265,6 +268,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     kv_dtype: str
     namespace: str
     kernels: str = ""
+    device: str = ""
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):

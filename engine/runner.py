@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from collections.abc import Sequence as Works
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
-from kvist.engine.loading import LoadGate
+from kvist.engine.loading import LoadGate, waiter
 from kvist.engine.models.base import Chunk, Model
 from kvist.engine.request import SamplingParams, TokenLogprobs
 from kvist.engine.sampler import DrawState, Sampler
@@ -30,6 +29,44 @@ class Sampled(NamedTuple):
     work: Work
     token: int
     logprobs: TokenLogprobs | None
+
+
+class Landing(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> list[Sampled]:
+        """Wait for it; see Runner.launch. Raises: what the step raised."""
+        ...
+
+
+class StepRunner(Protocol):
+    """Runner, or engine.device.runner.DeviceRunner."""
+
+    @property
+    def model(self) -> Model:
+        """What computes."""
+        ...
+
+    @property
+    def vocab(self) -> int:
+        """Tokens in the vocabulary."""
+        ...
+
+    def begin(self, params: SamplingParams) -> DrawState:
+        """See Runner.begin."""
+        ...
+
+    def run_aside(self) -> None:
+        """See Runner.run_aside."""
+        ...
+
+    def launch(self, works: Works[Work]) -> Landing:
+        """See Runner.launch."""
+        ...
+
+    def close(self) -> None:
+        """See Runner.close."""
+        ...
 
 
 class _Input(NamedTuple):
@@ -118,7 +155,7 @@ class Runner:
         latest, self._latest = self._latest, {}
         gates = [one.gate for one in inputs if one.gate is not None]
         chunks = [_chunk(one, latest) for one in inputs]
-        logits = self._model.forward(chunks, self._pool, _waiter(gates))
+        logits = self._model.forward(chunks, self._pool, waiter(gates))
         ending = [one for one in inputs if one.state is not None]
         sound = [gate.finish() for gate in gates]  # also of those that do not end here
         if not all(sound):
@@ -135,15 +172,20 @@ class Runner:
         ]
 
 
+def draw_state(work: Work, ahead: int = 0) -> DrawState:
+    """How the token that comes out of a work is drawn, or one so many after it."""
+    sequence = work.sequence
+    assert sequence.draws is not None, "a sequence was not begun"
+    if not sequence.draws.params.temperature:
+        return sequence.draws
+    # A stream's n-th draw is its n-th token's, however often that is computed.
+    drawn = work.start + work.count + ahead - sequence.prompt_tokens
+    return dataclasses.replace(sequence.draws, drawn=drawn)
+
+
 def _input(work: Work) -> _Input:
     sequence, end = work.sequence, work.start + work.count
-    state = None
-    if work.last:
-        assert sequence.draws is not None, "a sequence was not begun"
-        state = sequence.draws
-        if state.params.temperature > 0:
-            # A stream's n-th draw is its n-th token's, however often that is computed.
-            state = dataclasses.replace(state, drawn=end - sequence.prompt_tokens)
+    state = draw_state(work) if work.last else None
     pages = sequence.pages[: -(-end // sequence.limits.block_tokens)]
     return _Input(work, sequence.tokens[work.start : end], pages, sequence.gate, state)
 
@@ -154,15 +196,3 @@ def _chunk(one: _Input, latest: dict[Sequence, int]) -> Chunk:
     if len(tokens) < work.count:
         tokens = [*tokens, latest.get(work.sequence, 0)]
     return Chunk(tokens, work.start, one.pages, work.last)
-
-
-def _waiter(gates: list[LoadGate]) -> Callable[[int], None] | None:
-    """What the model calls before a layer reads the pages."""
-    if not gates:
-        return None
-
-    def wait(layer: int) -> None:
-        for gate in gates:
-            gate.wait(layer)
-
-    return wait

@@ -277,6 +277,7 @@ class EngineServer:
                 "Dtype",
                 f"{ready.dtype}, K and V {ready.kv_dtype}; namespace {ready.namespace[:12]}",
             ),
+            ("Device", ready.device),
             ("Kernels", ready.kernels),
             (
                 "Pages",
@@ -292,19 +293,29 @@ class EngineServer:
         """A bar on a terminal, a line elsewhere; yields what moves the bar."""
         if not self._console.is_terminal:
             self._console.print("Loading  ...")
-            yield lambda _loading: None
+            # What comes after the tensors is told when it is done: a line for each would be noise.
+            yield lambda loading: (
+                self._console.print(f"{'':<8} {loading.what}")
+                if loading.what and loading.done == loading.total
+                else None
+            )
             return
         columns = (
             SpinnerColumn(),
-            TextColumn("Loading"),
+            TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=self._console, transient=True) as progress:
             # Without a total the bar pulses: that is the time until the core's first word.
-            bar = progress.add_task("loading", total=None)
-            yield lambda loading: progress.update(bar, completed=loading.done, total=loading.total)
+            bar = progress.add_task("Loading", total=None)
+            yield lambda loading: progress.update(
+                bar,
+                completed=loading.done,
+                total=loading.total,
+                description=loading.what or "Loading",
+            )
 
 
 async def _cancel(*work: Awaitable[Any]) -> None:

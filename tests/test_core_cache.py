@@ -176,7 +176,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(model: str, tmp_path: Pa
     with pytest.raises(ConfigInvalid, match="--kv-cache-memory-bytes"):
         limits_of(config(max_model_len=2048), loaded.config, 100)
     with pytest.raises(ConfigInvalid, match="needs 8KiB"):
-        pool_pages(config(kv_cache_bytes=None, cache="off"), format, 10_000)
+        pool_pages(config(kv_cache_bytes=None, cache="off"), format, lambda _: 100)
     assert limits_of(config(), loaded.config, 100).max_model_len == 1600
 
 

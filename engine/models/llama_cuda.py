@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from kvist.kernels.device.decode_attention import (
     new_decode_plan,
 )
 from kvist.kernels.device.gate import silu_gate
+from kvist.kernels.device.launch import RELEASE
 from kvist.kernels.device.matmul import matmul
 from kvist.kernels.device.paged import Paged
 from kvist.kernels.device.prefill_attention import plan_prefill, prefill_attention
@@ -30,6 +32,28 @@ from kvist.kernels.rope import rope_table
 
 # Attention of one layer: turned queries, number of the layer, where the result goes.
 Attend = Callable[[torch.Tensor, int, torch.Tensor], None]
+# Rows, weight, where the result goes if that is there already.
+Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def multiply_fast(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What kernels.device.matmul does, by cuBLAS: a row's bits depend on how many there are."""
+    return torch.mm(x, weight.T) if out is None else torch.mm(x, weight.T, out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Tokens of a step that only the device knows: the step before it has drawn them.
+
+    Attributes:
+        chunks: numbers of the chunks, each of one token.
+        tokens: (chunks,), int64, on the device.
+    """
+
+    chunks: Sequence[int]
+    tokens: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +142,13 @@ class CudaLlama:
         tied = self.config.tie_embeddings
         self._head = self._embedding if tied else tensors["lm_head.weight"].to(self.device)
         self._table = rope_table(loaded.rope, device)
-        self._multiply = F.linear if fast else matmul
+        self._multiply: Multiply = multiply_fast if fast else matmul
 
     def variant(self, *, fast: bool) -> CudaLlama:
         """A model of the same weights, which are not copied, that is fast or is not."""
         twin = copy.copy(self)
         twin.fast = fast
-        twin._multiply = F.linear if fast else matmul
+        twin._multiply = multiply_fast if fast else matmul
         return twin
 
     @property
@@ -133,7 +157,8 @@ class CudaLlama:
         name = torch.cuda.get_device_name(self.device) if self._cuda else "interpreter"
         how = f"fast-{SPLIT}" if self.fast else "invariant"
         dtype = str(self._embedding.dtype).removeprefix("torch.")
-        return f"{dtype}/torch-{torch.__version__}/{name}/{how}/scale-{self.kv_scale}"
+        release = f"{RELEASE}/torch-{torch.__version__}"
+        return f"{dtype}/{release}/{name}/{how}/scale-{self.kv_scale}"
 
     @property
     def _cuda(self) -> bool:
@@ -145,6 +170,7 @@ class CudaLlama:
         chunks: Sequence[Chunk],
         pool: torch.Tensor,
         before_layer: Callable[[int], None] | None = None,
+        given: Given | None = None,
     ) -> torch.Tensor:
         """Compute the chunks; the contract is Model's, but see fast.
 
@@ -153,18 +179,21 @@ class CudaLlama:
             pool: see Model.
             before_layer: called with each layer's number right before that layer's attention is
                 launched, which is where a copy that it needs can be waited for on the device.
+            given: tokens that stand in place of those that chunks have.
         """
         singles = sorted(range(len(chunks)), key=lambda i: len(chunks[i].tokens) > 1)
         ordered = [chunks[i] for i in singles]
         decodes = sum(len(chunk.tokens) == 1 for chunk in ordered) if self.fast else 0
         step = self._step(ordered, decodes, pool)
-        hidden = self.run(step, before_layer)
-        ends = torch.tensor([len(chunk.tokens) for chunk in ordered]).cumsum(0).tolist()
+        ends = accumulate(len(chunk.tokens) for chunk in ordered)
         last_row = {i: end - 1 for i, end in zip(singles, ends, strict=True)}
+        if given is not None and len(given.chunks):
+            step.tokens[self._ids([last_row[i] for i in given.chunks])] = given.tokens
+        hidden = self.run(step, before_layer)
         wanted = [last_row[i] for i, chunk in enumerate(chunks) if chunk.want_logits]
         if not wanted:
             return hidden.new_empty((0, self.config.vocab), dtype=torch.float32)
-        return self.logits(hidden[torch.tensor(wanted, device=self.device)]).float()
+        return self.logits(hidden[self._ids(wanted)]).float()
 
     def run(
         self, step: DeviceStep, before_layer: Callable[[int], None] | None = None
@@ -180,7 +209,7 @@ class CudaLlama:
         delta: torch.Tensor | None = None
         for number, layer in enumerate(self._layers):
             x = add_rms_norm(delta, hidden, layer.attention_norm, eps)
-            projected = self._multiply(x, layer.qkv)
+            projected = self._multiply(x, layer.qkv, None)
             queries = rope_store(
                 projected, step.positions, self._table, step.paged, number, step.slots
             )
@@ -188,16 +217,25 @@ class CudaLlama:
             if before_layer is not None:
                 before_layer(number)
             step.attend(queries, number, attended)
-            x = self._multiply(attended.view(rows, config.heads * config.head_dim), layer.out)
+            wide = attended.view(rows, config.heads * config.head_dim)
+            x = self._multiply(wide, layer.out, None)
             x = add_rms_norm(x, hidden, layer.mlp_norm, eps)
-            delta = self._multiply(silu_gate(self._multiply(x, layer.gate_up)), layer.down)
+            inner = silu_gate(self._multiply(x, layer.gate_up, None))
+            delta = self._multiply(inner, layer.down, None)
         return add_rms_norm(delta, hidden, self._norm, eps)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Project rows that run returned: (rows, vocab), the dtype of the weights."""
-        return self._multiply(hidden.contiguous(), self._head)
+        return self._multiply(hidden.contiguous(), self._head, out)
 
-    def decode(self, tokens: torch.Tensor, paged: Paged, plan: DecodePlan | None) -> torch.Tensor:
+    def new_logits(self, rows: int) -> torch.Tensor:
+        """Room for logits."""
+        shape = (rows, self.config.vocab)
+        return torch.empty(shape, dtype=self._head.dtype, device=self.device)
+
+    def decode(
+        self, tokens: torch.Tensor, paged: Paged, plan: DecodePlan | None, out: torch.Tensor
+    ) -> None:
         """One token for each row of a persistent batch; nothing is read by the host.
 
         Args:
@@ -205,9 +243,7 @@ class CudaLlama:
             paged: a row's length counts its token; rows of length 0 are computed for nothing and
                 write nothing.
             plan: for these rows, if fast.
-
-        Returns:
-            (rows, vocab), the dtype of the weights.
+            out: (rows, vocab), see new_logits; the logits.
         """
         positions = (paged.lengths - 1).clamp(min=0).long()
         used = paged.lengths > 0
@@ -223,7 +259,7 @@ class CudaLlama:
                 # Unused rows are of no sequence: not what the memory held before.
                 covered(queries, layer, out.zero_())
 
-        return self.logits(self.run(DeviceStep(tokens, positions, slots, paged, attend)))
+        self.logits(self.run(DeviceStep(tokens, positions, slots, paged, attend)), out)
 
     def _attend(
         self, paged: Paged, firsts: torch.Tensor, counts: torch.Tensor, rows: int
@@ -244,7 +280,7 @@ class CudaLlama:
             [list(c.pages[: -(-e // block_tokens)]) for c, e in zip(chunks, ends, strict=True)]
         )
         counts = [len(chunk.tokens) for chunk in chunks]
-        firsts = [sum(counts[:i]) for i in range(len(chunks))]
+        firsts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
         numbers = [self._ids(part).int() for part in (ends, counts, firsts)]
         lengths, new, begins = numbers
         paged = Paged(pool, self._ids(tables).int(), lengths, self.kv_scale)

@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+# What decides the bits of a result besides the operands. The first number changes whenever a kernel
+# of this folder gives other bits: engines of two releases then share no blocks.
+RELEASE: Final = f"kvist-triton-1/triton-{triton.__version__}"
 # No product is fused with the sum after it. A compiler fuses where nothing stands between the two,
 # so a masked and an unmasked step of the same attention would round differently; and Triton's
 # default is to change from one release to the next.

@@ -27,12 +27,15 @@ INPUTS = 64
 # The reference is kernels.linear.linear_reference.
 
 
-def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def matmul(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Multiply.
 
     Args:
         x: (rows, inputs), contiguous.
         weight: (outputs, inputs), same dtype, contiguous.
+        out: (rows, outputs), same dtype, contiguous; None makes one.
 
     Returns:
         (rows, outputs), same dtype; summed in float32 and rounded once.
@@ -42,7 +45,10 @@ def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     assert x.shape[1] == weight.shape[1], "x and weight differ in inputs"
     rows, inputs = x.shape
     outputs = weight.shape[0]
-    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    assert out.shape == (rows, outputs), "out is of another shape"
+    assert out.is_contiguous(), "out is not contiguous"
     # Row tiles are the fast axis: those of one weight tile run together and share it in the L2.
     _matmul_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(outputs, OUTPUTS))](
         x,

@@ -1,0 +1,104 @@
+"""What an engine on a device computes with; see engine.backend.Backend."""
+
+from __future__ import annotations
+
+from kvist.engine.backend import CpuBackend, Progress
+from kvist.engine.config import EngineConfig
+from kvist.engine.device.found import Device
+from kvist.engine.device.runner import DeviceRunner
+from kvist.engine.device.sizing import CudaMemory, PoolSizing, batch_keys
+from kvist.engine.models.decode_batch import DecodeBatch, graph_sizes
+from kvist.engine.models.llama_cuda import CudaLlama
+from kvist.engine.sampler import Sampler
+from kvist.engine.sequence import Limits
+from kvist.engine.weights import LoadedModel
+from kvist.proto.errors import ConfigInvalid
+from kvist.proto.layout import BlockFormat
+from kvist.proto.sizes import format_bytes
+from kvist.tiers.hbm import PagePool
+from kvist.transfer.cuda import CudaCopies
+from kvist.transfer.delayed import DelayedCopies
+
+
+class DeviceBackend:
+    """See Backend.
+
+    Args:
+        config: checked settings.
+        device: a CUDA device, or Triton's interpreter in its place.
+    """
+
+    def __init__(self, config: EngineConfig, device: Device) -> None:
+        self.device = device
+        self.dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+        self._config = config
+        self._model: CudaLlama | None = None
+        self._memory = CudaMemory(device.torch) if device.kind == "cuda" else None
+
+    @property
+    def model(self) -> CudaLlama:
+        """What build made."""
+        assert self._model is not None, "the model is not built yet"
+        return self._model
+
+    def quantization(self) -> str:
+        """See Backend."""
+        if self._config.quantization in ("auto", "none"):
+            return "none"
+        raise ConfigInvalid(
+            f"--quantization {self._config.quantization}: kernels for devices multiply bfloat16 "
+            "and float32 only; give --quantization none, or --device cpu"
+        )
+
+    def build(self, loaded: LoadedModel, kv_dtype: str) -> CudaLlama:
+        """See Backend."""
+        del kv_dtype
+        fast = not self._config.deterministic
+        self._model = CudaLlama(loaded, self.device.torch, fast=fast)
+        return self._model
+
+    def compute(self, loaded: LoadedModel, kv_dtype: str) -> str:
+        """See Backend."""
+        del loaded
+        return f"{self.model.compute}/kv-{kv_dtype}"
+
+    def kernels(self, loaded: LoadedModel) -> str:
+        """See Backend."""
+        del loaded
+        how = "fast" if self.model.fast else "invariant to the batch"
+        return f"Kvist's own in Triton, {how}"
+
+    def pool_bytes(self, format: BlockFormat) -> int:
+        """See Backend."""
+        if self._memory is None:
+            return CpuBackend(self._config).pool_bytes(format)
+        return PoolSizing(self._config, self.model, self._memory).pool_bytes(format)
+
+    def runner(self, pool: PagePool, limits: Limits, progress: Progress) -> DeviceRunner:
+        """See Backend; captures graphs."""
+        rows, size = self._config.max_num_seqs, limits.block_tokens
+        width = -(-limits.max_model_len // size)
+        keys = batch_keys(self._config, limits.max_model_len, pool.pages * size)
+        batch = DecodeBatch(self.model, pool.tensor, rows, width, keys)
+        if self.device.kind == "cuda" and not self._config.enforce_eager:
+            sizes = graph_sizes(rows)
+
+            def tell(done: int, rows: int, free: int) -> None:
+                what = f"Capturing graphs: {rows} rows, {format_bytes(free)} left"
+                progress(done, len(sizes), what)
+
+            batch.capture(sizes, tell)
+        copies = self._copies(pool)
+        sampler = Sampler(self._config.seed)
+        return DeviceRunner(self.model, pool.tensor, batch, sampler, copies.fetch)
+
+    def _copies(self, pool: PagePool) -> CudaCopies | DelayedCopies:
+        made = CudaCopies if self.device.kind == "cuda" else DelayedCopies
+        return made(pool.tensor)
+
+    def memory(self) -> str:
+        """See Backend."""
+        if self._memory is None:
+            return ""
+        free, total = self._memory.room()
+        return f"{format_bytes(free)} of {format_bytes(total)} left"

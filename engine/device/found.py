@@ -1,0 +1,73 @@
+"""Where an engine computes: what each value of --device stands for on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+from kvist.proto.errors import ConfigInvalid
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where the model and its pages are.
+
+    Attributes:
+        kind: "cpu"; "cuda"; or "interpreter": the code for CUDA devices, its kernels run by
+            Triton's interpreter and its copies by a thread, which is how it is tested.
+        torch: as torch names it.
+        name: for people.
+    """
+
+    kind: str
+    torch: str
+    name: str
+
+    @property
+    def host(self) -> bool:
+        """The model computes in this process's own memory."""
+        return self.kind == "cpu"
+
+
+CPU = Device("cpu", "cpu", "CPU")
+
+
+def find_device(asked: str) -> Device:
+    """The device that a checked --device means here.
+
+    Raises:
+        ConfigInvalid: it is not there, or lacks something; the message says what.
+    """
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cpu":
+        return CPU
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigInvalid(
+            f"--device {asked}: its kernels need triton (pip install 'kvist[gpu]'); "
+            "or give --device cpu"
+        )
+    if asked == "interpreter":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigInvalid(
+                "--device interpreter is for tests of the code for CUDA devices, a thousand times "
+                "slower than cpu: set TRITON_INTERPRET=1 before the start, or give --device cpu"
+            )
+        return Device("interpreter", "cpu", "Triton's interpreter")
+    return _find_cuda(asked)
+
+
+def _find_cuda(asked: str) -> Device:
+    if not torch.cuda.is_available():
+        built = "" if torch.version.cuda else ", which was built without CUDA,"
+        raise ConfigInvalid(
+            f"--device {asked}: torch {torch.__version__}{built} sees no CUDA device; "
+            "give --device cpu"
+        )
+    number, there = int(asked.partition(":")[2] or 0), torch.cuda.device_count()
+    if number >= there:
+        raise ConfigInvalid(f"--device {asked}: there are {there}, cuda:0 to cuda:{there - 1}")
+    return Device("cuda", f"cuda:{number}", torch.cuda.get_device_name(number))
