@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sim.core_thread import CoreThread, make_parts
 from sim.fake_cache import FakeCache
-from sim.fake_model import BLOCK_TOKENS, FORMAT, FakeModel, config, continuation
+from sim.fake_model import BLOCK_TOKENS, FORMAT, FakeDeviceModel, FakeModel, config, continuation
 
 from kvist.engine.core import FAILED_STEPS_MAX, LOADING_MESSAGES, loading_sender
 from kvist.engine.opening import Parts
@@ -36,7 +36,7 @@ def prompt(length: int, start: int = 1) -> list[int]:
     return [(start + 7 * i) % 251 for i in range(length)]
 
 
-@pytest.fixture(params=[False, True], ids=["step by step", "overlapping"])
+@pytest.fixture(params=["step by step", "overlapping", "on a device"])
 def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
     """Start cores, of both kinds; they end with the test."""
     running: list[FakeCore] = []
@@ -46,8 +46,9 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
     ) -> FakeCore:
         folder = tmp_path / str(len(running))
         folder.mkdir()
-        model = FakeModel(config(eos=eos))
-        more.setdefault("async_scheduling", request.param)
+        kind = FakeDeviceModel if request.param == "on a device" else FakeModel
+        model = kind(config(eos=eos))
+        more.setdefault("async_scheduling", request.param != "step by step")
         core = FakeCore(folder, model, make_parts(model, NAMESPACE, pages, cache), **more)
         running.append(core)
         return core.start()

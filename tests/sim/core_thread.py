@@ -6,20 +6,23 @@ import contextlib
 import io
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import msgspec
 import torch
 import zmq
+from sim.fake_model import FakeDeviceModel
 
 from kvist.cachesvc.log import Log
 from kvist.engine.config import EngineConfig
 from kvist.engine.connector import Cache, Connector
 from kvist.engine.core import Core
+from kvist.engine.device.runner import DeviceRunner
 from kvist.engine.ipc import ApiLink, output_address, request_address
 from kvist.engine.models.base import Model
+from kvist.engine.models.decode_batch import DecodeBatch
 from kvist.engine.opening import Parts
 from kvist.engine.pages import Pages
 from kvist.engine.request import (
@@ -35,24 +38,45 @@ from kvist.engine.request import (
     SamplingParams,
     ToCore,
 )
-from kvist.engine.runner import Runner
+from kvist.engine.runner import Landing, Runner, StepRunner
 from kvist.engine.sampler import Sampler
 from kvist.engine.sequence import Digests, Limits
+from kvist.engine.step import Work
 from kvist.proto.keys import Namespace
 from kvist.tiers.hbm import PagePool
+from kvist.transfer.delayed import DelayedCopies
 
 WAIT_S = 60.0
 
 
+class OneAtATime(DeviceRunner):
+    """Triton's interpreter is one for a process, and it does not expect a second thread."""
+
+    _interpreter = threading.Lock()
+
+    def launch(self, works: Sequence[Work]) -> Landing:
+        """See DeviceRunner.launch."""
+        with self._interpreter:
+            return super().launch(works)
+
+
 def make_parts(model: Model, namespace: Namespace, pages: int, cache: Cache | None) -> Parts:
-    """Parts for a model that is there already; what open_parts does for a path."""
+    """Parts for a model that is there already; what open_parts does for a path.
+
+    A model that decodes by rows is taken for a device's.
+    """
     pool = PagePool(namespace.format, pages)
     books = Pages(pages)
     connector = Connector(cache, pool.page_bytes, books, Log(io.StringIO()), time.monotonic)
     size = namespace.format.block_tokens
     longest = min(model.config.max_model_len, pages * size)
     limits = Limits(longest, size, model.config.eos_token_ids)
-    runner = Runner(model, pool.tensor, Sampler(0))
+    runner: StepRunner = Runner(model, pool.tensor, Sampler(0))
+    if isinstance(model, FakeDeviceModel):
+        rows, width = EngineConfig(model="sim").max_num_seqs, -(-longest // size)
+        batch: Any = DecodeBatch(model, pool.tensor, rows, width, pages * size)  # type: ignore[arg-type]
+        fetch = DelayedCopies(pool.tensor).fetch
+        runner = OneAtATime(model, pool.tensor, batch, Sampler(0), fetch)  # type: ignore[arg-type]
     return Parts(runner, books, connector, limits, namespace.format, Digests(namespace), "float32")
 
 

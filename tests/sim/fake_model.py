@@ -7,6 +7,7 @@ assertion, never a plausible answer.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kvist.engine.models.base import Chunk, ModelConfig
+from kvist.engine.models.llama_cuda import Given
+from kvist.kernels.device.paged import Paged
 from kvist.proto.layout import BlockFormat
 
 VOCAB = 256
@@ -106,3 +109,44 @@ class FakeModel:
         tokens, positions = rows[0, :, 0], rows[0, :, 1]
         assert positions.tolist() == list(range(end)), "a page is not where it belongs"
         return [int(token) for token in tokens.tolist()]
+
+
+class FakeDeviceModel(FakeModel):
+    """The same as a device's model: see llama_cuda.CudaLlama for what it stands in for."""
+
+    fast = False
+    kv_scale = 1.0
+    device = torch.device("cpu")
+
+    def new_logits(self, rows: int) -> torch.Tensor:
+        """See CudaLlama.new_logits."""
+        return torch.empty(rows, self.config.vocab)
+
+    def forward(  # type: ignore[override]
+        self,
+        chunks: Sequence[Chunk],
+        pool: torch.Tensor,
+        before_layer: Callable[[int], None] | None = None,
+        given: Given | None = None,
+    ) -> torch.Tensor:
+        """See CudaLlama.forward."""
+        known = list(chunks)
+        if given is not None:
+            for chunk, token in zip(given.chunks, given.tokens.tolist(), strict=True):
+                assert len(known[chunk].tokens) == 1
+                known[chunk] = dataclasses.replace(known[chunk], tokens=[token])
+        return super().forward(known, pool, before_layer)
+
+    def decode(
+        self, tokens: torch.Tensor, paged: Paged, plan: object, out: torch.Tensor
+    ) -> None:
+        """See CudaLlama.decode."""
+        del plan
+        chunks, rows = [], []
+        for row, length in enumerate(paged.lengths.tolist()):
+            if length:
+                pages = paged.tables[row].tolist()
+                chunks.append(Chunk([int(tokens[row])], length - 1, pages, True))
+                rows.append(row)
+        out.zero_()
+        out[rows] = FakeModel.forward(self, chunks, paged.pool)
