@@ -130,6 +130,7 @@ def engines(arguments: argparse.Namespace) -> dict[bool, Engine]:
     for overlap in (False, True):
         config = EngineConfig(
             model=arguments.model,
+            device="cpu",
             dtype=arguments.dtype,
             threads=arguments.threads,
             cache="off",

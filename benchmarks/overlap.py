@@ -188,6 +188,7 @@ class Bench:
         self.sidecar.wait_ready()
         self.config = EngineConfig(
             model=flags.model,
+            device="cpu",
             threads=flags.threads,
             dtype=flags.dtype,
             cache=f"unix:{self.sidecar.socket}",

@@ -294,10 +294,12 @@ class EngineServer:
         if not self._console.is_terminal:
             self._console.print("Loading  ...")
             # What comes after the tensors is told when it is done: a line for each would be noise.
-            yield lambda loading: (
-                self._console.print(f"{'':<8} {loading.what}")
-                if loading.what and loading.done == loading.total
-                else None
+            yield (
+                lambda loading: (
+                    self._console.print(f"{'':<8} {loading.what}")
+                    if loading.what and loading.done == loading.total
+                    else None
+                )
             )
             return
         columns = (

@@ -41,6 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def settings(model: str, folder: Path, **more: Any) -> dict[str, Any]:
     return {
         "model": model,
+        "device": "cpu",
         "dtype": "float32",
         "block_tokens": BLOCK_TOKENS,
         "kv_cache_bytes": POOL_BYTES,

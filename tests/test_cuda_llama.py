@@ -192,14 +192,14 @@ def test_pages_may_be_filled_until_a_layer_reads_them(wide: LoadedModel) -> None
 def test_a_captured_step_draws_what_an_eager_one_does(wide: LoadedModel) -> None:
     model = CudaLlama(wide, DEVICE.type, fast=True)
     drawn = []
+    told: list[tuple[int, int, int]] = []
     for captured in (False, True):
         pool = new_pool(wide)
         model.forward(both(), pool)
         batch = DecodeBatch(model, pool, rows=4, width=4, keys=200)
-        labels: list[str] = []
         if captured:
-            batch.capture((4, 2), labels.append)
-            assert len(labels) == 2
+            batch.capture((4, 2), lambda *graph: told.append(graph))
+            assert [graph[:2] for graph in told] == [(1, 4), (2, 2)]
         batch.place(
             1, PROMPT[-1], len(PROMPT), PAGES, DrawState(SamplingParams(temperature=1), seed=3)
         )

@@ -54,6 +54,7 @@ class Cached:
 
     def __init__(self, model: str, folder: Path, cache: str = "embedded", **more: Any) -> None:
         config: dict[str, Any] = {
+            "device": "cpu",
             "dtype": "float32",
             "block_tokens": BLOCK_TOKENS,
             "kv_cache_bytes": POOL_BYTES,

@@ -66,7 +66,7 @@ class Steps:
         self.batch = DecodeBatch(model, pool, max(*sizes.rows, sizes.offline_rows), width, keys)
         if clock.cuda:
             rows = sorted({*sizes.rows, self.batch.rows})
-            self.batch.capture(rows, lambda label: say(f"  {label}"))
+            self.batch.capture(rows, _say_graph)
 
     @property
     def margin(self) -> int:
@@ -234,6 +234,10 @@ def offline_run(
         "tok_per_s": rows * after / (end - begin),
         "percent_of_roofline": percent(floor, end - begin),
     }
+
+
+def _say_graph(_done: int, rows: int, free: int) -> None:
+    say(f"  graph of {rows} rows captured, {free / 2**30:.1f} GiB left")
 
 
 def _own(row: int, each: int) -> list[int]:

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 
+from kvist.engine.device.rows import Rows
 from kvist.engine.loading import LoadGate, waiter
 from kvist.engine.models.base import Chunk
 from kvist.engine.models.decode_batch import DecodeBatch, draws_of, put
 from kvist.engine.models.llama_cuda import CudaLlama, Given
-from kvist.engine.device.rows import Rows
 from kvist.engine.request import SamplingParams, TokenLogprobs
 from kvist.engine.runner import Landing, Sampled, draw_state
 from kvist.engine.sampler import DrawState, Sampler

@@ -112,7 +112,7 @@ class PoolSizing:
         return PagePool(format, 1, str(self.model.device)).tensor
 
     def _largest(self, format: BlockFormat) -> None:
-        """Prompts of equal length for all seats; all in one page, for what they hold is no matter."""
+        """Prompts of equal length for all seats; all in one page: what they hold is no matter."""
         seats = self.config.max_num_seqs
         tokens = self.config.max_num_batched_tokens // seats
         tokens = max(1, min(tokens, self._longest() - 1))

@@ -27,9 +27,7 @@ INPUTS = 64
 # The reference is kernels.linear.linear_reference.
 
 
-def matmul(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def matmul(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply.
 
     Args:

@@ -13,7 +13,6 @@ from typing import Any, Self
 import msgspec
 import torch
 import zmq
-from sim.fake_model import FakeDeviceModel
 
 from kvist.cachesvc.log import Log
 from kvist.engine.config import EngineConfig
@@ -45,6 +44,7 @@ from kvist.engine.step import Work
 from kvist.proto.keys import Namespace
 from kvist.tiers.hbm import PagePool
 from kvist.transfer.delayed import DelayedCopies
+from sim.fake_model import FakeDeviceModel
 
 WAIT_S = 60.0
 

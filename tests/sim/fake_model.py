@@ -137,9 +137,7 @@ class FakeDeviceModel(FakeModel):
                 known[chunk] = dataclasses.replace(known[chunk], tokens=[token])
         return super().forward(known, pool, before_layer)
 
-    def decode(
-        self, tokens: torch.Tensor, paged: Paged, plan: object, out: torch.Tensor
-    ) -> None:
+    def decode(self, tokens: torch.Tensor, paged: Paged, plan: object, out: torch.Tensor) -> None:
         """See CudaLlama.decode."""
         del plan
         chunks, rows = [], []
