@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from kvist.engine.request import SamplingParams
-from kvist.engine.sampler import TOP_P_CANDIDATES, DrawState, Sampler, draw
+from kvist.engine.sampler import CDF_BLOCK, DrawState, Sampler, draw
 
 SMALL_VOCAB = 40
 GOLDEN = [0.15214, 0.424438, 0.030983]
@@ -77,14 +77,44 @@ def test_the_interval_is_shared_out_as_transformers_does(
 
 
 def test_top_p_finds_the_same_tokens_in_a_large_vocabulary_whether_few_or_many_are_needed() -> None:
-    peaked = logits_of(1, vocab=4 * TOP_P_CANDIDATES, seed=1)[0]
+    peaked = logits_of(1, vocab=4096, seed=1)[0]
     flat = peaked * 0.01
     for logits, few in ((peaked, True), (flat, False)):
         asked = params(top_p=0.9)
         kept = their_probabilities(logits, asked) > 0
-        assert bool(kept.sum() <= TOP_P_CANDIDATES) == few
+        assert bool(kept.sum() <= 1024) == few
         drawn = {draw(logits, asked, step / 500) for step in range(500)}
         assert all(kept[token] for token in drawn)
+
+
+def plainly(logits: torch.Tensor, asked: SamplingParams, uniform: float) -> int:
+    """The same draw by sorting everything and adding it all up, in float64."""
+    scaled = (logits.double() - logits.max().double()) / asked.temperature
+    weights, ids = scaled.exp(), torch.arange(len(logits))
+    if 0 < asked.top_k < len(logits) or asked.top_p < 1:
+        weights, ids = weights.sort(descending=True, stable=True)
+        weights[asked.top_k or len(weights) :] = 0
+        weights[weights.cumsum(0) - weights >= asked.top_p * weights.sum()] = 0
+    weights[weights < asked.min_p * weights.max()] = 0
+    sums = weights.cumsum(0)
+    return int(ids[torch.searchsorted(sums, uniform * sums[-1], right=True)])
+
+
+@pytest.mark.parametrize("vocab", [SMALL_VOCAB, CDF_BLOCK, 5 * CDF_BLOCK - 3])
+@pytest.mark.parametrize("spread", [0.01, 3.0, 40.0])
+def test_a_draw_is_that_of_the_plain_formula(vocab: int, spread: float) -> None:
+    logits = logits_of(1, vocab=vocab, seed=2)[0] * spread / 3
+    for asked in (
+        params(),
+        params(top_k=7),
+        params(top_p=0.8),
+        params(min_p=0.02),
+        params(top_k=30, top_p=0.95, min_p=0.01),
+        params(temperature=0.2, top_k=vocab - 1),
+    ):
+        for step in range(40):
+            uniform = (step + 0.37) / 40
+            assert draw(logits, asked, uniform) == plainly(logits, asked, uniform), asked
 
 
 def test_greedy_takes_the_likeliest_and_draws_nothing() -> None:
