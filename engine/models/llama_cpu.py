@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from kvist.engine.models.base import Chunk, ModelConfig
+from kvist.engine.models.cpu_rows import DecodeRows, Numbers, fresh_pages, step_rows
 from kvist.engine.weights import LoadedModel
 from kvist.kernels.cpu.attention import scratch_bytes
 from kvist.kernels.cpu.layers import PRIVATE_ROWS, phases, run_layers
@@ -74,6 +73,7 @@ class CpuLlama:
         )
 
         self._memory = aligned(0)
+        self._decodes = DecodeRows()
         _compile(self._weights)
 
     def forward(
@@ -85,9 +85,9 @@ class CpuLlama:
         """Compute the chunks; the contract is Model's."""
         block_tokens, layers = pool.shape[4], self.config.layers
         weights = self._weights._replace(block_tokens=block_tokens)
-        for page in fresh_pages(chunks, block_tokens):
+        rows, arrays, fresh = self._rows(chunks, block_tokens, pool.data_ptr())
+        for page in fresh:
             pool[page].zero_()
-        rows, arrays = step_rows(chunks, block_tokens, pool.data_ptr())
         logits = torch.empty((rows.wanted, self._vocab), dtype=torch.float32)
         room, memory = self._room(rows.rows, logits, block_tokens)
         sync = Sync(phases(layers))
@@ -120,6 +120,17 @@ class CpuLlama:
     def close(self) -> None:
         """End the threads."""
         self._team.close()
+
+    def _rows(
+        self, chunks: Sequence[Chunk], block_tokens: int, pool: int
+    ) -> tuple[Rows, tuple[Numbers, ...], list[int]]:
+        """What the step computes, and the pages that it begins."""
+        if all(len(chunk.tokens) == 1 for chunk in chunks):
+            if not self._team.idle:
+                self._decodes.renew()
+            return self._decodes.fill(chunks, block_tokens, pool)
+        rows, arrays = step_rows(chunks, block_tokens, pool)
+        return rows, arrays, fresh_pages(chunks, block_tokens)
 
     def _room(
         self, rows: int, logits: torch.Tensor, block_tokens: int
@@ -189,49 +200,3 @@ def _pack_layer(loaded: LoadedModel, layer: int) -> tuple[Tiles, ...]:
         pack(gate_up),
         pack(weight("mlp.down_proj")),
     )
-
-
-def step_rows(
-    chunks: Sequence[Chunk], block_tokens: int, pool: int
-) -> tuple[Rows, tuple[npt.NDArray[np.int64], ...]]:
-    """What a step computes, in the order of its chunks, and the arrays that it points to.
-
-    Args:
-        chunks: see Model. block_tokens: of a page. pool: its address.
-    """
-    tokens: list[int] = []
-    positions: list[int] = []
-    places: list[tuple[int, int]] = []
-    blocks: list[tuple[int, int, int, int, int]] = []
-    tables: list[int] = []
-    last: list[int] = []
-    for chunk in chunks:
-        row, table, at = len(tokens), len(tables), chunk.start
-        end = at + len(chunk.tokens)
-        tokens += chunk.tokens
-        positions += range(at, end)
-        tables += chunk.pages[: (end - 1) // block_tokens + 1]
-        while at < end:
-            number, place = divmod(at, block_tokens)
-            count = min(end - at, block_tokens - place)
-            page = chunk.pages[number]
-            places += [(page, place + one) for one in range(count)]
-            blocks.append((row, count, table, number + 1, place))
-            at += count
-            row += count
-        if chunk.want_logits:
-            last.append(row - 1)
-    lists = (tokens, positions, places, blocks, tables, last)
-    arrays = tuple(np.array(values, np.int64) for values in lists)
-    addresses = [int(array.ctypes.data) for array in arrays]
-    return Rows._make((len(tokens), len(blocks), len(last), *addresses, pool)), arrays
-
-
-def fresh_pages(chunks: Sequence[Chunk], block_tokens: int) -> list[int]:
-    """Pages begun here and not filled: what an earlier owner left in them must not be read."""
-    pages = []
-    for chunk in chunks:
-        number, place = divmod(chunk.start + len(chunk.tokens), block_tokens)
-        if place and number * block_tokens >= chunk.start:
-            pages.append(chunk.pages[number])
-    return pages
