@@ -134,7 +134,7 @@ class Engine:
         cache, sequence = connector._cache, self._sequence(prompt)
         assert cache is not None
         sequence.state, held = State.LOADING, pages.allocate(blocks)
-        copiers = Copiers(cache, connector._page_bytes, Log(sys.stderr, "error"), time.monotonic)
+        copiers = Copiers(cache, connector._copies, Log(sys.stderr, "error"), time.monotonic)
         began = time.perf_counter()
         cache.prefetch(sequence.keys(), blocks)
         copiers.load(LoadJob(sequence, 0, held, time.monotonic()))

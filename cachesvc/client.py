@@ -28,6 +28,7 @@ from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey, Namespace
 from kvist.proto.record import Bytes, Wanted
 from kvist.proto.shm import CLAIM, CORRUPT, EXPECT, PREFETCH, RELEASE, TOUCH
+from kvist.transfer.device import Pinner, Target
 from kvist.transfer.pace import Pace
 
 __all__ = ["CacheClient", "Claimant", "Found", "open_cache"]
@@ -49,7 +50,8 @@ class CacheClient:
 
     Attributes:
         trial: a page of the worker, for the trial before the first hit of each session
-            (cachesvc/worker/trial.py); None makes none. Set before start.
+            (cachesvc/worker/trial.py); None makes none. Set before start, as is
+        pinner: told of the memory of each session's arena.
         pace: of copies out and in; may be set as long as nothing is copied.
         reattaches: how often a session followed an earlier one.
         bell_failures: wake-ups that the sidecar did not take; it looks by itself soon after.
@@ -66,6 +68,7 @@ class CacheClient:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.trial: TrialPage | None = None
+        self.pinner: Pinner | None = None
         self.pace = Pace()
         self.reattaches = 0
         self.bell_failures = 0
@@ -142,7 +145,7 @@ class CacheClient:
         """
         reply = self._control.attach(self._request)
         try:
-            life = Life(reply)
+            life = Life(reply, self.pinner)
         except BaseException:
             self._control.hang_up()
             raise
@@ -319,12 +322,12 @@ class CacheClient:
             if life is not None:
                 life.show(rates)
 
-    def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
+    def load(self, wanted: Wanted, out: Bytes | Target, deadline: float) -> str | None:
         """Copy a block out of the cache and verify it; blocks until it is there, makes no call.
 
         Args:
             wanted: what the block must be.
-            out: shape (wanted.payload_bytes,), uint8, writable; undefined after a miss.
+            out: wanted.payload_bytes long; undefined after a miss.
             deadline: until when to wait for a block that rises from flash, in time of now.
 
         Returns:
@@ -374,18 +377,23 @@ class CacheClient:
 
 
 def open_cache(
-    address: str, namespace: Namespace, name: str, log: Log, trial: TrialPage | None = None
+    address: str,
+    namespace: Namespace,
+    name: str,
+    log: Log,
+    trial: TrialPage | None = None,
+    pinner: Pinner | None = None,
 ) -> CacheClient:
     """Start a client of a sidecar on this host.
 
     Args:
         address: unix:PATH or PATH of the sidecar's socket.
-        trial: see CacheClient.
+        trial, pinner: see CacheClient.
 
     Raises:
         ConfigInvalid: the address is of another host, or none at all.
     """
     client = CacheClient(GrpcControl(local_address(address)), namespace, name, log)
-    client.trial = trial
+    client.trial, client.pinner = trial, pinner
     client.start()
     return client

@@ -26,6 +26,7 @@ from kvist.cachesvc.worker.trial import TrialPage
 from kvist.proto import cache_pb2
 from kvist.proto.errors import Detached
 from kvist.proto.keys import Namespace
+from kvist.transfer.device import Pinner
 
 __all__ = ["DirectControl", "StoreConfig", "open_embedded"]
 
@@ -182,18 +183,23 @@ def _has_room(parent: Path, wanted_bytes: int) -> bool:
 
 
 def open_embedded(
-    config: StoreConfig, namespace: Namespace, name: str, log: Log, trial: TrialPage | None = None
+    config: StoreConfig,
+    namespace: Namespace,
+    name: str,
+    log: Log,
+    trial: TrialPage | None = None,
+    pinner: Pinner | None = None,
 ) -> CacheClient:
     """Start a cache in this process and its client; the client's close ends both.
 
     Args:
         config: sizes and flash; run_dir and shm_dir are replaced by a private folder.
-        trial: see CacheClient.
+        trial, pinner: see CacheClient.
 
     Raises:
         ConfigInvalid, FormatRefused: the store cannot be opened as configured.
     """
     client = CacheClient(DirectControl(config, log), namespace, name, log)
-    client.trial = trial
+    client.trial, client.pinner = trial, pinner
     client.start()
     return client

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from kvist.cachesvc.log import Log
 from kvist.engine.config import CACHE_EMBEDDED, EngineConfig
 from kvist.engine.device.found import CPU, Device
 from kvist.engine.memory import free_memory_bytes
@@ -19,6 +20,8 @@ from kvist.engine.sequence import Limits
 from kvist.engine.weights import LoadedModel
 from kvist.proto.layout import BlockFormat
 from kvist.tiers.hbm import PagePool
+from kvist.transfer.device import PageCopies, Pinner
+from kvist.transfer.pages import HostPages
 
 # Share of the free memory that the pool takes when nothing is said: the cache's own memory, the
 # API process and the file cache want room too.
@@ -73,6 +76,10 @@ class Backend(Protocol):
         """What computes steps."""
         ...
 
+    def copies(self, pool: PagePool, log: Log) -> tuple[PageCopies, Pinner | None]:
+        """The pool's pages as ends of copies, and who wants to know the cache's memory."""
+        ...
+
     def memory(self) -> str:
         """What is left of the device's memory, for people; "" says nothing."""
         ...
@@ -125,6 +132,11 @@ class CpuBackend:
         del limits, progress
         assert self._model is not None, "the model is not built yet"
         return Runner(self._model, pool.tensor, Sampler(self._config.seed))
+
+    def copies(self, pool: PagePool, log: Log) -> tuple[PageCopies, Pinner | None]:
+        """See Backend."""
+        del log
+        return HostPages(pool.page_bytes), None
 
     def memory(self) -> str:
         """See Backend."""

@@ -11,6 +11,7 @@ from kvist.cachesvc.worker.storing import StoreItem, StoreResult
 from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import Bytes, Wanted
+from kvist.transfer.device import Target
 from kvist.transfer.pace import Pace
 
 
@@ -61,7 +62,7 @@ class Cache(Protocol):
         """Say what was measured here; makes no call."""
         ...
 
-    def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
+    def load(self, wanted: Wanted, out: Bytes | Target, deadline: float) -> str | None:
         """Copy and verify one block; a miss reason when that failed."""
         ...
 

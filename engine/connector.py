@@ -25,8 +25,8 @@ from kvist.engine.step import Work
 from kvist.engine.tally import Tally, outcome
 from kvist.engine.weighing import Weigher
 from kvist.proto.keys import BlockKey, tenant_of
-from kvist.proto.record import Bytes
 from kvist.proto.shm import STORABLE
+from kvist.transfer.device import PageCopies
 
 # Pages pinned by stores are lost to requests meanwhile: a quarter of the pool at most.
 STORE_QUEUE_BLOCKS = 256
@@ -40,7 +40,7 @@ class Connector:
 
     Args:
         cache: None when there is no cache beyond the pool; closed by close.
-        page_bytes: a page of the pool as writable bytes that share its memory.
+        copies: pages of the pool as ends of copies.
         pages: the pool's books.
         log: where faults of the threads are told.
         now: clock of load deadlines and durations, the same as the cache's.
@@ -57,13 +57,13 @@ class Connector:
     def __init__(
         self,
         cache: Cache | None,
-        page_bytes: Callable[[int], Bytes],
+        copies: PageCopies,
         pages: Pages,
         log: Log,
         now: Callable[[], float],
     ) -> None:
         self._cache = cache
-        self._page_bytes = page_bytes
+        self._copies = copies
         self._pages = pages
         self._now = now
         self._store_room = min(STORE_QUEUE_BLOCKS, pages.total // STORE_POOL_SHARE)
@@ -77,7 +77,7 @@ class Connector:
         self._shown_s = now()
         self._flights = None if cache is None else Flights(cache, now)
         self._rising = None if cache is None else Rising(cache, now, self._rose)
-        self._copiers = None if cache is None else Copiers(cache, page_bytes, log, now)
+        self._copiers = None if cache is None else Copiers(cache, copies, log, now)
 
     @property
     def state(self) -> str:
@@ -307,7 +307,7 @@ class Connector:
             namespace=sequence.digest,
             depth=block,
             tokens=sequence.block_tokens_bytes(block),
-            payload=self._page_bytes(page),
+            payload=self._copies.source(page),
             origin=b"" if block else sequence.origin(),
             tenant="" if block else tenant_of(sequence.request.cache_salt),
         )

@@ -15,7 +15,8 @@ from kvist.engine.cache import Cache
 from kvist.engine.loading import LoadGate, LoadJob
 from kvist.engine.sequence import Sequence, State
 from kvist.proto.keys import BlockKey
-from kvist.proto.record import Bytes, Wanted
+from kvist.proto.record import Wanted
+from kvist.transfer.device import PageCopies
 
 LOADERS = 2
 # How long a load may wait for blocks that rise from flash. A block takes 0.5 to 2 ms from a disk
@@ -73,7 +74,7 @@ class Copiers:
 
     Args:
         cache: where blocks come from and go to; not closed here.
-        page_bytes: a page of the pool as writable bytes that share its memory.
+        copies: pages of the pool as ends of copies.
         log: where faults of the threads are told.
         now: clock of load deadlines and durations, the same as the cache's.
     """
@@ -81,12 +82,12 @@ class Copiers:
     def __init__(
         self,
         cache: Cache,
-        page_bytes: Callable[[int], Bytes],
+        copies: PageCopies,
         log: Log,
         now: Callable[[], float],
     ) -> None:
         self._cache = cache
-        self._page_bytes = page_bytes
+        self._copies = copies
         self._log = log
         self._now = now
         self._load_jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
@@ -175,12 +176,17 @@ class Copiers:
         assert job.gate is not None
         if self._closing.is_set():
             return 0, "detached"
+        gate = job.gate
+
+        def reached(layers: int) -> None:
+            gate.reach(layers, self._copies.mark())
+
         try:
             wanted, outs = [], []
             for block, page in enumerate(job.pages, job.first):
-                outs.append(self._page_bytes(page))
+                outs.append(self._copies.target(page))
                 wanted.append(self._wanted(job.sequence, block, outs[-1].nbytes))
-            return self._cache.stream(LayerLoad(wanted, outs, job.cuts, job.gate.reach))
+            return self._cache.stream(LayerLoad(wanted, outs, job.cuts, reached))
         except Exception as error:
             self._log.error("load failed", request=job.sequence.id, error=repr(error))
             return 0, "detached"
@@ -190,7 +196,7 @@ class Copiers:
         if job.sequence.state is not State.LOADING or self._closing.is_set():
             return "detached"  # aborted: nobody counts it
         try:
-            out = self._page_bytes(job.pages[block])
+            out = self._copies.target(job.pages[block])
             wanted = self._wanted(job.sequence, job.first + block, out.nbytes)
             return self._cache.load(wanted, out, deadline)
         except Exception as error:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+from kvist.transfer.device import Mark
 
 if TYPE_CHECKING:  # a sequence has a gate
     from kvist.engine import sequence as sequences
@@ -15,11 +18,12 @@ class LoadGate:
     """How far a load has come whose sequence computes meanwhile.
 
     The core's thread waits, one thread copies. What is computed behind the gate is provisional
-    until it has ended: only then the checksums of all blocks are known.
+    until it has ended: only then the checksums of all blocks are known. On a device the core waits
+    until a layer's copies have been asked for, and the device until they are done.
 
     Attributes:
         sound: every block is in its page and verified; False until it has ended.
-        waited_s: how long the computation was held up.
+        waited_s: how long the core was held up; a device's own waits are not in it.
         waits: how often.
     """
 
@@ -28,13 +32,19 @@ class LoadGate:
         self.waited_s = 0.0
         self.waits = 0
         self._layers = 0
+        self._held = 0
+        self._marks: deque[tuple[int, Mark]] = deque()
         self._ended = False
         self._moved = threading.Condition()
 
     def wait(self, layer: int) -> None:
-        """Return when K and V of a layer are in the pages of all blocks, or never will be."""
+        """What is computed afterwards finds K and V of a layer in the pages of all blocks, or they
+        will never be there."""
         if layer >= self._layers and not self._ended:
             self._wait(layer)
+        while self._held <= layer and self._marks:
+            self._held, mark = self._marks.popleft()
+            mark.hold()
 
     def finish(self) -> bool:
         """Wait until the load has ended; whether it is sound."""
@@ -42,9 +52,11 @@ class LoadGate:
             self._wait(None)
         return self.sound
 
-    def reach(self, layers: int) -> None:
-        """The first so many layers have come."""
+    def reach(self, layers: int, mark: Mark | None = None) -> None:
+        """The first so many layers have come; with a mark, they have when that is passed."""
         with self._moved:
+            if mark is not None:
+                self._marks.append((layers, mark))
             self._layers = layers
             self._moved.notify_all()
 

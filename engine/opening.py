@@ -28,6 +28,7 @@ from kvist.proto.keys import Namespace
 from kvist.proto.layout import BlockFormat
 from kvist.proto.sizes import format_bytes
 from kvist.tiers.hbm import PagePool
+from kvist.transfer.device import Pinner
 from kvist.transfer.pace import Pace
 
 ATTACH_WAIT_S = 2.0
@@ -116,9 +117,13 @@ def open_parts(
     ).start()
     pages = Pages(count)
     runner = backend.runner(pool, limits, tell)
-    cache = open_tiers(config, namespace, log, backend)
-    connector = Connector(cache, pool.page_bytes, pages, log, now)
-    connector.weigher = Weigher(format.layers, format.payload_bytes, format.block_tokens)
+    copies, pinner = backend.copies(pool, log)
+    page = PoolPage(format, backend.device.torch)
+    cache = open_tiers(config, namespace, log, page, pinner)
+    connector = Connector(cache, copies, pages, log, now)
+    connector.weigher = Weigher(
+        format.layers, format.payload_bytes, format.block_tokens, copies.run_bytes
+    )
     connector.weigher.by_layers = config.cache_overlap
     return Parts(
         runner=runner,
@@ -219,9 +224,13 @@ def limits_of(config: EngineConfig, model: ModelConfig, pages: int) -> Limits:
 
 
 def open_tiers(
-    config: EngineConfig, namespace: Namespace, log: Log, backend: Backend
+    config: EngineConfig, namespace: Namespace, log: Log, page: PoolPage, pinner: Pinner | None
 ) -> CacheClient | None:
     """Open the cache beyond the pool; None when it is off.
+
+    Args:
+        config: checked settings. namespace: of the blocks. log: for the client.
+        page: for the trial. pinner: see CacheClient.
 
     Raises:
         ConfigInvalid: the address cannot be used, or the embedded cache has no room.
@@ -229,11 +238,10 @@ def open_tiers(
     if config.cache == CACHE_OFF or not config.enable_prefix_caching:
         return None
     name = f"kvist-{os.getpid()}"
-    page = PoolPage(namespace.format, backend.device.torch)
     if config.cache == CACHE_EMBEDDED:
-        client = _open_embedded(config, namespace, name, log, page)
+        client = _open_embedded(config, namespace, name, log, page, pinner)
     else:
-        client = open_cache(config.cache, namespace, name, log, page)
+        client = open_cache(config.cache, namespace, name, log, page, pinner)
     client.pace = Pace(config.cache_load_bytes_per_s, config.cache_store_bytes_per_s)
     # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
     client.wait_attached(ATTACH_WAIT_S)
@@ -241,7 +249,12 @@ def open_tiers(
 
 
 def _open_embedded(
-    config: EngineConfig, namespace: Namespace, name: str, log: Log, page: PoolPage
+    config: EngineConfig,
+    namespace: Namespace,
+    name: str,
+    log: Log,
+    page: PoolPage,
+    pinner: Pinner | None,
 ) -> CacheClient:
     # Here and not at the top: an engine with a sidecar needs no store in its own process.
     from kvist.cachesvc.embedded import StoreConfig, open_embedded
@@ -255,7 +268,7 @@ def _open_embedded(
         flash_bytes=config.cache_flash_bytes,
         slot_bytes=None,
     )
-    return open_embedded(store, namespace, name, log, page)
+    return open_embedded(store, namespace, name, log, page, pinner)
 
 
 def log_level(text: str) -> Level:

@@ -12,7 +12,7 @@ from kvist.engine.request import LoadCost, LoadStats
 from kvist.engine.sequence import Sequence
 from kvist.engine.step import Work
 from kvist.transfer.pace import Pace
-from kvist.transfer.pipeline import layer_cuts
+from kvist.transfer.pipeline import RUN_BYTES, layer_cuts
 
 
 class Weigher:
@@ -24,6 +24,7 @@ class Weigher:
         layers: of the model.
         block_bytes: bytes of a block.
         block_tokens: tokens of a block.
+        run_bytes: see transfer.pipeline.layer_cuts.
 
     Attributes:
         cuts: see transfer.pipeline.layer_cuts.
@@ -34,8 +35,10 @@ class Weigher:
         rates: what was measured, by name of proto.shm.RATES, as of the last look.
     """
 
-    def __init__(self, layers: int, block_bytes: int, block_tokens: int) -> None:
-        self.cuts = layer_cuts(layers, block_bytes)
+    def __init__(
+        self, layers: int, block_bytes: int, block_tokens: int, run_bytes: int = RUN_BYTES
+    ) -> None:
+        self.cuts = layer_cuts(layers, block_bytes, run_bytes)
         self.cost = CostModel(block_bytes, block_tokens)
         self.by_layers = True
         self.beside = 0

@@ -18,6 +18,7 @@ from kvist.engine.pages import Pages
 from kvist.engine.request import CACHE_BYPASS, CACHE_ON, NewRequest, SamplingParams
 from kvist.engine.sequence import Limits, Sequence, State
 from kvist.proto.hints import Hint
+from kvist.transfer.pages import HostPages
 
 SIZE = 4
 PAGE_BYTES = 32
@@ -33,7 +34,7 @@ class Bench:
         self.pages = Pages(pages)
         self.pool = np.zeros((pages, PAGE_BYTES), dtype=np.uint8)
         log = Log(io.StringIO())
-        self.connector = Connector(cache, self.page, self.pages, log, time.monotonic)
+        self.connector = Connector(cache, HostPages(self.page), self.pages, log, time.monotonic)
 
     def page(self, page: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         return self.pool[page]

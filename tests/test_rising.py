@@ -20,6 +20,7 @@ from kvist.engine.scheduler import Scheduler
 from kvist.engine.sequence import Limits, Sequence, State
 from kvist.engine.step import Bounds
 from kvist.engine.weighing import Weigher
+from kvist.transfer.pages import HostPages
 
 SIZE, PAGE_BYTES = 4, 64
 DIGEST = bytes(range(32))
@@ -34,8 +35,9 @@ class Bench:
         self.cache = cache
         self.pages = Pages(64)
         pool = np.zeros((64, PAGE_BYTES), np.uint8)
+        pool_pages = HostPages(lambda page: pool[page])
         self.connector = Connector(
-            cache, lambda page: pool[page], self.pages, Log(io.StringIO()), lambda: self.now_s
+            cache, pool_pages, self.pages, Log(io.StringIO()), lambda: self.now_s
         )
         self.connector.weigher = Weigher(2, PAGE_BYTES, SIZE)
         self.scheduler = Scheduler(self.pages, self.connector, Bounds(64, 8, SIZE, 1e9))

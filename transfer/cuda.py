@@ -79,18 +79,18 @@ class CudaCopies:
         memory: Bytes = torch.empty(count, dtype=torch.uint8, pin_memory=True).numpy()
         return memory
 
-    def register(self, memory: Bytes) -> None:
+    def register(self, address: int, count: int) -> None:
         """See Copies."""
         with torch.cuda.device(self._pages.device):
             runtime = torch.cuda.cudart()
-            code = runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, PORTABLE)
+            code = runtime.cudaHostRegister(address, count, PORTABLE)
         if int(code) != 0:
-            raise OSError(f"cudaHostRegister of {memory.nbytes} bytes: {code}")
+            raise OSError(f"cudaHostRegister of {count} bytes: {code}")
 
-    def unregister(self, memory: Bytes) -> None:
+    def unregister(self, address: int) -> None:
         """See Copies."""
         with torch.cuda.device(self._pages.device):
-            torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)
+            torch.cuda.cudart().cudaHostUnregister(address)
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Copy a tensor to the host, behind what was launched before; what is returned waits.

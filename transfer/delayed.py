@@ -75,11 +75,15 @@ class DelayedCopies:
     Args:
         pool: pages in host memory, the first axis; they are taken for a device's.
         delay_s: of each copy.
+
+    Attributes:
+        registered: bytes by the address at which they begin.
     """
 
     def __init__(self, pool: torch.Tensor, delay_s: float = DELAY_S) -> None:
         self._pages = pool.view(len(pool), -1).view(torch.uint8).numpy()
         self._delay_s = delay_s
+        self.registered: dict[int, int] = {}
         self._fetches = ThreadPoolExecutor(1, "kvist-fetch")
 
     def lane(self) -> DelayedLane:
@@ -90,11 +94,13 @@ class DelayedCopies:
         """See Copies."""
         return np.zeros(count, np.uint8)
 
-    def register(self, memory: Bytes) -> None:
+    def register(self, address: int, count: int) -> None:
         """See Copies; any memory will do."""
+        self.registered[address] = count
 
-    def unregister(self, memory: Bytes) -> None:
+    def unregister(self, address: int) -> None:
         """See Copies."""
+        del self.registered[address]
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Copy a tensor to the host, behind what was computed before; what is returned waits."""

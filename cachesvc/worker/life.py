@@ -16,6 +16,7 @@ from kvist.proto.errors import FormatRefused
 from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey
 from kvist.proto.verify import Verifier
+from kvist.transfer.device import Pinner
 from kvist.transfer.shm import ArenaMap
 
 Claimant = Literal["alone", "none", "self", "other"]
@@ -41,6 +42,7 @@ class Life:
 
     Args:
         reply: what the sidecar said about the session.
+        pinner: told of the arena's memory.
 
     Attributes:
         session: its id.
@@ -57,13 +59,14 @@ class Life:
             gone again. FormatRefused when a file is of another version or another life.
     """
 
-    def __init__(self, reply: cache_pb2.AttachReply) -> None:
+    def __init__(self, reply: cache_pb2.AttachReply, pinner: Pinner | None = None) -> None:
         self.session = reply.session
         self.number = reply.number
         self.boot_epoch = reply.boot_epoch
         self.reservation_limit = max(1, reply.reservation_limit)
         self.ended = False
         self._bell_path = reply.bell_path
+        self._pinner = pinner
         self._users = 0
         self._idle = threading.Condition()
         self._ring_lock = threading.Lock()
@@ -80,7 +83,7 @@ class Life:
             self.verify = Verifier(self.index.dram_verify)
             if self.index.boot_epoch != self.boot_epoch:
                 raise FormatRefused("the index is of another life of the sidecar")
-            self._stop_prefault, self._prefault = _start_prefault(self.arena)
+            self._stop_prefault, self._prefault = _start_prefault(self.arena, pinner)
         except BaseException:
             for close in closers:
                 close()
@@ -107,6 +110,8 @@ class Life:
             self._idle.wait_for(lambda: not self._users)
         self._stop_prefault.set()
         self._prefault.join()
+        if self._pinner is not None:
+            self.arena.unpin(self._pinner)
         for close in self._closers:
             close()
 
@@ -141,9 +146,12 @@ class Life:
         return True
 
 
-def _start_prefault(arena: ArenaMap) -> tuple[threading.Event, threading.Thread]:
+def _start_prefault(
+    arena: ArenaMap, pinner: Pinner | None
+) -> tuple[threading.Event, threading.Thread]:
     """A load that meets unmapped pages pays a fault for each 4 KiB. Raises: RuntimeError."""
     stop = threading.Event()
-    thread = threading.Thread(target=arena.prefault, args=(stop,), name="kvist-map", daemon=True)
+    arguments = stop, pinner
+    thread = threading.Thread(target=arena.prefault, args=arguments, name="kvist-map", daemon=True)
     thread.start()
     return stop, thread

@@ -12,6 +12,7 @@ from kvist.proto.keys import BlockKey
 from kvist.proto.record import Bytes, Wanted
 from kvist.proto.shm import FLASH_READY
 from kvist.proto.slot import SlotReader
+from kvist.transfer.device import Target
 from kvist.transfer.pace import Pace
 from kvist.transfer.pipeline import LayerStream
 
@@ -27,19 +28,20 @@ class LayerLoad:
 
     Attributes:
         wanted: what each block must be.
-        outs: where it goes, (payload_bytes,), uint8, writable; undefined from a miss on.
+        outs: where it goes, payload_bytes long; undefined from a miss on.
         cuts: see transfer.pipeline.layer_cuts.
-        reached: told how many layers of all blocks have come; they are not verified yet.
+        reached: told how many layers of all blocks have come, or are on their way to a device;
+            they are not verified yet.
     """
 
     wanted: Sequence[Wanted]
-    outs: Sequence[Bytes]
+    outs: Sequence[Bytes | Target]
     cuts: Sequence[int]
     reached: Callable[[int], None]
 
 
 def load_block(
-    life: Life, wanted: Wanted, out: Bytes, deadline: float, now: Callable[[], float]
+    life: Life, wanted: Wanted, out: Bytes | Target, deadline: float, now: Callable[[], float]
 ) -> str | None:
     """See CacheClient.load; life is entered."""
     attempts = 0
@@ -95,9 +97,12 @@ def stream_blocks(life: Life, load: LayerLoad, pace: Pace) -> tuple[int, str]:
         readers.append(reader)
     summed = [life.verify.wanted() for _ in readers]
     stream = LayerStream(readers, load.outs[: len(readers)], summed)
-    for layers in stream.copy(load.cuts, pace.before_load):
-        load.reached(layers)
-    blocks, error = stream.verdict()
+    try:
+        for layers in stream.copy(load.cuts, pace.before_load):
+            load.reached(layers)
+        blocks, error = stream.verdict()
+    finally:
+        stream.settle()
     if error is None:
         return blocks, lost
     return blocks, "corrupt" if isinstance(error, BlockCorrupt) else "torn"

@@ -6,6 +6,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvist.cachesvc.api.calls import Pending
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.worker.control import SLOTS_MAX, Control
@@ -14,6 +16,7 @@ from kvist.proto import cache_pb2
 from kvist.proto.errors import Detached, KvistError
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import NOT_SUMMED, BlockHeader, Bytes, checksum
+from kvist.transfer.device import Source
 from kvist.transfer.pace import Pace
 
 # Bytes of a step: 5 ms of copying, beside which its two calls (0.2 ms) are little.
@@ -33,7 +36,8 @@ class StoreItem:
         namespace: digest, 32 bytes.
         depth: blocks before this one.
         tokens: the block's own token ids as little-endian uint32 bytes.
-        payload: shape (payload_bytes,), uint8; must not change until store returns.
+        payload: (payload_bytes,), uint8, or a page of a device; must not change until store
+            returns.
         origin: of a first block, see proto.keys.origin_of; b"" tells nothing.
         tenant: of a first block, see proto.keys.tenant_of.
     """
@@ -43,7 +47,7 @@ class StoreItem:
     namespace: bytes
     depth: int
     tokens: bytes
-    payload: Bytes
+    payload: Bytes | Source
     origin: bytes = b""
     tenant: str = ""
 
@@ -130,8 +134,7 @@ class Storer:
                 step, ahead = max(1, len(filled)), False
             blocks = _blocks_of_next(len(rest), step, end)
             asked = self._ask(life, _cut(rest, blocks), fates) if rest and ahead else None
-            for slot, item in filled:
-                self._fill(life, slot, item)
+            self._fill_all(life, filled)
             if filled:
                 committing.append(self._commit(life, filled))
             while len(committing) > ahead:
@@ -174,22 +177,55 @@ class Storer:
                 fates.note(item, reservation.reason or "full")
         return given, () if over is None else asked.step[over:]
 
-    def _fill(self, life: Life, slot: int, item: StoreItem) -> None:
+    def _fill_all(self, life: Life, filled: Sequence[tuple[int, StoreItem]]) -> None:
+        """A device copies all of the step at once, beside the sums of those that have come."""
+        begun: list[Bytes | None] = []
+        try:
+            for slot, item in filled:
+                begun.append(self._begin(life, slot, item))
+            for (slot, item), payload in zip(filled, begun, strict=True):
+                self._fill(life, slot, item, payload)
+        finally:
+            for _, item in filled[: len(begun)]:
+                if not isinstance(item.payload, np.ndarray):
+                    item.payload.settle()
+
+    def _begin(self, life: Life, slot: int, item: StoreItem) -> Bytes | None:
+        """Begin to copy a device's page into its slot; where it will be. None: it is no such."""
+        if isinstance(item.payload, np.ndarray):
+            return None
+        self._before(life, item)
+        return life.arena.begin_fill(slot, len(item.tokens), item.payload)
+
+    def _before(self, life: Life, item: StoreItem) -> None:
         if life.ended:
             raise Detached("the session ended before the block was copied")
         if self._pace is not None:
             self._pace.before_store(item.payload.nbytes)
+
+    def _fill(self, life: Life, slot: int, item: StoreItem, begun: Bytes | None) -> None:
+        payload = item.payload
+        if isinstance(payload, np.ndarray):
+            self._before(life, item)
+            source = payload
+        else:
+            assert begun is not None, "a device's page was not begun to be copied"
+            payload.settle()
+            source = begun
         header = BlockHeader(
             key=item.key,
             parent=item.parent,
             namespace=item.namespace,
             depth=item.depth,
             tokens=item.tokens,
-            payload_bytes=item.payload.nbytes,
-            checksum=checksum(item.payload) if life.verify.sums else NOT_SUMMED,
+            payload_bytes=source.nbytes,
+            checksum=checksum(source) if life.verify.sums else NOT_SUMMED,
             created_s=int(self._wall()),
         )
-        life.arena.fill(slot, header, item.payload)
+        if begun is None:
+            life.arena.fill(slot, header, source)
+        else:
+            life.arena.end_fill(slot, header)
 
     def _commit(self, life: Life, filled: Sequence[tuple[int, StoreItem]]) -> _Committing:
         slots = [slot for slot, _ in filled]

@@ -59,7 +59,7 @@ def run_trial(
     if result.stored != 1:
         raise Detached(f"no block could be stored for a trial: {dict(result.dropped)}")
     try:
-        return _read_back(life, item, page)
+        return _read_back(life, item, payload, page)
     finally:
         control.clear(cache_pb2.ClearRequest(namespace=item.namespace)).result()
 
@@ -71,16 +71,16 @@ def _item(life: Life, namespace: Namespace, payload: Bytes) -> StoreItem:
     return StoreItem(BlockKey(TRIAL_PREFIX + name[:8]), NO_KEY, name, 0, tokens, payload)
 
 
-def _read_back(life: Life, item: StoreItem, page: TrialPage) -> str:
+def _read_back(life: Life, item: StoreItem, payload: Bytes, page: TrialPage) -> str:
     slot = life.index.dram_slot(item.key)
     if slot is None:
         return "a block that was just stored is not to be found"
-    out = np.zeros_like(item.payload)
-    wanted = Wanted(item.key, item.namespace, item.tokens, item.payload.nbytes)
+    out = np.zeros_like(payload)
+    wanted = Wanted(item.key, item.namespace, item.tokens, payload.nbytes)
     try:
         life.arena.read(slot, wanted, out)
     except BlockCorrupt as error:
         return f"a block that was just stored is damaged: {error}"
-    if not np.array_equal(out, item.payload) or not page.reads(out):
+    if not np.array_equal(out, payload) or not page.reads(out):
         return "a block came back with other bytes than it had"
     return ""

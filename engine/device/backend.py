@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvist.cachesvc.log import Log
 from kvist.engine.backend import CpuBackend, Progress
 from kvist.engine.config import EngineConfig
 from kvist.engine.device.found import Device
@@ -18,6 +19,8 @@ from kvist.proto.sizes import format_bytes
 from kvist.tiers.hbm import PagePool
 from kvist.transfer.cuda import CudaCopies
 from kvist.transfer.delayed import DelayedCopies
+from kvist.transfer.device import PageCopies, Pinner
+from kvist.transfer.pages import PIN_BYTES, DevicePages
 
 
 class DeviceBackend:
@@ -88,13 +91,18 @@ class DeviceBackend:
                 progress(done, len(sizes), what)
 
             batch.capture(sizes, tell)
-        copies = self._copies(pool)
         sampler = Sampler(self._config.seed)
-        return DeviceRunner(self.model, pool.tensor, batch, sampler, copies.fetch)
+        return DeviceRunner(self.model, pool.tensor, batch, sampler, self._link(pool).fetch)
 
-    def _copies(self, pool: PagePool) -> CudaCopies | DelayedCopies:
-        made = CudaCopies if self.device.kind == "cuda" else DelayedCopies
-        return made(pool.tensor)
+    def copies(self, pool: PagePool, log: Log) -> tuple[PageCopies, Pinner]:
+        """See Backend."""
+        pages = DevicePages(self._link(pool), pool.format.payload_bytes, PinLog(log))
+        return pages, pages
+
+    def _link(self, pool: PagePool) -> CudaCopies | DelayedCopies:
+        if self.device.kind == "cuda":
+            return CudaCopies(pool.tensor)
+        return DelayedCopies(pool.tensor)
 
     def memory(self) -> str:
         """See Backend."""
@@ -102,3 +110,23 @@ class DeviceBackend:
             return ""
         free, total = self._memory.room()
         return f"{format_bytes(free)} of {format_bytes(total)} left"
+
+
+class PinLog:
+    """Tells of the arena's pinning: how far it is, by quarters, and what stopped it.
+
+    Args:
+        log: to tell.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+
+    def __call__(self, done: int, total: int, why: str) -> None:
+        """See DevicePages."""
+        if why:
+            self._log.warning(
+                "arena not pinned", done=format_bytes(done), of=format_bytes(total), reason=why
+            )
+        elif done == total or done * 4 // total > (done - PIN_BYTES) * 4 // total:
+            self._log.info("arena pinned", done=format_bytes(done), of=format_bytes(total))

@@ -44,6 +44,8 @@ from kvist.engine.step import Work
 from kvist.proto.keys import Namespace
 from kvist.tiers.hbm import PagePool
 from kvist.transfer.delayed import DelayedCopies
+from kvist.transfer.device import PageCopies
+from kvist.transfer.pages import DevicePages, HostPages
 from sim.fake_model import FakeDeviceModel
 
 WAIT_S = 60.0
@@ -67,16 +69,18 @@ def make_parts(model: Model, namespace: Namespace, pages: int, cache: Cache | No
     """
     pool = PagePool(namespace.format, pages)
     books = Pages(pages)
-    connector = Connector(cache, pool.page_bytes, books, Log(io.StringIO()), time.monotonic)
     size = namespace.format.block_tokens
     longest = min(model.config.max_model_len, pages * size)
     limits = Limits(longest, size, model.config.eos_token_ids)
     runner: StepRunner = Runner(model, pool.tensor, Sampler(0))
+    ends: PageCopies = HostPages(pool.page_bytes)
     if isinstance(model, FakeDeviceModel):
         rows, width = EngineConfig(model="sim").max_num_seqs, -(-longest // size)
         batch: Any = DecodeBatch(model, pool.tensor, rows, width, pages * size)  # type: ignore[arg-type]
-        fetch = DelayedCopies(pool.tensor).fetch
-        runner = OneAtATime(model, pool.tensor, batch, Sampler(0), fetch)  # type: ignore[arg-type]
+        copies = DelayedCopies(pool.tensor)
+        runner = OneAtATime(model, pool.tensor, batch, Sampler(0), copies.fetch)  # type: ignore[arg-type]
+        ends = DevicePages(copies, namespace.format.payload_bytes, lambda *_: None)
+    connector = Connector(cache, ends, books, Log(io.StringIO()), time.monotonic)
     return Parts(runner, books, connector, limits, namespace.format, Digests(namespace), "float32")
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from kvist.cachesvc.client import Claimant, Found
 from kvist.cachesvc.worker.loading import LayerLoad
 from kvist.cachesvc.worker.storing import StoreItem, StoreResult
@@ -16,6 +18,7 @@ from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import NO_KEY, BlockKey
 from kvist.proto.record import Bytes, Wanted
 from kvist.proto.shm import MISS_REASONS, TIERS
+from kvist.transfer.device import Source, Target
 from kvist.transfer.pace import Pace
 
 
@@ -118,7 +121,7 @@ class FakeCache:
         """See CacheClient.show_rates."""
         self.rates.update(rates)
 
-    def load(self, wanted: Wanted, out: Bytes, deadline: float) -> str | None:
+    def load(self, wanted: Wanted, out: Bytes | Target, deadline: float) -> str | None:
         """See CacheClient.load."""
         assert deadline > 0
         self.gate.wait()
@@ -128,14 +131,14 @@ class FakeCache:
             return "flash_late"
         if wanted.key not in self.blocks:
             return "never_stored"
-        out[:] = 255  # undefined after a miss
+        _fill(out, b"\xff" * wanted.payload_bytes)  # undefined after a miss
         item, payload = self.blocks[wanted.key]
         if wanted.key in self.corrupt:
             return "corrupt"
         asked = (wanted.namespace, wanted.tokens, wanted.payload_bytes)
         if asked != (item.namespace, item.tokens, len(payload)):
             return "corrupt"
-        out[:] = memoryview(payload)
+        _fill(out, payload)
         return None
 
     def stream(self, load: LayerLoad) -> tuple[int, str]:
@@ -158,7 +161,7 @@ class FakeCache:
             elif item.parent != NO_KEY and item.parent not in self.blocks:
                 orphans += 1
             else:
-                self.blocks[item.key] = (item, item.payload.tobytes())
+                self.blocks[item.key] = (item, _bytes_of(item.payload))
                 self.claims.pop(item.key, None)
                 stored += 1
         return StoreResult(stored, present, {"no_parent": orphans} if orphans else {})
@@ -175,3 +178,21 @@ class FakeCache:
     def close(self) -> None:
         """See CacheClient.close."""
         self.closed = True
+
+
+def _fill(out: Bytes | Target, payload: bytes) -> None:
+    source = np.frombuffer(payload, np.uint8)
+    if isinstance(out, np.ndarray):
+        out[:] = source
+    else:
+        out.take(source, 0, None)
+        out.settle()
+
+
+def _bytes_of(payload: Bytes | Source) -> bytes:
+    if isinstance(payload, np.ndarray):
+        return payload.tobytes()
+    got = np.zeros(payload.nbytes, np.uint8)
+    payload.give(got)
+    payload.settle()
+    return got.tobytes()
