@@ -43,7 +43,7 @@ from kvist.engine.sequence import Digests, Limits
 from kvist.engine.step import Work
 from kvist.proto.keys import Namespace
 from kvist.tiers.hbm import PagePool
-from kvist.transfer.delayed import DelayedCopies
+from kvist.transfer.delayed import DELAY_S, DelayedCopies
 from kvist.transfer.device import PageCopies
 from kvist.transfer.pages import DevicePages, HostPages
 from sim.fake_model import FakeDeviceModel
@@ -62,10 +62,16 @@ class OneAtATime(DeviceRunner):
             return super().launch(works)
 
 
-def make_parts(model: Model, namespace: Namespace, pages: int, cache: Cache | None) -> Parts:
+def make_parts(
+    model: Model,
+    namespace: Namespace,
+    pages: int,
+    cache: Cache | None,
+    delay_s: float = DELAY_S,
+) -> Parts:
     """Parts for a model that is there already; what open_parts does for a path.
 
-    A model that decodes by rows is taken for a device's.
+    A model that decodes by rows is taken for a device's, whose copies are late by delay_s.
     """
     pool = PagePool(namespace.format, pages)
     books = Pages(pages)
@@ -77,7 +83,7 @@ def make_parts(model: Model, namespace: Namespace, pages: int, cache: Cache | No
     if isinstance(model, FakeDeviceModel):
         rows, width = EngineConfig(model="sim").max_num_seqs, -(-longest // size)
         batch: Any = DecodeBatch(model, pool.tensor, rows, width, pages * size)  # type: ignore[arg-type]
-        copies = DelayedCopies(pool.tensor)
+        copies = DelayedCopies(pool.tensor, delay_s)
         runner = OneAtATime(model, pool.tensor, batch, Sampler(0), copies.fetch)  # type: ignore[arg-type]
         ends = DevicePages(copies, namespace.format.payload_bytes, lambda *_: None)
     connector = Connector(cache, ends, books, Log(io.StringIO()), time.monotonic)
