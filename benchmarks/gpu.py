@@ -12,6 +12,7 @@ that it runs and that results are right; its rates say nothing, and the line say
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -174,15 +175,14 @@ class Bench:
             ceilings = (copy, product)
             self.phase("offline", lambda: whole.offline_run(sizes, one, model, steps, ceilings))
         self.phase("prefill", lambda: whole.prefill_times(sizes, one, model, pool, product))
-        slots = self.phase("arena", lambda: tiers.Slots(sizes, one, pool))
-        if isinstance(slots, tiers.Slots):
-            rates = self.phase("tiers", lambda: tiers.tier_rates(sizes, one, slots))
-            self.phase("hits", lambda: tiers.hits(sizes, one, model, slots, pool))
-            if rates and isinstance(steps, whole.Steps):
-                self.phase(
-                    "step_inflation",
-                    lambda: tiers.step_inflation(sizes, one, steps, slots, rates),
-                )
+        moved = self.phase("arena", lambda: tiers.Tiers(sizes, one, pool, model))
+        if isinstance(moved, tiers.Tiers):
+            self.phase("tiers", lambda: tiers.tier_rates(sizes, moved))
+            self.phase("hits", lambda: tiers.hits(sizes, model, pool, moved))
+            if isinstance(steps, whole.Steps):
+                inflation = functools.partial(tiers.step_inflation, sizes, steps, moved)
+                self.phase("step_inflation", inflation)
+            moved.close()
         if isinstance(steps, whole.Steps):
             self.phase("invariance", lambda: whole.invariance_cost(sizes, one, model, pool, steps))
 

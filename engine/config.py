@@ -177,7 +177,7 @@ class EngineConfig:
             self._check_range("--cache-flash-bytes", self.cache_flash_bytes, 1 << 20, 1 << 50)
 
     @staticmethod
-    def _check_range(flag: str, value: float, low: int, high: int) -> None:
+    def _check_range(flag: str, value: float, low: float, high: int) -> None:
         if not low <= value <= high:
             raise ConfigInvalid(f"{flag}: {value} is out of range; give {low} to {high}")
 

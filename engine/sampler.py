@@ -15,6 +15,7 @@ import random
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -111,12 +112,10 @@ class Sampler:
 def likeliest(logits: torch.Tensor) -> list[int]:
     """The first of the largest logits of each row.
 
-    On a processor by numpy: 16 rows of 49,152 take it 50 us, torch's argmax 810.
+    By numpy: 16 rows of 49,152 take it 50 us, torch's argmax 810.
     """
-    if logits.device.type == "cpu" and len(logits):
-        tokens: list[int] = logits.numpy().argmax(axis=1).tolist()
-        return tokens
-    return [int(token) for token in logits.argmax(dim=-1).tolist()] if len(logits) else []
+    tokens: list[int] = logits.numpy().argmax(axis=1).tolist() if len(logits) else []
+    return tokens
 
 
 def draw(
@@ -201,7 +200,7 @@ def _invert_blocks(weights: Row, count: int, uniform: float) -> int:
     return block * CDF_BLOCK + place
 
 
-def _place(weights: npt.NDArray[np.floating[npt.NBitBase]], place: int) -> int:
+def _place(weights: npt.NDArray[np.floating[Any]], place: int) -> int:
     """A place, unless rounding has led past the last one with a weight: then that is meant."""
     return place if place < len(weights) else int(np.flatnonzero(weights)[-1])
 

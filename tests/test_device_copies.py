@@ -263,6 +263,8 @@ def outcome(folder: Path, by_layers: bool, delay_s: float = 0.001) -> Outcome:
         for seed in (1, 2, 3, 4, 5, 6, 1):
             right &= core.generate(prompt(seed), COUNT) == continuation(prompt(seed), COUNT)
             core.settle()
+        ways = core.stats.loads.ways
+        assert (ways["layers"] > 0) == by_layers or not right
         return right, core.stats.hits_tokens.get("dram", 0), core.stats.misses_tokens
 
 

@@ -53,6 +53,9 @@ def test_a_tiny_run_goes_through_every_phase_and_finds_every_kernel_right(tmp_pa
     assert len(kernels) == 11
     for phase in ("decode_attention", "prefill_attention", "small_kernels", "products"):
         assert len(line[phase]) > 2
+    assert line["tiers"]["pinned_bytes"] > 0
+    assert line["hits"]["24"]["tokens_from_dram"] == 8
+    assert line["step_inflation"]["load"]["gb_per_s_beside"] > 0
     for phase in ("decode_steps", "prefill", "tiers", "hits", "invariance"):
         assert len(line[phase]) > 1
     assert {"a_ms", "b_ms_per_token", "floor_a_ms"} <= set(line["step_line"])

@@ -82,7 +82,7 @@ class CudaCopies:
     def register(self, address: int, count: int) -> None:
         """See Copies."""
         with torch.cuda.device(self._pages.device):
-            runtime = torch.cuda.cudart()
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             code = runtime.cudaHostRegister(address, count, PORTABLE)
         if int(code) != 0:
             raise OSError(f"cudaHostRegister of {count} bytes: {code}")
@@ -90,7 +90,8 @@ class CudaCopies:
     def unregister(self, address: int) -> None:
         """See Copies."""
         with torch.cuda.device(self._pages.device):
-            torch.cuda.cudart().cudaHostUnregister(address)
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            runtime.cudaHostUnregister(address)
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Copy a tensor to the host, behind what was launched before; what is returned waits.

@@ -35,7 +35,7 @@ class Sizes:
         fit: contexts of the steps of one row that a line is laid through.
         offline: prompt and output tokens of each request of the offline run.
         offline_rows: requests of it, at most.
-        slots: of the pinned arena.
+        slots: blocks that are moved at once.
         hits: tokens of prompts whose blocks are in DRAM.
         chunk: prompt tokens of a step.
         repeats: of each timing; the median counts.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from kvist.cachesvc.log import Log
 from kvist.engine.backend import CpuBackend, Progress
 from kvist.engine.config import EngineConfig
@@ -36,7 +38,11 @@ class DeviceBackend:
         self.dtype = "bfloat16" if config.dtype == "auto" else config.dtype
         self._config = config
         self._model: CudaLlama | None = None
-        self._memory = CudaMemory(device.torch) if device.kind == "cuda" else None
+        self._memory: CudaMemory | None = None
+        if device.kind == "cuda":
+            # For this thread, which launches: Triton launches on the current device.
+            torch.cuda.set_device(device.torch)
+            self._memory = CudaMemory(device.torch)
 
     @property
     def model(self) -> CudaLlama:

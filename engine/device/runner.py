@@ -210,7 +210,7 @@ class DeviceRunner:
         counts = [min(drawn.states[i].params.logprobs or 0, self.vocab) for i in asked]
         places = put([drawn.places[i] for i in asked], torch.int64, self._pool.device)
         logs = torch.log_softmax(drawn.logits[places].float(), dim=-1)
-        values, ids = logs.topk(max(counts))
+        values, ids = logs.topk(max(1, *counts))
         chosen = logs.gather(1, drawn.tokens[places][:, None])
         # One copy: a double holds any id.
         table = torch.cat([part.double() for part in (chosen, values, ids)], dim=1)

@@ -208,6 +208,7 @@ class DecodeBatch:
             self._graphs[size] = graph
             free, _ = torch.cuda.mem_get_info()
             progress(done, size, free)
+        torch.cuda.empty_cache()  # what the runs before each capture took on the other stream
 
 
 def put(
