@@ -310,7 +310,7 @@ def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="the same request gets the same answer, sampled ones without a seed too, whatever "
         "else runs and whatever is cached; for one --seed, number of threads, type of processor "
-        "and release of torch",
+        "and release of torch; on a device slower kernels, whose bits depend on no neighbour",
     )
 
 
