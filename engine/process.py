@@ -128,6 +128,8 @@ def run_as_core(
     try:
         core(msgspec.json.decode(stdin, type=EngineConfig), endpoint)
     except Exception as error:
+        # It is ending already: a SIGTERM that the message brings would break into torch's exit.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         link = ApiLink(endpoint)
         # Of these the message is enough; others are bugs and leave a trace.
         known = isinstance(error, KvistError | OSError)
