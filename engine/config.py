@@ -20,6 +20,9 @@ DTYPES = ("auto", "bfloat16", "float32")
 QUANTIZATIONS = ("auto", "none", "int8", "int4")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 BLOCK_TOKENS_MAX = 4096
+# A prompt holds up those that decode beside it for as long as a step takes: on a CPU that is soon
+# too long. On a GPU few tokens leave the matrix units idle.
+STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 
 
@@ -64,7 +67,7 @@ class EngineConfig:
         kv_cache_dtype: of K and V: "auto" (bfloat16; dtype's where that is set) or one of these.
         block_tokens: tokens per KV block and page, a power of two.
         max_model_len: tokens of prompt and output together; None is the model's own limit.
-        max_num_batched_tokens: tokens of one step at most.
+        max_num_batched_tokens: tokens of one step at most; None is up to the device.
         max_num_seqs: requests in the batch at most.
         kv_cache_bytes: bytes of the paged KV pool; None lets the core choose from free memory.
         threads: compute threads of the core.
@@ -101,7 +104,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     block_tokens: int = 64
     max_model_len: int | None = None
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None
     max_num_seqs: int = 32
     kv_cache_bytes: int | None = None
     threads: int = field(default_factory=usable_cores)
@@ -135,12 +138,13 @@ class EngineConfig:
             )
         if self.max_model_len is not None:
             self._check_range("--max-model-len", self.max_model_len, 2, 1 << 24)
-        self._check_range("--max-num-batched-tokens", self.max_num_batched_tokens, 1, 1 << 20)
+        tokens = self.step_tokens("cpu")
+        self._check_range("--max-num-batched-tokens", tokens, 1, 1 << 20)
         self._check_range("--max-num-seqs", self.max_num_seqs, 1, 4096)
-        if self.max_num_seqs > self.max_num_batched_tokens:
+        if self.max_num_seqs > tokens:
             raise ConfigInvalid(
                 f"--max-num-seqs: {self.max_num_seqs} requests need a token each in a step of "
-                f"{self.max_num_batched_tokens}; raise --max-num-batched-tokens"
+                f"{tokens}; raise --max-num-batched-tokens"
             )
         if self.kv_cache_bytes is not None:
             self._check_range("--kv-cache-memory-bytes", self.kv_cache_bytes, 1 << 20, 1 << 50)
@@ -186,8 +190,13 @@ class EngineConfig:
         if value not in choices:
             raise ConfigInvalid(f"{flag}: {value!r} is not one of {', '.join(choices)}")
 
+    def step_tokens(self, device: str) -> int:
+        """Tokens of a step at most on a kind of device, see device.found.Device."""
+        chosen = STEP_TOKENS.get(device, STEP_TOKENS["cpu"])
+        return chosen if self.max_num_batched_tokens is None else self.max_num_batched_tokens
+
     def overlaps(self, device: str) -> bool:
-        """Whether steps are planned ahead on a device, as torch names its type.
+        """Whether steps are planned ahead on a kind of device, see device.found.Device.
 
         On a processor they are not unless asked for: see "Steps may overlap" in
         docs/architecture.md for what was measured.
@@ -273,7 +282,10 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--max-model-len", type=whole, metavar="TOKENS", help="default: the model's")
     run.add_argument(
-        "--max-num-batched-tokens", type=whole, default=512, help="of one step (%(default)s)"
+        "--max-num-batched-tokens",
+        type=whole,
+        metavar="TOKENS",
+        help=f"of one step (cpu {STEP_TOKENS['cpu']}, cuda {STEP_TOKENS['cuda']})",
     )
     run.add_argument("--max-num-seqs", type=whole, default=32, help="in a batch (%(default)s)")
     run.add_argument("--threads", type=whole, default=usable_cores(), help="compute (%(default)s)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections import deque
@@ -176,11 +177,7 @@ class Copiers:
         assert job.gate is not None
         if self._closing.is_set():
             return 0, "detached"
-        gate = job.gate
-
-        def reached(layers: int) -> None:
-            gate.reach(layers, self._copies.mark())
-
+        reached = functools.partial(_reach, job.gate, self._copies)
         try:
             wanted, outs = [], []
             for block, page in enumerate(job.pages, job.first):
@@ -239,3 +236,8 @@ class Copiers:
         except Exception as error:
             self._log.error("store failed", blocks=len(items), error=repr(error))
             return StoreResult(0, 0, {"failed": len(items)})
+
+
+def _reach(gate: LoadGate, copies: PageCopies, layers: int) -> None:
+    """The first so many layers have come, or will have when this thread's copies are done."""
+    gate.reach(layers, copies.mark())

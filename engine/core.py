@@ -93,7 +93,7 @@ class Core:
         self._log = log
         self._now = now
         bounds = Bounds(
-            tokens=config.max_num_batched_tokens,
+            tokens=config.step_tokens(parts.device.kind),
             seats=config.max_num_seqs,
             block_tokens=parts.limits.block_tokens,
             aging_s=config.priority_aging_seconds,

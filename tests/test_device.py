@@ -73,6 +73,14 @@ def test_steps_overlap_on_a_device_unless_told_otherwise() -> None:
     assert not EngineConfig(model="m", async_scheduling=False).overlaps("cuda")
 
 
+def test_a_step_is_longer_on_a_device_unless_told_otherwise() -> None:
+    default, asked = EngineConfig(model="m"), EngineConfig(model="m", max_num_batched_tokens=100)
+    assert [default.step_tokens(kind) for kind in ("cpu", "cuda")] == [512, 8192]
+    assert [asked.step_tokens(kind) for kind in ("cpu", "cuda")] == [100, 100]
+    with pytest.raises(ConfigInvalid, match="--max-num-seqs: 600 requests need a token each"):
+        EngineConfig(model="m", max_num_seqs=600)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8, 32, 100, 256, 300])
 def test_the_largest_graph_holds_all_rows_up_to_a_limit(rows: int) -> None:
     sizes = graph_sizes(rows)

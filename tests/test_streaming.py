@@ -7,6 +7,7 @@ blocks that were not verified is seen by nobody.
 from __future__ import annotations
 
 import ctypes
+import functools
 import io
 import random
 import threading
@@ -153,7 +154,8 @@ class Held:
                 self.at_first_layers()
             load.reached(layers)
 
-        self.gate = getattr(load.reached, "__self__", None)
+        assert isinstance(load.reached, functools.partial)
+        self.gate = load.reached.args[0]
         self.began.set()
         assert self.go.wait(30)
         return self._stream(LayerLoad(load.wanted, load.outs, load.cuts, reached))

@@ -96,7 +96,7 @@ class Kvist:
         assert ready is not None
         return {
             "version": version("kvist"),
-            "max_num_batched_tokens": self._config.max_num_batched_tokens,
+            "max_num_batched_tokens": self._config.step_tokens("cpu"),
             "block_tokens": ready.block_tokens,
             "dtype": ready.dtype,
         }

@@ -114,7 +114,7 @@ class PoolSizing:
     def _largest(self, format: BlockFormat) -> None:
         """Prompts of equal length for all seats; all in one page: what they hold is no matter."""
         seats = self.config.max_num_seqs
-        tokens = self.config.max_num_batched_tokens // seats
+        tokens = self.config.step_tokens("cuda") // seats
         tokens = max(1, min(tokens, self._longest() - 1))
         pages = [0] * -(-tokens // format.block_tokens)
         chunks = [Chunk([0] * tokens, 0, pages, True)] * seats
