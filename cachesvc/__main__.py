@@ -26,6 +26,8 @@ from kvist.cachesvc.config import SidecarConfig, add_flags, as_toml, load_config
 from kvist.cachesvc.core.beat import Beat, call_on
 from kvist.cachesvc.core.space import check_space
 from kvist.cachesvc.core.store import Store, StoreConfig, StoreStats
+from kvist.cachesvc.events.figures import EventFigures
+from kvist.cachesvc.events.opening import open_events
 from kvist.cachesvc.folders import OwnedFolder, sweep
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.view.dashboard import Dashboard
@@ -113,9 +115,12 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
         loop.add_signal_handler(number, stop.set)
     registry = CollectorRegistry()
     async with AsyncExitStack() as stack:
-        store = Store(
-            store_config(config, arena_folder), loop.call_soon_threadsafe, time.monotonic, log
-        )
+        settings = store_config(config, arena_folder)
+        if config.kv_events_config is not None:
+            settings, publisher = open_events(settings, config.kv_events_config, log)
+            EventFigures(registry, publisher)
+            stack.callback(publisher.close)
+        store = Store(settings, loop.call_soon_threadsafe, time.monotonic, log)
         store.on_made = freeze
         store.open()
         stack.callback(store.close)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvist.cachesvc.events.settings import checked_kv_events
 from kvist.engine.priority import INTERACTIVE, PRIORITIES
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.sizes import format_bytes, parse_bytes
@@ -70,6 +71,7 @@ class EngineConfig:
         cache_overlap: load beside the computation, layer by layer, where that is shorter.
         cache_load_bytes_per_s: cap of copies out of the cache; 0 is none.
         cache_store_bytes_per_s: cap of copies into it; 0 is none.
+        kv_events_config: JSON object, see cachesvc/events/settings.py; "" tells no events.
         enable_prefix_caching: reuse pages in the HBM tier; False turns all reuse off.
         api_key: what clients must send as a bearer token; None asks for nothing.
         log_level: "debug", "info", "warning" or "error".
@@ -104,6 +106,7 @@ class EngineConfig:
     cache_overlap: bool = True
     cache_load_bytes_per_s: int = 0
     cache_store_bytes_per_s: int = 0
+    kv_events_config: str = ""
     enable_prefix_caching: bool = True
     api_key: str | None = None
     log_level: str = "info"
@@ -150,6 +153,7 @@ class EngineConfig:
         self._check_cache()
 
     def _check_cache(self) -> None:
+        checked_kv_events(self.kv_events_config)
         object.__setattr__(self, "cache", normal_cache(self.cache))
         for flag, cap in (
             ("--cache-load-bandwidth", self.cache_load_bytes_per_s),
@@ -339,7 +343,14 @@ def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float])
 
 
 def _add_copy_flags(kv: argparse._ArgumentGroup) -> None:
-    """How blocks move."""
+    """How blocks move, and who is told."""
+    kv.add_argument(
+        "--kv-events-config",
+        default="",
+        metavar="JSON",
+        help="KV events for routers over ZMQ, with vLLM's keys, like "
+        '{"endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}; see docs/events.md',
+    )
     kv.add_argument(
         "--cache-overlap",
         action=argparse.BooleanOptionalAction,

@@ -376,6 +376,6 @@ def run_core(config: EngineConfig, endpoint: str) -> None:
             with torch.inference_mode():
                 Core(link, parts, config, log, time.monotonic).run(threading.Event())
         finally:
-            parts.connector.close()
+            parts.close()
     finally:
         link.close()

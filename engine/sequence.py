@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvist.cachesvc.events.journal import Facts
 from kvist.cachesvc.worker.cost import Choice
 from kvist.engine.loading import LoadGate
 from kvist.engine.priority import INTERACTIVE
 from kvist.engine.request import CachedTokens, LoadCost, NewRequest
 from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of
+from kvist.proto.kv_events import space_name
 
 if TYPE_CHECKING:  # the schedule needs no torch, and so its tests need none
     from kvist.engine.sampler import DrawState
@@ -234,6 +236,12 @@ class Sequence:
     def origin(self) -> bytes:
         """Of its first block, which is full; see proto.keys.origin_of."""
         return origin_of(self.request.cache_salt, self.block_tokens_bytes(0))
+
+    def facts(self, block: int) -> Facts:
+        """What routers are told of a full block of it."""
+        assert self.digest is not None
+        space = space_name(self.digest) if self.request.cache_salt else ""
+        return Facts(self.parent(block), self.block_tokens_bytes(block), space)
 
     def append(self, token: int) -> None:
         """Take a generated token; sets finish_reason if it is the last."""
