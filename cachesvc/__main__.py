@@ -30,6 +30,7 @@ from kvist.cachesvc.events.figures import EventFigures
 from kvist.cachesvc.events.opening import open_events
 from kvist.cachesvc.folders import OwnedFolder, sweep
 from kvist.cachesvc.log import Log
+from kvist.cachesvc.tracer import open_tracer
 from kvist.cachesvc.view.dashboard import Dashboard
 from kvist.cachesvc.view.metrics import Metrics
 from kvist.proto.errors import ConfigInvalid, FormatRefused, KvistError
@@ -127,10 +128,14 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
         beat = Beat(loop, store, fail)
         beat.start(store.bell_path)
         stack.callback(beat.stop)
+        tracer = open_tracer("otlp_endpoint", config.otlp_endpoint, "kvistd")
+        if tracer is not None:
+            stack.push_async_callback(asyncio.to_thread, tracer.close)
         desk = Desk(loop, Answers(store), beat, fail)
+        desk.tracer = tracer
         desk.start(store.calls_path)
         stack.callback(desk.stop)
-        server = Server(CacheService(store, beat, fail), config.socket, config.listen)
+        server = Server(CacheService(store, beat, fail), config.socket, config.listen, tracer)
         await server.start()
         stack.push_async_callback(server.stop)
         Metrics(registry, read, {"grpc": server.calls, "packet": desk.calls}, version("kvist"))

@@ -230,6 +230,13 @@ SETTINGS: tuple[Setting, ...] = (
         "docs/events.md.",
         parse_kv_events,
     ),
+    Setting(
+        "otlp_endpoint",
+        "",
+        "Collector of OpenTelemetry traces, like http://localhost:4317; empty: none. See "
+        "docs/tracing.md.",
+        str,
+    ),
     Setting("log_level", "info", f"Least level to log: {', '.join(LEVELS)}.", _one_of(LEVELS)),
     Setting("log_format", "text", f"Form of a log line: {', '.join(FORMATS)}.", _one_of(FORMATS)),
 )
@@ -248,7 +255,7 @@ class SidecarConfig:
         http_listen: "" is no page.
         flash_path: None is no flash tier.
         slot_bytes: None is "auto".
-        kv_events_config: None is no events.
+        kv_events_config: None is no events. otlp_endpoint: "" is no traces.
         flash_write_bytes_per_day: None is "unlimited". flash_write_burst_bytes: None is "auto".
 
     Raises:
@@ -276,6 +283,7 @@ class SidecarConfig:
     dram_verify: Verify
     flash_verify: Verify
     kv_events_config: KvEventsConfig | None
+    otlp_endpoint: str
     log_level: Level
     log_format: Format
 

@@ -80,6 +80,7 @@ class EngineConfig:
         async_scheduling: plan a step while the one before it runs; None is up to the device.
         default_priority: class of requests that name none, see priority.
         priority_aging_seconds: waiting that raises a request by a class.
+        otlp_traces_endpoint: of an OpenTelemetry collector; "" traces nothing.
         drain_seconds: how long running requests may go on after SIGTERM.
 
     Raises:
@@ -115,6 +116,7 @@ class EngineConfig:
     async_scheduling: bool | None = None
     default_priority: str = PRIORITIES[INTERACTIVE]
     priority_aging_seconds: float = 30.0
+    otlp_traces_endpoint: str = ""
     drain_seconds: float = 30.0
 
     def __post_init__(self) -> None:
@@ -252,6 +254,12 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         type=_number(float, "a number"),
         default=30.0,
         help="let running requests go on this long after SIGTERM (%(default)s)",
+    )
+    http.add_argument(
+        "--otlp-traces-endpoint",
+        default="",
+        metavar="URL",
+        help="collector of OpenTelemetry traces, like http://localhost:4317; see docs/tracing.md",
     )
     run = parser.add_argument_group("model")
     run.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)} (%(default)s)")

@@ -14,6 +14,7 @@ from kvist.cachesvc.worker.cost import Choice
 from kvist.engine.loading import LoadGate
 from kvist.engine.priority import INTERACTIVE
 from kvist.engine.request import CachedTokens, LoadCost, NewRequest
+from kvist.engine.sequence_trace import SequenceTrace
 from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of
 from kvist.proto.kv_events import space_name
 
@@ -103,6 +104,7 @@ class Sequence:
         counted: its lookup was counted.
         store_stopped: a block of it was dropped; those after it would have no parent in the cache.
         cached: prompt tokens that were not computed, by tier.
+        trace: what is noted of it; None when it is not traced.
         finish_reason: "stop" or "length" once its last token is there.
         scheduled_s: when its first step began.
         first_token_s: when it had its first token.
@@ -137,6 +139,7 @@ class Sequence:
     counted: bool = False
     store_stopped: bool = False
     cached: CachedTokens = field(default_factory=CachedTokens)
+    trace: SequenceTrace | None = None
     finish_reason: str | None = None
     scheduled_s: float | None = None
     first_token_s: float | None = None
@@ -147,6 +150,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.rank, self.since_s = self.priority, self.arrived_s
+        if self.request.trace is not None:
+            self.trace = SequenceTrace(self.request.trace, self.request.submitted_s)
         if self.digest is not None:
             self._chain = KeyChain(self.digest, self.limits.block_tokens)
         params = self.request.params
