@@ -8,6 +8,7 @@ OTEL_TRACES_SAMPLER, OTEL_BSP_..., OTEL_SERVICE_NAME, OTEL_EXPORTER_OTLP_PROTOCO
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import SpanContext
 
+# The SDK tries again for 8 s, and a program that was told to end shall end.
+CLOSE_S = 2.0
 PROTOCOLS = ("grpc", "http/protobuf")
 
 
@@ -93,8 +96,10 @@ class Tracer:
         self._processor.on_end(span)
 
     def close(self) -> None:
-        """Export what is queued and end."""
-        self._processor.shutdown()  # type: ignore[no-untyped-call]
+        """Export what is queued and end; a collector that is not there is not waited for."""
+        ending = threading.Thread(target=self._processor.shutdown, daemon=True)
+        ending.start()
+        ending.join(CLOSE_S)
 
 
 def _context(place: TraceContext) -> SpanContext:

@@ -135,6 +135,22 @@ def test_what_came_and_went_unheard_is_not_told_and_chains_are_one_event() -> No
     journal.close()
 
 
+def test_tokens_that_become_known_of_a_block_that_is_gone_tell_nothing() -> None:
+    journal, told = Journal(), Told()
+    journal.known(key(1), facts(1))
+    journal.stored(key(2), STORAGE, facts(1, b""))
+    journal.removed(key(2), STORAGE)
+    journal.known(key(2), facts(1))
+    assert list(told.apply(journal.take())) == []
+    journal.stored(key(2), STORAGE, facts(1, b""))
+    journal.known(key(2), facts(1))
+    ((stored, again),) = told.apply(journal.take())
+    assert isinstance(stored, BlockStored)
+    assert isinstance(again, BlockStored)
+    assert (stored.token_ids, again.token_ids, again.medium) == ([], [1], STORAGE)
+    journal.close()
+
+
 def test_a_block_whose_tokens_become_known_is_told_again_in_all_its_media() -> None:
     journal, told = Journal(), Told()
     journal.stored(key(1), STORAGE, facts(1, b""))

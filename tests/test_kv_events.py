@@ -70,6 +70,11 @@ class Told:
         index.close()
         return found
 
+    def metric(self, name: str) -> float:
+        """Of the sidecar's /metrics; 0 when it is not there."""
+        lines = self.sidecar.get("metrics").splitlines()
+        return next((float(line.split()[-1]) for line in lines if line.startswith(name)), 0.0)
+
     def rise(self, client: CacheClient) -> int:
         """Wish a prompt into DRAM whose last block is on flash only; that block's hash."""
         copies = self.copies()
@@ -166,6 +171,10 @@ def test_a_router_knows_the_tiers_after_evictions_sinks_rises_a_crash_and_a_clea
     assert client.wait_attached(10.0)
     told.agrees(router)
     assert {medium for _, medium in router.copies} == {STORAGE}
+    fresh = told.router()  # has never heard of these blocks, and hears their tokens
+    fresh.snapshot()
+    fresh.listen(lambda: {each for each, _ in fresh.copies} <= fresh.tokens.keys())
+    told.agrees(fresh)
     random_run(told, client, 2, 30)
     told.agrees(router)
 
@@ -198,29 +207,38 @@ def test_a_late_subscriber_gets_everything_by_a_snapshot_or_by_a_replay_from_bef
     assert told.router().replay(1 << 62) == []
 
 
-def test_a_gap_is_seen_and_replayed(begin: Callable[..., Told]) -> None:
-    told = begin()
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
+    """A sidecar that several tests use, each with other prompts."""
+    told = Told(tmp_path_factory.mktemp("told"))
+    told.sidecar.start()
+    yield told
+    told.close()
+
+
+def test_a_gap_is_seen_and_replayed(told: Told) -> None:
     router = told.router()
     router.snapshot()
     client = told.sidecar.client()
     random_run(told, client, 5, 10)
     told.agrees(router)
-    router.lose = 2
-    random_run(told, client, 6, 10)
-    router.listen(lambda: router.gaps == 1)
-    told.agrees(router)
-    router.lose = 1  # the last one for now: an empty batch tells of it
+    for lost in (2, 1):
+        gaps, router.lose = router.gaps, lost
+        random_run(told, client, 5 + lost, 10)
+        router.listen(lambda gaps=gaps: router.gaps > gaps)  # type: ignore[misc]
+        told.agrees(router)
+    assert router.lose == 0
+    gaps, router.lose = router.gaps, 1  # the last one for now: an empty batch tells of it
     told.put(client, Prompt(1, 1).items)
-    router.listen(lambda: router.gaps == 2)
+    router.listen(lambda: router.gaps > gaps)
     told.agrees(router)
 
 
-def test_a_tenants_blocks_do_not_look_like_everybodys(begin: Callable[..., Told]) -> None:
-    told = begin()
+def test_a_tenants_blocks_do_not_look_like_everybodys(told: Told) -> None:
     router = told.router()
     router.snapshot()
     client = told.sidecar.client()
-    common, own = Prompt(1, 2), Prompt(1, 2, namespace("acme:secret"))
+    common, own = Prompt(2, 2), Prompt(2, 2, namespace("acme:secret"))
     told.put(client, common.items)
     told.put(client, own.items)
     told.agrees(router)
@@ -229,17 +247,16 @@ def test_a_tenants_blocks_do_not_look_like_everybodys(begin: Callable[..., Told]
     assert "acme" not in name
 
 
-def test_the_metrics_say_what_was_told(begin: Callable[..., Told]) -> None:
-    told = begin()
+def test_the_metrics_say_what_was_told(told: Told) -> None:
     router = told.router()
     router.snapshot()
-    client = told.sidecar.client()
-    told.put(client, Prompt(1, 3).items)
+    name = 'kvist_kv_event_blocks_total{event="stored",medium="CPU"}'
+    before = told.metric(name)
+    told.put(told.sidecar.client(), Prompt(3, 3).items)
     told.agrees(router)
-    text = told.sidecar.get("metrics")
-    assert 'kvist_kv_event_blocks_total{event="stored",medium="CPU"} 3.0' in text
-    assert 'kvist_kv_event_answers_total{kind="snapshot"} 1.0' in text
-    assert "kvist_kv_event_pending 0.0" in text
+    assert told.metric(name) == before + 3
+    assert told.metric('kvist_kv_event_answers_total{kind="snapshot"}') >= 1
+    assert told.metric("kvist_kv_event_pending") == 0
 
 
 def test_an_engine_tells_its_pool_and_the_tiers_inside_it(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -122,7 +123,7 @@ def one(spans: list[Span], name: str) -> Span:
 def adds_up(whole: Span, parts: list[Span]) -> None:
     """The parts follow one another and are the whole, within 2 %."""
     assert sum(part.length for part in parts) == pytest.approx(whole.length, rel=0.02)
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in pairwise(parts):
         assert abs(after.start - before.end) < 0.02 * whole.length
 
 
@@ -223,6 +224,20 @@ def test_grpc_calls_with_a_traceparent_are_spans_of_the_sidecar(site: Site) -> N
     (span,) = site.collector.named("kvistd.Lookup")
     assert (span.parent, span.service, span.kind) == (CALLER, "kvistd", 2)
     site.wait(lambda: site.collector.named("kvistd.Read"))
+
+
+def test_a_collector_that_is_not_there_costs_nobody_an_answer(tmp_path: Path) -> None:
+    sidecar = Sidecar(tmp_path, ["--otlp-endpoint", "http://127.0.0.1:1"])
+    sidecar.start()
+    try:
+        with sidecar.channel() as channel:
+            stub = cache_pb2_grpc.CacheStub(channel)
+            request = cache_pb2.LookupRequest(keys=Prompt(1, 2).keys)
+            reply = stub.Lookup(request, metadata=(("traceparent", TRACEPARENT),))
+        assert reply.miss_reason == "never_stored"
+        assert sidecar.stop() == 0
+    finally:
+        sidecar.close()
 
 
 def test_what_is_off_is_not_imported() -> None:

@@ -176,7 +176,8 @@ class Maker:
     ) -> None:
         """Take over what is on flash, touch the arena, say what there is."""
         if self._config.journal is not None:
-            TierEvents(placement, sessions, self._config.journal)
+            events = TierEvents(placement, sessions, self._config.journal)
+            self._undo.callback(events.close)
         moves.start(admission.open_book)
         if placement.flash is not None and not placement.flash.failure:
             admission.open_book()

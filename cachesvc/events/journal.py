@@ -32,7 +32,7 @@ class Facts:
 
 
 Entry = tuple[BlockKey, str]
-"""A block and a medium."""
+"""A block and a medium; "" where only its facts have become known."""
 
 Changes = dict[Entry, Facts | None]
 """What was stored, with facts, and what was removed, with None; in the order of events."""
@@ -58,6 +58,10 @@ class Journal:
     def stored(self, key: BlockKey, medium: str, facts: Facts) -> None:
         """A medium has a block now."""
         self._note((key, medium), facts)
+
+    def known(self, key: BlockKey, facts: Facts) -> None:
+        """What a block has for tokens, if it is still there."""
+        self._note((key, ""), facts)
 
     def removed(self, key: BlockKey, medium: str) -> None:
         """A medium has a block no more."""

@@ -1,8 +1,8 @@
 """The sidecar's events: what happens to the copies of blocks in DRAM and on flash.
 
 A block's tokens are read from its record in DRAM, where every block was that this life has
-stored. What an earlier life left on flash is told without tokens, and again with them when it has
-risen.
+stored. What an earlier life left on flash is told without tokens at once, and again with them when
+its header was read.
 
 Routers compare tokens, and a block of a tenant's must not look like everybody's. Workers attach
 with the namespace of their model; tenants' namespaces are made of it and their salt. So blocks of
@@ -15,6 +15,7 @@ from __future__ import annotations
 from kvist.cachesvc.catalog.blocks import NO_ROW
 from kvist.cachesvc.core.sessions import Sessions
 from kvist.cachesvc.events.journal import Facts, Journal
+from kvist.cachesvc.events.tokens import TokenReader
 from kvist.cachesvc.placing.placement import Placement
 from kvist.proto.errors import KvistError
 from kvist.proto.keys import NO_KEY, TRIAL_PREFIX
@@ -37,16 +38,26 @@ class TierEvents:
         self._sessions = sessions
         self._journal = journal
         self._common: set[bytes] = set()
+        flash = placement.flash
+        self._reader = None if flash is None else TokenReader(flash, journal)
         placement.blocks.on_copy = self._changed
 
     def _changed(self, row: int, tier: str, is_there: bool) -> None:
         key = self._placement.index.key(row)
         if key.startswith(TRIAL_PREFIX):
             return
-        if is_there:
-            self._journal.stored(key, _MEDIA[tier], self._facts(row))
-        else:
+        if not is_there:
             self._journal.removed(key, _MEDIA[tier])
+            return
+        facts, slot = self._facts(row), self._placement.index.flash(row)
+        self._journal.stored(key, _MEDIA[tier], facts)
+        if not facts.tokens and slot is not None and self._reader is not None:
+            self._reader.wish(key, slot, facts.space)
+
+    def close(self) -> None:
+        """Before flash is closed."""
+        if self._reader is not None:
+            self._reader.close()
 
     def _facts(self, row: int) -> Facts:
         blocks, index = self._placement.blocks, self._placement.index

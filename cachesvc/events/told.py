@@ -61,9 +61,9 @@ class Told:
         for entry in list(changes):
             for key, medium in self._with_parents(entry, changes):
                 facts = changes.pop((key, medium))
-                if facts is not None:
-                    self._store(key, medium, facts, events)
-                elif self._remove(key, medium):
+                if facts is not None and (medium or key in self._blocks):
+                    self._store(key, MEDIA.get(medium, 0), facts, events)
+                elif medium and self._remove(key, medium):
                     events.removed(key, medium)
                 if events.blocks >= EVENT_BLOCKS:
                     yield events.take()
@@ -83,18 +83,17 @@ class Told:
             path.append(entry)
         yield from reversed(path)
 
-    def _store(self, key: BlockKey, medium: str, facts: Facts, events: _Events) -> None:
+    def _store(self, key: BlockKey, bit: int, facts: Facts, events: _Events) -> None:
         known = self._blocks.get(key)
         media = known[0] if known is not None else 0
         if known is not None and (len(known) > _TOKENS.start or not facts.tokens):
-            value = bytes([media | MEDIA[medium]]) + known[1:]
-            fresh = MEDIA[medium] & ~media
+            value = bytes([media | bit]) + known[1:]
+            fresh = bit & ~media
         else:  # new, or its tokens are: then all its media are told again
-            value = self._value(media | MEDIA[medium], facts)
-            fresh = media | MEDIA[medium]
+            value, fresh = self._value(media | bit, facts), media | bit
         self._blocks[key] = value
-        for each, bit in MEDIA.items():
-            if fresh & bit:
+        for each in MEDIA:
+            if fresh & MEDIA[each]:
                 events.stored(key, each, *self._facts(value))
 
     def _value(self, media: int, facts: Facts) -> bytes:

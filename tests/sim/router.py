@@ -27,7 +27,7 @@ class Router:
         spaces: the same, of those that have extra keys.
         last: number of the last message; -1 before the first.
         gaps: missed messages that were asked for again.
-        lose: so many of the next messages are lost.
+        lose: so many of the next messages that have events are lost.
         heard: (event, medium) -> blocks.
         strays: blocks that were told before the one that they stand on.
 
@@ -68,13 +68,15 @@ class Router:
 
     def _take(self, topic: bytes, number: bytes, payload: bytes) -> None:
         seq = int.from_bytes(number, "big")
-        if self.lose:
+        if seq <= self.last:  # a replay has told it
+            return
+        if self.lose and msgspec.msgpack.decode(payload)[1]:
             self.lose -= 1
             return
         if self.last >= 0 and seq > self.last + 1:
             self.gaps += 1
             self.replay(self.last + 1)
-        if seq > self.last:  # else the replay has told it
+        if seq > self.last:
             self._apply(payload)
             self.last = seq
         assert not topic.startswith(b"\xff")
