@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import socket
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvist.cachesvc.events.journal import Facts, Journal
+from kvist.cachesvc.events.publisher import Publisher
 from kvist.cachesvc.events.settings import KvEventsConfig, checked_kv_events, parse_kv_events
 from kvist.cachesvc.events.told import EVENT_BLOCKS, Told
+from kvist.cachesvc.log import Log
 from kvist.engine.config import EngineConfig
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.keys import NO_KEY, BlockKey
@@ -119,6 +124,15 @@ def test_whatever_came_and_went_a_router_that_is_told_in_between_ends_with_what_
     journal.close()
 
 
+def test_a_damaged_chain_that_leads_back_to_itself_is_told_and_ends() -> None:
+    journal, told = Journal(), Told()
+    journal.stored(key(1), CPU, Facts(key(2), b"", ""))
+    journal.stored(key(2), CPU, Facts(key(1), b"", ""))
+    assert sum(len(events) for events in told.apply(journal.take())) == 2
+    assert sum(len(events) for events in told.snapshot(1)) == 3
+    journal.close()
+
+
 def test_what_came_and_went_unheard_is_not_told_and_chains_are_one_event() -> None:
     journal, told = Journal(), Told()
     for _ in range(1000):
@@ -185,6 +199,13 @@ def test_a_snapshot_fits_the_numbers_that_there_are_for_it(batches: int) -> None
     assert len(heard.copies) == 2 * 1999
     assert heard.strays == 0
     journal.close()
+
+
+def test_an_address_that_is_taken_is_an_error_that_names_it() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigInvalid, match=f"endpoint: cannot use .*:{port}"):
+            Publisher(KvEventsConfig(endpoint=f"tcp://*:{port}"), Journal(), Log(io.StringIO()))
 
 
 def test_settings_are_vllms_and_wrong_ones_say_the_fix() -> None:

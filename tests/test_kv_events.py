@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +260,23 @@ def test_the_metrics_say_what_was_told(told: Told) -> None:
     assert told.metric(name) == before + 3
     assert told.metric('kvist_kv_event_answers_total{kind="snapshot"}') >= 1
     assert told.metric("kvist_kv_event_pending") == 0
+
+
+def test_the_subscriber_in_the_docs_counts_what_is_there(told: Told) -> None:
+    told.put(told.sidecar.client(), Prompt(4, 3).items)
+    docs = (Path(__file__).parent.parent / "docs" / "events.md").read_text()
+    code = docs.split("```python")[1].split("```")[0]
+    for address, ours in (("5557", told.endpoint), ("5558", told.replay)):
+        assert f"tcp://127.0.0.1:{address}" in code
+        code = code.replace(f"tcp://127.0.0.1:{address}", ours)
+    reader = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert reader.stdout is not None
+        wanted = f"{len(told.copies())} copies of blocks"
+        assert any(line.strip() == wanted for line in islice(reader.stdout, 20))
+    finally:
+        reader.kill()
+        reader.communicate()
 
 
 def test_an_engine_tells_its_pool_and_the_tiers_inside_it(

@@ -72,15 +72,15 @@ class Told:
 
     def _with_parents(self, entry: Entry, changes: Changes) -> Iterator[Entry]:
         """An entry, and before it those of the blocks before it that nobody has heard of."""
-        path = []
-        while (facts := changes.get(entry)) is not None:
-            path.append(entry)
+        path: dict[Entry, None] = {}
+        while (facts := changes.get(entry)) is not None and entry not in path:
+            path[entry] = None
             if facts.parent in self._blocks:
                 break
             media = (medium for medium in MEDIA if changes.get((facts.parent, medium)))
             entry = facts.parent, next(media, "")
         if not path and entry in changes:
-            path.append(entry)
+            path[entry] = None
         yield from reversed(path)
 
     def _store(self, key: BlockKey, bit: int, facts: Facts, events: _Events) -> None:
