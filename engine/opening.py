@@ -66,7 +66,7 @@ class Parts:
     events: Publisher | None = None
 
     def close(self) -> None:
-        """Let the cache go, and then tell routers the last of it."""
+        """Let the cache go, and then tell routers so."""
         self.connector.close()
         if self.events is not None:
             self.events.close()

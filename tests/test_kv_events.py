@@ -208,6 +208,8 @@ def test_a_late_subscriber_gets_everything_by_a_snapshot_or_by_a_replay_from_bef
         random_run(told, client, 4, 5)
         told.agrees(router)
     assert told.router().replay(1 << 62) == []
+    assert told.sidecar.stop() == 0
+    early.listen(lambda: not early.copies)
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ class Publisher:
     """Tells one journal's changes. Made, closed and read on any thread; it has its own.
 
     Attributes:
-        events: (event, medium) -> blocks told; ("cleared", "") counts once a life.
+        events: (event, medium) -> blocks told; ("cleared", "") -> how often that was.
         answers: "replay" or "snapshot" -> requests answered.
         batches: messages sent.
 
@@ -137,7 +137,7 @@ class Publisher:
         return self._next
 
     def close(self) -> None:
-        """Tell what is left, end the thread, let the sockets go."""
+        """Tell that nothing is here now, end the thread, let the sockets go."""
         self._stopping = True
         self._journal.ring()
         self._thread.join()
@@ -169,7 +169,7 @@ class Publisher:
                     if self._replay in ready:
                         self._receive(self._replay)
                     self._answer(self._replay)
-            self._tell()
+            self._publish([AllBlocksCleared()])  # nobody is served from here any more
         except Exception as error:  # our mistake: the cache goes on without events
             self._log.error("kv events ended", error=repr(error))
 
