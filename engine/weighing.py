@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from kvist.cachesvc.worker.cost import Choice, CostModel
+from kvist.cachesvc.worker.cost import Choice, CostModel, decision_of
 from kvist.engine.copying import Loaded, Stored
 from kvist.engine.loading import LoadGate
 from kvist.engine.request import LoadCost, LoadStats
@@ -71,8 +71,7 @@ class Weigher:
         self.cost.decided(choice)
         sequence.choice, sequence.found = choice, tiers[: choice.blocks]
         sequence.gate = None
-        what = "compute" if not choice.blocks else "part" if choice.skipped else "load"
-        self._decisions[what] += 1
+        self._decisions[decision_of(choice)] += 1
         if not sequence.found:
             return
         self._estimated_load_s += choice.load_s
