@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from kvist.cachesvc.core.accounts import TenantUse, Worth, tenant_uses, worth_of_tiers
 from kvist.cachesvc.core.sessions import Sessions
 from kvist.cachesvc.flash.budget import Wear
 from kvist.cachesvc.placing.moves import Moves
 from kvist.cachesvc.placing.placement import Placement
 from kvist.cachesvc.study.whatif import Estimate
-from kvist.proto.shm import MISS_REASONS, TIERS
+from kvist.proto.histograms import WORKER_HISTOGRAMS, Shown, shown_of, words_of
+from kvist.proto.shm import COUNTERS, MISS_REASONS, TIERS
+
+_HISTOGRAM_WORDS = frozenset(word for name in WORKER_HISTOGRAMS for word in words_of(name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +80,14 @@ class StoreStats:
     Attributes:
         eviction: by tier; empty when the policy is leaf-LRU itself.
         what_if: by tier, the hit ratio of leaf-LRU at multiples of its size.
-        counters: totals of all workers, by name of proto.shm.COUNTERS.
+        counters: totals of all workers: lookups, and by name of proto.shm.COUNTERS.
+        tenants: the same tokens by namespace and tenant, and what these saved, moved and hold.
+        worth: of each tier to all of them, see accounts.worth_s.
+        histograms: of all workers and of the sidecar itself.
         events: placement.Counts.
+        sessions_opened: in this life.
+        queued_blocks: that wait for flash or are under way, "read" from it and "write" to it.
+        flash_busy_s: the same -> what threads took.
         wear: of flash; None without it.
         workers: what each attached one measured.
         pinned_blocks: now; spared_blocks: how often one was passed over.
@@ -100,6 +110,12 @@ class StoreStats:
     workers: tuple[WorkerRates, ...] = ()
     pinned_blocks: int = 0
     spared_blocks: int = 0
+    tenants: tuple[TenantUse, ...] = ()
+    worth: tuple[Worth, ...] = ()
+    histograms: tuple[Shown, ...] = ()
+    sessions_opened: int = 0
+    queued_blocks: dict[str, int] = field(default_factory=dict)
+    flash_busy_s: dict[str, float] = field(default_factory=dict)
 
 
 def tier_uses(placement: Placement, moves: Moves) -> tuple[TierUse, ...]:
@@ -150,21 +166,42 @@ def store_stats(
 ) -> StoreStats:
     """Gather everything; placement and moves are None as long as there is no arena."""
     counters = sessions.counters()
+    totals = sessions.accounted()
+    held = sessions.accounts.held(placement.blocks, placement.now()) if placement else {}
+    uses = tenant_uses(totals, held)
+    hits = {tier: sum(use.hit_tokens[tier] for use in uses) for tier in TIERS}
+    misses = {why: sum(use.miss_tokens[why] for use in uses) for why in MISS_REASONS}
+    measures = placement.measures if placement else None
+    busy_s = dict(measures.busy_s) if measures else {}
     return StoreStats(
         boot_epoch=boot_epoch,
         uptime_s=uptime_s,
         tiers=tier_uses(placement, moves) if placement and moves else (),
         sessions=len(sessions),
         reserved_slots=sessions.reserved_slots,
-        requested_tokens=counters.get("requested_tokens", 0),
-        hit_tokens={tier: counters.get(f"hit_tokens.{tier}", 0) for tier in TIERS},
-        miss_tokens={why: counters.get(f"miss_tokens.{why}", 0) for why in MISS_REASONS},
+        requested_tokens=sum(hits.values()) + sum(misses.values()),
+        hit_tokens=hits,
+        miss_tokens=misses,
         blocks=len(placement.blocks) if placement else 0,
-        counters=counters,
+        counters=_plain(counters) | {"lookups": sum(use.lookups for use in uses)},
         events=asdict(placement.counts) if placement else {},
         eviction=eviction_uses(placement) if placement else (),
         what_if=placement.what_if if placement else {},
         workers=tuple(WorkerRates(client, rates) for client, rates in sessions.rates()),
         pinned_blocks=placement.pins.count if placement else 0,
         spared_blocks=placement.spared if placement else 0,
+        tenants=uses,
+        worth=worth_of_tiers(uses, busy_s.get("write", 0.0)),
+        histograms=(
+            *(shown_of(name, counters) for name in WORKER_HISTOGRAMS),
+            *(measures.shown(placement.flash is not None) if measures and placement else ()),
+        ),
+        sessions_opened=sessions.opened,
+        queued_blocks=moves.queued if moves and moves.state != "off" else {},
+        flash_busy_s=busy_s if placement and placement.flash else {},
     )
+
+
+def _plain(counters: dict[str, int]) -> dict[str, int]:
+    """Those that are no word of a histogram."""
+    return {name: counters.get(name, 0) for name in COUNTERS if name not in _HISTOGRAM_WORDS}

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvist.cachesvc.core.accounts import Accounts, Owner, namespace_label
 from kvist.cachesvc.placing.tenancy import Group
 from kvist.cachesvc.worker.ring import RingReader, make_ring
 from kvist.proto.errors import SessionUnknown
@@ -83,7 +84,7 @@ class Session:
         number: the same for this life only, >= 1.
         client: its name for people.
         pid: the process that holds the ring's lock.
-        namespace: digest of what it stores.
+        namespace: digest of what it stores; label: the same for people, see core/accounts.
         ring: the sidecar's end.
         reserved: its reservations by slot.
         is_open: whether its connection still stands.
@@ -95,6 +96,7 @@ class Session:
     pid: int
     namespace: bytes
     ring: RingReader
+    label: str = ""
     reserved: dict[int, Reservation] = field(default_factory=dict)
     is_open: bool = True
 
@@ -105,12 +107,17 @@ class Sessions:
     Args:
         folder: where ring files are made.
         life: a few characters that no other life has.
+
+    Attributes:
+        accounts: what their workers counted, by tenant.
+        opened: sessions so far.
     """
 
     def __init__(self, folder: Path, life: str) -> None:
         self._folder = folder
         self._life = life
-        self._opened = 0
+        self.accounts = Accounts()
+        self.opened = 0
         self._sessions: dict[str, Session] = {}
         self._holders: dict[BlockKey, str] = {}
         self._awaited: Counter[BlockKey] = Counter()
@@ -125,10 +132,10 @@ class Sessions:
         """Slots held by all of them."""
         return len(self._holders)
 
-    def open(self, client: str, pid: int, namespace: bytes) -> Session:
-        """Begin a session and make its ring. Raises: OSError."""
-        self._opened += 1
-        name = f"{self._life}-{self._opened}"
+    def open(self, client: str, pid: int, namespace: bytes, model: str = "") -> Session:
+        """Begin a session and make its ring; model is a name for people. Raises: OSError."""
+        self.opened += 1
+        name = f"{self._life}-{self.opened}"
         path = self._folder / f"{RING_PREFIX}{name}"
         make_ring(path)
         try:
@@ -136,7 +143,9 @@ class Sessions:
         except OSError:
             path.unlink()
             raise
-        session = Session(name, self._opened, client, pid, namespace, ring)
+        label = namespace_label(model, namespace)
+        self.accounts.introduce(namespace, label, "")
+        session = Session(name, self.opened, client, pid, namespace, ring, label)
         self._sessions[name] = session
         return session
 
@@ -212,6 +221,7 @@ class Sessions:
     def _end(self, session: Session) -> None:
         del self._sessions[session.id]
         self._ended_counters.update(session.ring.counters())
+        self.accounts.end(session.label, session.ring.tenants())
         session.ring.path.unlink(missing_ok=True)
         session.ring.close()
 
@@ -221,6 +231,11 @@ class Sessions:
         for session in self._sessions.values():
             totals.update(session.ring.counters())
         return dict(totals)
+
+    def accounted(self) -> dict[Owner, list[int]]:
+        """What all workers of this life counted, by tenant, see Accounts.totals."""
+        opened = [(session.label, session.ring.tenants()) for session in self._sessions.values()]
+        return self.accounts.totals(opened)
 
     def rates(self) -> list[tuple[str, dict[str, int]]]:
         """What each open session's worker measured, by its name; see proto.shm.RATES."""
