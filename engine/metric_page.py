@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvist.cachesvc.core.accounts import ACCOUNTS_MAX, COMMON, NAMESPACES_MAX, OTHER
 from kvist.cachesvc.view import definitions as sidecar
-from kvist.cachesvc.worker.tenants import FIRST_COME, SHARE_MIN
+from kvist.cachesvc.worker.tenants import FIRST_COME, SHARE_MIN, TOKENS_MIN
 from kvist.engine import definitions as engine
 from kvist.proto.metrics import Definition, as_table
 from kvist.proto.shm import TENANT_ROWS
@@ -41,8 +41,8 @@ Labels are bounded. `namespace` is the model's name and 8 digits of the digest o
 KV interchangeable, {NAMESPACES_MAX} of them at most; `tenant` is the name in a request's salt
 (`acme:secret` is `acme`, a bare salt a hash of it), `{COMMON}` without a salt, and `{OTHER}` for
 all that have no account of their own. A worker gives the first {FIRST_COME} tenants an account,
-and later ones when they have had {SHARE_MIN:.0%} of its tokens, {TENANT_ROWS - 1} in all; the
-sidecar shows {ACCOUNTS_MAX} pairs of namespace and tenant at most. An account stays, and what was
+and later ones when they have had {TOKENS_MIN:,} tokens and {SHARE_MIN:.0%} of all,
+{TENANT_ROWS - 1} in all; the sidecar shows {ACCOUNTS_MAX} pairs of namespace and tenant at most. An account stays, and what was
 counted for `{OTHER}` stays there, so every total only grows and the sum is exact at any time.
 
 ## Is it worth it
