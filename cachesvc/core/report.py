@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from kvist.cachesvc.core.sessions import Sessions
 from kvist.cachesvc.flash.budget import Wear
 from kvist.cachesvc.placing.moves import Moves
 from kvist.cachesvc.placing.placement import Placement
+from kvist.cachesvc.study.hottest import Prefix
 from kvist.cachesvc.study.whatif import Estimate
 from kvist.proto.shm import MISS_REASONS, TIERS
 
@@ -70,6 +72,34 @@ class WorkerRates:
 
 
 @dataclass(frozen=True, slots=True)
+class Attached:
+    """One worker that is attached, and what it did in its session.
+
+    Attributes:
+        client: its name. pid: of its process.
+        namespace: first digits of the digest. model: the namespace in words, without a salt.
+        age_s: seconds since it attached.
+        reserved_slots: that it is filling.
+        requested_tokens: that it asked for; hit_tokens: of those, found in any tier.
+        loaded_bytes, stored_bytes: that it copied out and in.
+        dram_blocks, flash_blocks: held of its namespace, by whomever they were stored.
+    """
+
+    client: str
+    pid: int
+    namespace: str
+    model: str
+    age_s: float
+    reserved_slots: int
+    requested_tokens: int
+    hit_tokens: int
+    loaded_bytes: int
+    stored_bytes: int
+    dram_blocks: int
+    flash_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoreStats:
     """What the store holds and has done; the fields of StatsReply in cache.proto, and
 
@@ -81,6 +111,9 @@ class StoreStats:
         wear: of flash; None without it.
         workers: what each attached one measured.
         pinned_blocks: now; spared_blocks: how often one was passed over.
+        attached: the workers, longest first.
+        prefixes: used most, see study/hottest.
+        block_tokens: tokens of a block, of the worker that attached last.
     """
 
     boot_epoch: bytes
@@ -100,6 +133,9 @@ class StoreStats:
     workers: tuple[WorkerRates, ...] = ()
     pinned_blocks: int = 0
     spared_blocks: int = 0
+    attached: tuple[Attached, ...] = ()
+    prefixes: tuple[Prefix, ...] = ()
+    block_tokens: int = 0
 
 
 def tier_uses(placement: Placement, moves: Moves) -> tuple[TierUse, ...]:
@@ -141,6 +177,28 @@ def eviction_uses(placement: Placement) -> tuple[EvictionUse, ...]:
     )  # fmt: skip
 
 
+def attached(sessions: Sessions, placement: Placement | None) -> Iterator[Attached]:
+    """The open sessions, in the order in which they came."""
+    for session in sessions.each():
+        if session.is_open:
+            counters, namespace = session.ring.counters(), session.namespace
+            held = placement.blocks.held if placement else (lambda _namespace, _tier: 0)
+            yield Attached(
+                client=session.client,
+                pid=session.pid,
+                namespace=namespace.hex()[:12],
+                model=session.text.partition(" salt=")[0],
+                age_s=round(sessions.age_s(session), 1),
+                reserved_slots=len(session.reserved),
+                requested_tokens=counters["requested_tokens"],
+                hit_tokens=sum(counters[f"hit_tokens.{tier}"] for tier in TIERS),
+                loaded_bytes=counters["loaded_bytes"],
+                stored_bytes=counters["stored_bytes"],
+                dram_blocks=held(namespace, "dram"),
+                flash_blocks=held(namespace, "flash"),
+            )
+
+
 def store_stats(
     boot_epoch: bytes,
     uptime_s: float,
@@ -167,4 +225,7 @@ def store_stats(
         workers=tuple(WorkerRates(client, rates) for client, rates in sessions.rates()),
         pinned_blocks=placement.pins.count if placement else 0,
         spared_blocks=placement.spared if placement else 0,
+        attached=tuple(attached(sessions, placement)),
+        prefixes=placement.hottest.look() if placement else (),
+        block_tokens=placement.policy.block_tokens if placement else 0,
     )

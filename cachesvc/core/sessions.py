@@ -12,8 +12,9 @@ slot in other hands.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,6 +86,7 @@ class Session:
         pid: the process that holds the ring's lock.
         namespace: digest of what it stores.
         ring: the sidecar's end.
+        opened_s: when. text: its namespace in words.
         reserved: its reservations by slot.
         is_open: whether its connection still stands.
     """
@@ -95,6 +97,8 @@ class Session:
     pid: int
     namespace: bytes
     ring: RingReader
+    opened_s: float
+    text: str = ""
     reserved: dict[int, Reservation] = field(default_factory=dict)
     is_open: bool = True
 
@@ -105,10 +109,12 @@ class Sessions:
     Args:
         folder: where ring files are made.
         life: a few characters that no other life has.
+        now: seconds, of a clock that does not jump.
     """
 
-    def __init__(self, folder: Path, life: str) -> None:
+    def __init__(self, folder: Path, life: str, now: Callable[[], float] = time.monotonic) -> None:
         self._folder = folder
+        self._now = now
         self._life = life
         self._opened = 0
         self._sessions: dict[str, Session] = {}
@@ -125,8 +131,8 @@ class Sessions:
         """Slots held by all of them."""
         return len(self._holders)
 
-    def open(self, client: str, pid: int, namespace: bytes) -> Session:
-        """Begin a session and make its ring. Raises: OSError."""
+    def open(self, client: str, pid: int, namespace: bytes, text: str = "") -> Session:
+        """Begin a session and make its ring; text is its namespace in words. Raises: OSError."""
         self._opened += 1
         name = f"{self._life}-{self._opened}"
         path = self._folder / f"{RING_PREFIX}{name}"
@@ -136,7 +142,7 @@ class Sessions:
         except OSError:
             path.unlink()
             raise
-        session = Session(name, self._opened, client, pid, namespace, ring)
+        session = Session(name, self._opened, client, pid, namespace, ring, self._now(), text)
         self._sessions[name] = session
         return session
 
@@ -226,6 +232,10 @@ class Sessions:
         """What each open session's worker measured, by its name; see proto.shm.RATES."""
         opened = [session for session in self._sessions.values() if session.is_open]
         return [(session.client, session.ring.rates()) for session in opened]
+
+    def age_s(self, session: Session) -> float:
+        """Seconds since it was opened."""
+        return self._now() - session.opened_s
 
     def close(self) -> None:
         """End every session; their workers see it and attach to the next life."""
