@@ -2,7 +2,7 @@
 
 Each rule looks at the store's figures now, at the last ten minutes and at all since the start,
 and says something, with the number that it goes by, or nothing. RULES has them all, with what to
-do; the code of a rule is also the anchor of its section in docs/operating.md. Rules are about what
+do; the code of a rule is also the anchor of its section in docs/page.md. Rules are about what
 an operator can change: that a prompt was never seen before is no one's fault.
 """
 
@@ -98,21 +98,21 @@ def advise(seen: Seen) -> tuple[Advice, ...]:
     for rule in sorted(RULES, key=lambda rule: LEVELS.index(rule.level)):
         what = rule.look(seen)
         if what:
-            doc = f"docs/operating.md#{rule.code}"
+            doc = f"docs/page.md#{rule.code}"
             said.append(Advice(rule.level, rule.code, what, rule.do, doc))
     return tuple(said)
 
 
 def in_words(advice: Sequence[Advice]) -> str:
     """Health in one line."""
-    for level, words in (
-        ("bad", "broken; requests are served all the same"),
-        ("warn", "to improve"),
-    ):
-        count = sum(each.level == level for each in advice)
-        if count:
-            return f"{'One thing is' if count == 1 else f'{count} things are'} {words}"
-    return "All is well"
+    bad, warn = (sum(each.level == level for each in advice) for level in ("bad", "warn"))
+    if bad:
+        return f"{_things(bad).capitalize()} broken; requests are served all the same"
+    return f"Working, with {_things(warn)} to improve" if warn else "All is well"
+
+
+def _things(count: int) -> str:
+    return "one thing" if count == 1 else f"{count} things"
 
 
 def _flash_off(seen: Seen) -> str:

@@ -1,7 +1,7 @@
 // Charts: stacked bars over time, lines, and the what-if curve, drawn by uPlot.
 import { clock, NONE } from "./format.js";
 
-const FONT = "12px system-ui, sans-serif";
+const FONT = "12px Inter, system-ui, sans-serif";
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 
 export function element(tag, attributes = {}, ...children) {
@@ -99,7 +99,7 @@ export class Stack extends Chart {
   /** buckets: {at: [start], size, values: [[...] for each part]}. */
   draw(parts, buckets, note) {
     const names = parts.map((part) => part.name + part.color).join();
-    if (names !== this.names || buckets.size !== this.buckets.size) this.forget();
+    if (names !== this.names) this.forget();
     this.names = names;
     this.parts = parts;
     this.buckets = buckets;
@@ -129,7 +129,7 @@ export class Stack extends Chart {
       cursor: { y: false, points: { show: false }, drag: { x: false, y: false } },
       series: [{}, ...drawn.reverse()],
       axes: [
-        axis({ grid: { show: false }, space: 72, values: (_u, marks) => marks.map((at) => clock(at)) }),
+        axis({ grid: { show: false }, space: 76, size: 28, values: (_u, marks, _a, _s, step) => marks.map((at) => clock(at, step < 60)) }),
         axis({
           size: 52, space: 36,
           values: (_u, marks) => marks.map((mark) => (this.share ? mark + " %" : this.format(mark))),

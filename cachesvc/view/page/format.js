@@ -18,6 +18,7 @@ export function short(n) {
 /** Three figures: 1.23, 12.3, 123. */
 export function digits(n) {
   const size = Math.abs(n);
+  if (size >= 999.5) return count(n);
   if (size && size < 0.01) return n.toPrecision(2);
   return n.toFixed(size < 9.995 ? 2 : size < 99.95 ? 1 : 0).replace(/\.0+$|(\.\d*?)0+$/, "$1");
 }

@@ -32,7 +32,7 @@ const curve = new Curve(byId("whatif-chart"), () => byId("whatif-say").textConte
 function inWords(stack, shares) {
   const sums = stack.buckets.values.map(add), whole = add(sums);
   if (!whole) return "no requests in this time";
-  return `${range.words}, ` + stack.parts.map((part, k) =>
+  return `${series.span[2]}, ` + stack.parts.map((part, k) =>
     `${part.name} ${shares ? f.percent(sums[k], whole) : f.short(sums[k])}`).join(", ");
 }
 
@@ -43,7 +43,7 @@ function drawSources() {
   const parts = [...tiers.map((tier) => ({ name: TIERS[tier], color: tier })), { name: "missed", color: "missed" }];
   const groups = [...tiers.map((tier) => ["hit_tokens." + tier]), reasons.map((why) => "miss_tokens." + why)];
   const buckets = series.buckets(groups);
-  sources.draw(parts, buckets, "No prompt was asked for in the " + range.words + ".");
+  sources.draw(parts, buckets, "No prompt was asked for in the " + series.span[2] + ".");
   const sums = buckets.values.map(add);
   panels.showSources(Object.fromEntries(tiers.map((tier, k) => [tier, sums[k]])), sums[tiers.length]);
 }
@@ -63,13 +63,13 @@ function drawMisses() {
     parts.push({ name: "other reasons", color: "m7" });
     values.push(all.at.map((_, i) => add(rest.map((why) => all.values[reasons.indexOf(why)][i]))));
   }
-  misses.draw(parts, { ...all, values }, "Nothing was computed in the " + range.words + ".");
+  misses.draw(parts, { ...all, values }, "Nothing was computed in the " + series.span[2] + ".");
 }
 
 function drawSaved() {
   const tiers = ["dram", "flash"];
   const parts = tiers.map((tier) => ({ name: "from " + TIERS[tier], color: tier }));
-  saved.draw(parts, series.buckets(tiers.map((tier) => ["hit_tokens." + tier])), "Nothing was saved in the " + range.words + ".");
+  saved.draw(parts, series.buckets(tiers.map((tier) => ["hit_tokens." + tier])), "Nothing was saved in the " + series.span[2] + ".");
 }
 
 function drawCurve() {
@@ -96,6 +96,7 @@ function curveInWords(points, present) {
 
 function show() {
   const { stats } = latest;
+  document.querySelectorAll(".range-words").forEach((each) => { each.textContent = series.span[2]; });
   panels.showHeadline(stats);
   panels.showWorth(stats);
   panels.showHealth(stats);
@@ -203,7 +204,6 @@ function onPress(id, act) {
 onPress("ranges", ({ range: name }) => {
   range = RANGES[name];
   series = range === RANGES["10m"] ? recent : new Series(range);
-  document.querySelectorAll(".range-words").forEach((each) => { each.textContent = range.words; });
   poll();
 });
 

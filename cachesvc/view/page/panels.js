@@ -42,7 +42,7 @@ function worthInWords(known, net, saved, spent, start) {
   if (net <= 0) return "not yet: so far more was stored than found";
   const tokens = start.hit_tokens.dram + start.hit_tokens.flash;
   const times = spent > 0 ? saved / spent : 0;
-  const each = times >= 1 ? `, ${f.digits(times)} s for each second of moving` : "";
+  const each = times >= 1 ? `, ${f.digits(times)} s for each second spent moving` : "";
   return `yes: ${f.short(tokens)} tokens of prefill not computed since the start${each}`;
 }
 

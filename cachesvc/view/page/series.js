@@ -1,4 +1,5 @@
 // The history as the page keeps it: samples of running totals, and what happened between them.
+import { SPANS } from "./words.js";
 
 export class Series {
   constructor(range) {
@@ -45,9 +46,16 @@ export class Series {
     return span > 0 ? (column[column.length - 1] - column[from]) / span : 0;
   }
 
+  /** [seconds, of a bar, in words]: the range, or less while there is no more. */
+  get span() {
+    const age = this.at.length ? this.last - this.at[0] : 0;
+    const fit = SPANS.filter(([seconds, size]) => seconds <= this.range.seconds && size >= this.range.step);
+    return fit.find(([seconds]) => seconds >= age) || fit[fit.length - 1];
+  }
+
   /** Totals cut into pieces of time; groups: a list of names of columns for each part. */
   buckets(groups) {
-    const { seconds, bucket: size } = this.range;
+    const [seconds, size] = this.span;
     const to = Math.ceil((this.last + 0.001) / size) * size, from = to - seconds;
     const at = Array.from({ length: seconds / size }, (_, i) => from + i * size);
     const values = groups.map((names) => {

@@ -24,10 +24,18 @@ export const REASONS = {
 };
 
 export const RANGES = {
-  "10m": { step: 1, seconds: 600, bucket: 10, words: "last 10 minutes" },
-  "2h": { step: 10, seconds: 7200, bucket: 120, words: "last 2 hours" },
-  "24h": { step: 60, seconds: 86400, bucket: 1200, words: "last 24 hours" },
+  "10m": { step: 1, seconds: 600 },
+  "2h": { step: 10, seconds: 7200 },
+  "24h": { step: 60, seconds: 86400 },
 };
+
+// How much a chart shows: no more than there is of a young cache. [seconds, of a bar, in words]
+export const SPANS = [
+  [60, 2, "last minute"], [120, 4, "last 2 minutes"], [300, 5, "last 5 minutes"],
+  [600, 10, "last 10 minutes"], [1800, 30, "last 30 minutes"], [3600, 60, "last hour"],
+  [7200, 120, "last 2 hours"], [21600, 300, "last 6 hours"], [43200, 600, "last 12 hours"],
+  [86400, 1200, "last 24 hours"],
+];
 
 export const reasonName = (reason) => (REASONS[reason] || [reason])[0];
 export const reasonWhy = (reason) => (REASONS[reason] || ["", ""])[1];
