@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import groupby
 
-from kvist.cachesvc.worker.cost import Choice, CostModel
+from kvist.cachesvc.worker.cost import STEP_TOKENS_MIN, Choice, CostModel
+from kvist.cachesvc.worker.meter import Meter
 from kvist.engine.copying import Loaded, Stored
 from kvist.engine.loading import LoadGate
 from kvist.engine.request import LoadCost, LoadStats
 from kvist.engine.sequence import Sequence
 from kvist.engine.step import Work
+from kvist.engine.tally import hit_tiers
 from kvist.transfer.pace import Pace
 from kvist.transfer.pipeline import layer_cuts
 
@@ -32,6 +35,7 @@ class Weigher:
         beside: requests that are computing; the core says it before each step.
         queued: blocks of loads under way.
         rates: what was measured, by name of proto.shm.RATES, as of the last look.
+        meter: the rest of what was measured, for the sidecar.
     """
 
     def __init__(self, layers: int, block_bytes: int, block_tokens: int) -> None:
@@ -41,6 +45,8 @@ class Weigher:
         self.beside = 0
         self.queued = 0
         self.rates: dict[str, int] = {}
+        self.meter = Meter()
+        self._block_bytes = block_bytes
         self._block_tokens = block_tokens
         self._decisions: Counter[str] = Counter(load=0, part=0, compute=0)
         self._ways: Counter[str] = Counter(layers=0, blocks=0)
@@ -73,6 +79,7 @@ class Weigher:
         sequence.gate = None
         what = "compute" if not choice.blocks else "part" if choice.skipped else "load"
         self._decisions[what] += 1
+        self.meter.count(f"decisions.{what}", 1)
         if not sequence.found:
             return
         self._estimated_load_s += choice.load_s
@@ -91,15 +98,58 @@ class Weigher:
             self._gate_wait_s += gate.waited_s
             self._gate_waits += gate.waits
             self._undone += not gate.sound
+        self._note_load(loaded)
         if loaded.reason or sequence.choice is None or len(sequence.found) != len(loaded.pages):
             return
         self._load_s += loaded.busy_s
         self.cost.loaded(sequence.found, loaded.busy_s)
         choice = sequence.choice
         sequence.cost = LoadCost(choice.load_s, choice.compute_s, loaded.busy_s, choice.skipped)
+        if choice.load_s > 0:  # the estimate is of all of it, the wait for other loads included
+            tier = "flash" if "flash" in sequence.found else "dram"
+            self.meter.observe(f"load_estimate_ratio.{tier}", loaded.seconds / choice.load_s)
+
+    def _note_load(self, loaded: Loaded) -> None:
+        """Time goes to the slower of the tiers that the blocks came from, as in CostModel.loaded,
+        and bytes to each."""
+        sequence = loaded.sequence
+        tiers = hit_tiers(sequence, len(loaded.pages))
+        rose = "flash" in tiers
+        tier, seconds = (
+            ("flash", loaded.busy_s + sequence.rise_s) if rose else ("dram", loaded.busy_s)
+        )
+        self.meter.observe(f"load_seconds.{tier}", seconds)
+        self.meter.took(sequence.tenant, f"load_us.{tier}", seconds)
+        for name, blocks in Counter(tiers[: loaded.blocks]).items():
+            moved = blocks * self._block_bytes
+            self.meter.count_for(sequence.tenant, f"load_bytes.{name}", moved)
+        sequence.rise_s = 0.0
+
+    def saved(self, sequence: Sequence, loaded: int) -> None:
+        """A lookup has been counted, of whose found blocks so many came: what its hits save.
+
+        See cachesvc.core.accounts.worth_s; nothing until a prefill was measured here.
+        """
+        if not self.cost.prefill.steps:
+            return
+        _, a, b = self.cost.prefill.coefficients
+        start, size = 0, self._block_tokens
+        tiers = ("hbm",) * sequence.registered + hit_tiers(sequence, loaded)
+        for tier, run in groupby(tiers):
+            end = start + size * sum(1 for _ in run)
+            seconds = a * (end - start) + b * (end**2 - start**2) / 2
+            self.meter.took(sequence.tenant, f"saved_us.{tier}", seconds)
+            start = end
 
     def stored(self, stored: Stored) -> None:
         """A batch of stores has ended."""
+        self.meter.observe("store_seconds", stored.seconds)
+        for tenant, blocks in stored.tenants.items():
+            share = blocks / len(stored.pages)
+            self.meter.took(tenant, "store_us", stored.seconds * share)
+        if stored.result.stored == len(stored.pages):
+            for tenant, blocks in stored.tenants.items():
+                self.meter.count_for(tenant, "stored_blocks", blocks)
         if stored.result.stored == len(stored.pages):
             self.cost.stored(stored.result.stored, stored.seconds)
 
@@ -111,6 +161,9 @@ class Weigher:
             positions += work.count * (work.start + (work.count - 1) / 2)
             if work.sequence.gate is not None:
                 seconds -= work.sequence.gate.waited_s
+        if tokens >= STEP_TOKENS_MIN and self.cost.prefill.steps and seconds > 0:
+            estimate = float(self.cost.prefill.seconds(tokens, positions))
+            self.meter.observe("prefill_estimate_ratio", seconds / estimate)
         self.cost.prefill.observe(tokens, positions, seconds)
 
     def look(self) -> dict[str, int]:

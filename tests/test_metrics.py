@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvist.cachesvc.core.report import EvictionUse, TierUse
 from kvist.cachesvc.core.store import StoreStats
-from kvist.cachesvc.placing.placement import Counts
+from kvist.cachesvc.placing.counts import Counts
 from kvist.cachesvc.study.whatif import Estimate
 from kvist.cachesvc.view import dashboard
 from kvist.cachesvc.view.dashboard import stats_document

@@ -169,7 +169,7 @@ def _namespace(seen: Seen) -> str:
     share = seen.missed("namespace")
     if share < SHARE_MIN:
         return ""
-    models = sorted({each.model for each in seen.stats.attached})
+    models = sorted({each.compute for each in seen.stats.attached})
     named = f" Attached are: {'; '.join(models[:3])}." if len(models) > 1 else ""
     return (
         f"{_percent(share)} of the tokens asked for are cached under another namespace: by engines "

@@ -187,10 +187,10 @@ export function showPrefixes(stats) {
 export function showSessions(stats) {
   const slot = stats.tiers.length ? stats.tiers[0].slot_bytes : 0;
   table("sessions",
-    [["engine", ""], ["model", ""], ["attached", "number"], ["hit rate", "number"], ["loaded", "number"], ["stored", "number"], ["its blocks here", "number"], ["filling", "number"]],
+    [["engine", ""], ["namespace", ""], ["attached", "number"], ["hit rate", "number"], ["loaded", "number"], ["stored", "number"], ["its blocks here", "number"], ["filling", "number"]],
     stats.attached.map((each) => cells(
       ["name", [each.client, element("small", {}, ` pid ${each.pid}`)]],
-      ["", [each.model, element("small", { title: "namespace" }, " " + each.namespace.slice(0, 8))]],
+      ["", [each.namespace, element("small", {}, " " + each.compute)]],
       ["number", f.duration(Math.floor(each.age_s))],
       ["number", f.percent(each.hit_tokens, each.requested_tokens)],
       ["number", f.bytes(each.loaded_bytes)],
