@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sim.blocks import Block
 from sim.stores import Bench, chain, keys_of
 
 from kvist.cachesvc.study import hottest
 from kvist.cachesvc.study.hottest import Prefix
+
+
+def use(bench: Bench, blocks: Sequence[Block]) -> None:
+    """A request finds these."""
+    placement = bench.parts.placement
+    rows = [placement.index.locate(key) for key in keys_of(blocks)]
+    placement.uses.found(np.array(rows, np.int64))
 
 
 def prefixes(bench: Bench, looks: int = 1) -> tuple[Prefix, ...]:
@@ -37,9 +46,9 @@ def test_a_shared_beginning_is_listed_with_its_uses_and_where_it_is(bench: Bench
     worker = bench.worker()
     worker.put(system)
     for tail in tails:
-        bench.store.prefetch(keys_of(system))
+        use(bench, system)
         worker.put(tail)
-    bench.store.prefetch(keys_of([*system, *tails[0]]))
+    use(bench, [*system, *tails[0]])
     first, *others = prefixes(bench)
     assert (first.key, first.blocks, first.uses) == (keys_of(system)[-1].hex(), 3, 5)
     assert (first.dram_blocks, first.flash_blocks) == (3, 0)
@@ -51,16 +60,17 @@ def test_the_turns_of_a_chat_are_one_prefix_and_not_many(bench: Bench) -> None:
     worker, blocks = bench.worker(), chain(0, 12)
     for turn in range(1, 7):
         worker.put(blocks[2 * turn - 2 : 2 * turn])
-        bench.store.prefetch(keys_of(blocks[: 2 * turn]))
+        use(bench, blocks[: 2 * turn])
+    # Of its turns, used 6, 5, 4, 3, 2 times and once, only those that differ by a factor of two.
     found = prefixes(bench)
-    assert [(each.blocks, each.uses) for each in found] == [(8, 3), (2, 6)]
+    assert [(each.blocks, each.uses) for each in found] == [(6, 4), (10, 2), (12, 1)]
     bench.close()
 
 
 def test_a_block_that_went_takes_its_uses_along(bench: Bench) -> None:
     worker, blocks = bench.worker(), chain(0, 3)
     worker.put(blocks)
-    bench.store.prefetch(keys_of(blocks))
+    use(bench, blocks)
     assert len(prefixes(bench)) == 1
     bench.store.clear(None)
     assert prefixes(bench) == ()
@@ -78,7 +88,7 @@ def test_a_large_table_is_gone_over_slice_by_slice_with_the_same_result(
         blocks = chain(100 * at, 5)
         worker.put(blocks)
         for _ in range(int(draw.integers(1, 9))):
-            bench.store.prefetch(keys_of(blocks))
+            use(bench, blocks)
     whole = prefixes(bench)
     monkeypatch.setattr(hottest, "_SLICE_ROWS", 16)
     rows = bench.parts.placement.index.rows

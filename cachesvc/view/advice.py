@@ -89,7 +89,7 @@ class Seen:
     def points(self, tier: str, multiple: float) -> float:
         """Points of hit ratio, in percent, that another size of a tier would win."""
         curve = {each.multiple: each.hit_ratio for each in self.stats.what_if.get(tier, ())}
-        return 100 * (curve[multiple] - curve[1.0]) if curve else 0.0
+        return 100 * (curve[multiple] - curve[1.0]) if {multiple, 1.0} <= set(curve) else 0.0
 
 
 def advise(seen: Seen) -> tuple[Advice, ...]:

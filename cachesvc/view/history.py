@@ -21,19 +21,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvist.cachesvc.core.report import StoreStats
-from kvist.cachesvc.placing.placement import Counts
+from kvist.cachesvc.placing.counts import Counts
 from kvist.proto.errors import KvistError
-from kvist.proto.shm import COUNTERS, MISS_REASONS, TIERS
+from kvist.proto.histograms import WORKER_HISTOGRAMS, words_of
+from kvist.proto.shm import COUNTERS, MISS_REASONS, MOVED_TIERS, TIERS
 
-STEPS_S: Final = {1: 600, 10: 720, 60: 1440}
+STEPS_S: Final = {1: 601, 10: 721, 60: 1441}
 """Seconds between two samples -> how many of them are kept."""
 
-HELD = ("dram", "flash")
+TTFT = ("none", *TIERS)
+_WORDS = frozenset(word for name in WORKER_HISTOGRAMS for word in words_of(name))
 FIELDS: Final = (
     *(f"hit_tokens.{tier}" for tier in TIERS),
     *(f"miss_tokens.{reason}" for reason in MISS_REASONS),
-    *(name for name in COUNTERS if not name.startswith(("requested_", "hit_", "miss_"))),
-    *(f"{what}_bytes.{tier}" for what in ("used", "written", "read", "evicted") for tier in HELD),
+    "lookups",
+    *(name for name in COUNTERS if name not in _WORDS),
+    *(f"{what}_bytes.{t}" for what in ("used", "written", "read", "evicted") for t in MOVED_TIERS),
+    *(f"{what}_s.{tier}" for what in ("saved", "load", "store") for tier in TIERS),
+    *(f"ttft_{what}.{tier}" for what in ("requests", "s") for tier in TTFT),
     *asdict(Counts()),
     "wear_bytes",
     "blocks",
@@ -62,6 +67,14 @@ def sample(stats: StoreStats) -> dict[str, float]:
             ("evicted", use.evicted_blocks),
         ):
             row[f"{what}_bytes.{use.tier}"] = slots * use.slot_bytes
+    for worth in stats.worth:
+        row[f"saved_s.{worth.tier}"] = worth.saved_s
+        row[f"load_s.{worth.tier}"] = worth.load_s
+        row[f"store_s.{worth.tier}"] = worth.store_s
+    for shown in stats.histograms:
+        if shown.name == "ttft_seconds":
+            row[f"ttft_requests.{shown.labels['tier']}"] = sum(shown.counts)
+            row[f"ttft_s.{shown.labels['tier']}"] = shown.sum
     row["wear_bytes"] = stats.wear.written_bytes if stats.wear else 0
     row["blocks"], row["sessions"] = stats.blocks, stats.sessions
     return {name: row.get(name, 0) for name in FIELDS}

@@ -102,6 +102,7 @@ function show() {
   panels.showHealth(stats);
   panels.showAdvice(stats);
   panels.showTiers(stats, recent);
+  panels.showTtft(stats);
   panels.showPrefixes(stats);
   panels.showSessions(stats);
   drawSources();

@@ -26,21 +26,20 @@ export function showHeadline({ spans }) {
 }
 
 export function showWorth({ spans: { start } }) {
-  const saved = start.prefill_saved_s, spent = start.moving_s;
-  const known = saved !== null && spent !== null && start.requested > 0;
-  const net = known ? saved - spent : 0;
+  const saved = start.saved_s, spent = start.load_s + start.store_s, net = start.net_s;
+  const known = start.requested > 0 && saved + spent > 0;
   byId("worth-net").classList.toggle("minus", known && net < 0);
   say("worth-net", known ? (net > 0 ? "+" : "") + f.duration(net) : f.NONE);
-  say("worth-saved", saved === null ? f.NONE : f.duration(saved));
-  say("worth-spent", spent === null ? f.NONE : f.duration(spent));
+  say("worth-saved", known ? f.duration(saved) : f.NONE);
+  say("worth-spent", known ? f.duration(spent) : f.NONE);
   say("worth-say", worthInWords(known, net, saved, spent, start));
 }
 
 function worthInWords(known, net, saved, spent, start) {
   if (!start.requested) return "no requests yet";
   if (!known) return "no engine has measured its rates yet";
-  if (net <= 0) return "not yet: so far more was stored than found";
-  const tokens = start.hit_tokens.dram + start.hit_tokens.flash;
+  if (net <= 0) return "not yet: a cache stores before it hits";
+  const tokens = start.saved_tokens;
   const times = spent > 0 ? saved / spent : 0;
   const each = times >= 1 ? `, ${f.digits(times)} s for each second spent moving` : "";
   return `yes: ${f.short(tokens)} tokens of prefill not computed since the start${each}`;
@@ -97,6 +96,7 @@ export function showMisses(misses) {
 // The tiers as a picture.
 
 const MEAN_S = 10;
+const TENANTS_SHOWN = 20;
 
 function tank(tier, name, where, use, lines) {
   const share = use && use.slots ? use.used_slots / use.slots : 0;
@@ -140,6 +140,40 @@ export function showTiers(stats, series) {
     element("div", { class: "column" }, tank("flash", "Flash", "local disk", tier.flash, held(tier.flash)), out("flash")),
     element("div", { class: "between none", "aria-hidden": "true" }),
     element("div", { class: "column" }, tank("remote", "Remote", "other stores", null, held(null)), element("div", { class: "out" })));
+}
+
+// Time to first token.
+
+const KINDS = [["none", "computed", "missed"], ["hbm", "from HBM", "hbm"], ["dram", "from DRAM", "dram"], ["flash", "from flash", "flash"]];
+
+export function showTtft(stats) {
+  const known = Object.fromEntries(stats.ttft.map((each) => [each.tier, each]));
+  const slowest = Math.max(...stats.ttft.map((each) => each.median_s), 1e-9);
+  const rows = KINDS.map(([tier, name, color]) => {
+    const each = known[tier];
+    const bar = element("div", { class: "bar " + color });
+    bar.style.width = each ? Math.max(1, (100 * each.median_s) / slowest) + "%" : "0";
+    const sooner = each && known.none && tier !== "none" ? known.none.median_s / each.median_s : 0;
+    return element("tr", { "data-tier": tier },
+      element("th", { scope: "row" }, name, element("small", {}, each ? requests(each.requests) : "no request yet")),
+      element("td", { class: "track" }, bar),
+      element("td", {}, element("b", {}, each ? f.duration(each.median_s) : f.NONE),
+        element("small", {}, sooner >= 1.05 ? `${f.digits(sooner)} × sooner` : "\u00a0")));
+  });
+  byId("ttft").replaceChildren(element("table", { class: "ttft" },
+    element("caption", { class: "hidden" }, "Median time to first token by where the prompt came from"), element("tbody", {}, ...rows)));
+  say("ttft-say", movingInWords(stats.worth));
+}
+
+const requests = (n) => (n === 1 ? "1 request" : `${f.short(n)} requests`);
+
+function movingInWords(worth) {
+  const parts = worth.filter((each) => each.saved_tokens && each.load_s)
+    .map((each) => `${f.duration((1000 * each.load_s) / each.saved_tokens)} from ${TIERS[each.tier]}`);
+  const tokens = worth.reduce((all, each) => all + each.saved_tokens, 0);
+  const saved = worth.reduce((all, each) => all + each.saved_s, 0);
+  if (!parts.length || !saved) return "Engines measure both: loading a prefix, and computing it.";
+  return `A thousand cached tokens: ${parts.join(", ")}; computed ${f.duration((1000 * saved) / tokens)}.`;
 }
 
 // Tables.
@@ -186,6 +220,7 @@ export function showPrefixes(stats) {
 
 export function showSessions(stats) {
   const slot = stats.tiers.length ? stats.tiers[0].slot_bytes : 0;
+  showTenants(stats, slot);
   table("sessions",
     [["engine", ""], ["namespace", ""], ["attached", "number"], ["hit rate", "number"], ["loaded", "number"], ["stored", "number"], ["its blocks here", "number"], ["filling", "number"]],
     stats.attached.map((each) => cells(
@@ -198,4 +233,20 @@ export function showSessions(stats) {
       ["number", f.bytes(Math.max(each.dram_blocks, each.flash_blocks) * slot)],
       ["number", each.reserved_slots ? `${f.count(each.reserved_slots)} slots` : f.NONE])),
     "no engine is attached");
+}
+
+function showTenants(stats, slot) {
+  byId("tenants-card").hidden = !stats.tenants.length;
+  table("tenants",
+    [["tenant", ""], ["namespace", ""], ["prompts", "number"], ["tokens asked for", "number"], ["hit rate", "number"], ["worth", "number"], ["in DRAM", "number"], ["on flash", "number"]],
+    stats.tenants.slice(0, TENANTS_SHOWN).map((each) => cells(
+      ["name", each.tenant],
+      ["", each.namespace],
+      ["number", f.count(each.lookups)],
+      ["number", f.short(each.requested_tokens)],
+      ["number", f.percent(sum(each.hit_tokens), each.requested_tokens)],
+      ["number", (each.net_s > 0 ? "+" : "") + f.duration(each.net_s)],
+      ["number", f.bytes(each.held_blocks.dram * slot)],
+      ["number", f.bytes(each.held_blocks.flash * slot)])),
+    "nobody has asked for anything");
 }
