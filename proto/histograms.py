@@ -44,7 +44,7 @@ WORKER_HISTOGRAMS: Mapping[str, tuple[float, ...]] = {
 """What workers measure, by name; a tier stands behind a dot.
 
 ttft_seconds: from a request's arrival at the engine to its first token, its queueing included, by
-the tier that most of its cached tokens came from; none where less than half of its prompt was cached.
+the tier that most of its cached tokens came from; none where less than half of it was cached.
 """
 
 MICRO = 1_000_000

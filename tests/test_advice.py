@@ -67,7 +67,8 @@ def test_of_a_cache_that_is_well_nothing_is_said() -> None:
         ("namespace-mismatch", {"miss_tokens_namespace": 2000}, "20 %"),
         ("flash-write-bound", {"sinks_dropped": 40, "flash_written": 60}, "drops 40 %"),
         ("write-budget", {"sinks_over_budget": 75, "flash_written": 25}, "75 %"),
-        ("without-cache", {"miss_tokens_detached": 500}, "5 %"),
+        ("not-attached", {"miss_tokens_detached": 500}, "5 %"),
+        ("cache-bypassed", {"miss_tokens_no_cache": 500}, "turned off"),
         ("flash-late", {"miss_tokens_flash_late": 700}, "7 %"),
         ("no-room-to-rise", {"rises_refused": 50, "flash_read": 50}, "50 %"),
         ("ring-drops", {"ring_drops": 80}, "80 reports"),
@@ -140,7 +141,7 @@ def test_the_worst_comes_first_and_health_is_a_line() -> None:
     advice = advise(seen(broken, {"miss_tokens_evicted": 1000, "miss_tokens_cheaper": 1000}))
     assert [each.level for each in advice] == ["bad", "warn", "note", "note"]
     assert in_words(advice).startswith("One thing broken")
-    assert in_words(advice[1:]) == "Working, with one thing to improve"
+    assert in_words(advice[1:]) == "Working; one thing to improve"
     assert in_words(advice[2:]) == "All is well"
 
 

@@ -69,8 +69,8 @@ def test_the_rings_are_bounded_and_go_as_far_back_as_they_say() -> None:
         history.add(START + second, row(second))
     for step, length in STEPS_S.items():
         shown = history.since(step, 0.0)
-        assert len(shown["at"]) == length
-        assert shown["at"][-1] - shown["at"][0] >= (length - 1) * min(step, 7)
+        assert len(shown["at"]) == length + shown["is_early"]
+        assert shown["at"][-1] - shown["at"][0] >= (length - 1) * step
         assert shown["at"] == sorted(shown["at"])
     assert MEMORY_BYTES < 3 << 20
 
@@ -95,6 +95,14 @@ def test_a_column_that_does_not_change_is_one_number() -> None:
     columns = filled(10).since(1, 0.0)["columns"]
     assert columns["hit_tokens.flash"] == 0
     assert columns["hit_tokens.dram"] == [5 * second for second in range(11)]
+
+
+def test_at_a_coarse_step_the_last_sample_is_of_now() -> None:
+    shown = filled(130).since(60, 0.0)
+    assert shown["at"] == [START, START + 40, START + 100, START + 130]
+    assert shown["is_early"]
+    assert shown["columns"]["hit_tokens.dram"][-1] == 5 * 130
+    assert not filled(100).since(60, 0.0)["is_early"]
 
 
 def test_nothing_was_asked_of_a_history_without_samples() -> None:

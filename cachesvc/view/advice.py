@@ -108,7 +108,7 @@ def in_words(advice: Sequence[Advice]) -> str:
     bad, warn = (sum(each.level == level for each in advice) for level in ("bad", "warn"))
     if bad:
         return f"{_things(bad).capitalize()} broken; requests are served all the same"
-    return f"Working, with {_things(warn)} to improve" if warn else "All is well"
+    return f"Working; {_things(warn)} to improve" if warn else "All is well"
 
 
 def _things(count: int) -> str:
@@ -177,11 +177,11 @@ def _namespace(seen: Seen) -> str:
     )
 
 
-def _without_cache(seen: Seen) -> str:
-    share = seen.missed("detached", "no_cache")
+def _not_attached(seen: Seen) -> str:
+    share = seen.missed("detached")
     if share < SHARE_MIN:
         return ""
-    return f"{_percent(share)} of the tokens asked for came while their engine had no cache."
+    return f"{_percent(share)} of the tokens asked for came while their engine was not attached."
 
 
 def _flash_late(seen: Seen) -> str:
@@ -244,6 +244,13 @@ def _cheaper(seen: Seen) -> str:
     if share < SHARE_MIN:
         return ""
     return f"{_percent(share)} of the tokens asked for are cached, but computed faster than loaded."
+
+
+def _bypassed(seen: Seen) -> str:
+    share = seen.missed("no_cache")
+    if share < SHARE_MIN:
+        return ""
+    return f"{_percent(share)} of the tokens asked for came with the cache turned off."
 
 
 def _short_prompts(seen: Seen) -> str:
@@ -315,7 +322,7 @@ RULES: Final = (
         "Raise flash_write_bytes_per_day if the endurance of the device allows it.",
     ),
     Rule(
-        "warn", "without-cache", _without_cache,
+        "warn", "not-attached", _not_attached,
         "After a restart of kvistd this passes; else compare --cache of the engines with socket.",
     ),
     Rule(
@@ -353,6 +360,10 @@ RULES: Final = (
     Rule(
         "note", "cheaper-to-compute", _cheaper,
         "Nothing; kvist cache stats shows from which length loading pays.",
+    ),
+    Rule(
+        "note", "cache-bypassed", _bypassed,
+        "Nothing if it is meant: requests with kv_cache = bypass, or engines with --cache off.",
     ),
     Rule(
         "note", "short-prompts", _short_prompts,

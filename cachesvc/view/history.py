@@ -129,12 +129,17 @@ class History:
             step_s: one of STEPS_S.
 
         Returns: step, at: times of the samples, and columns: name of FIELDS -> a number for each
-            time, or one number where it was the same at all.
+            time, or one number where it was the same at all. is_early: the last one is of now, and
+            not one of those that are kept at this step.
         """
         with self._lock:
             rows = self._rings[step_s].rows_after(since_s)
+            is_early = self._rings[1].last_s > self._rings[step_s].last_s
+            if is_early:
+                rows = np.concatenate([rows, self._rings[1].newest[None]])
         columns = {name: _column(rows[:, at + 1]) for at, name in enumerate(FIELDS)}
-        return {"step": step_s, "at": np.round(rows[:, 0], 3).tolist(), "columns": columns}
+        at = np.round(rows[:, 0], 3).tolist()
+        return {"step": step_s, "at": at, "is_early": is_early, "columns": columns}
 
     def span(self, seconds: float) -> Span:
         """The last so many seconds, or less where the history is shorter."""

@@ -78,7 +78,7 @@ function drawCurve() {
   const points = stats.what_if[curveTier] || [];
   const policy = stats.eviction.find((each) => each.tier === curveTier);
   const present = policy && policy.asked_blocks ? (100 * policy.hit_blocks) / policy.asked_blocks : null;
-  const size = (point) => f.bytes(point.capacity_blocks * (use ? use.slot_bytes : 0));
+  const size = (point) => f.bytes(use ? point.multiple * use.slots * use.slot_bytes : 0);
   curve.draw(points, present, size, curveTier, points.length ? "" : "Known once blocks have been asked for.");
   byId("whatif-say").textContent = curveInWords(points, present);
   byId("whatif-tiers").hidden = !stats.tiers.some((each) => each.tier === "flash");
@@ -146,7 +146,7 @@ async function ask(kept) {
   const abort = new AbortController();
   const timer = setTimeout(() => abort.abort(), TIMEOUT_MS);
   try {
-    const answer = await fetch(`history.json?step=${kept.range.step}&since=${kept.last}`, { signal: abort.signal });
+    const answer = await fetch(`history.json?step=${kept.range.step}&since=${kept.kept}`, { signal: abort.signal });
     if (!answer.ok) throw new Error((await answer.text()).trim() || `status ${answer.status}`);
     return await answer.json();
   } finally {

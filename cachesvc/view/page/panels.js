@@ -83,10 +83,10 @@ export function showSources(hits, missed) {
 export function showMisses(misses) {
   const whole = sum(misses);
   const rows = Object.entries(misses).filter(([, tokens]) => tokens > 0).sort((a, b) => b[1] - a[1])
-    .map(([reason, tokens]) => element("tr", { "data-reason": reason },
-      element("th", { scope: "row" }, swatch((REASONS[reason] || [])[2] || "m4"), reasonName(reason),
-        element("small", {}, reasonWhy(reason))),
-      element("td", { "data-tokens": tokens }, f.count(tokens)), element("td", {}, f.percent(tokens, whole))));
+    .flatMap(([reason, tokens]) => [element("tr", { "data-reason": reason },
+      element("th", { scope: "row" }, swatch((REASONS[reason] || [])[2] || "m4"), reasonName(reason)),
+      element("td", { "data-tokens": tokens }, f.count(tokens)), element("td", {}, f.percent(tokens, whole))),
+    element("tr", { class: "why" }, element("td", { colspan: 3 }, reasonWhy(reason)))]);
   byId("misses-sum").tBodies[0]?.remove();
   byId("misses-sum").append(element("tbody", { id: "misses-rows" }, ...rows,
     element("tr", { class: "total" }, element("th", { scope: "row" }, "= missed: computed"),
@@ -158,7 +158,7 @@ export function showTtft(stats) {
       element("th", { scope: "row" }, name, element("small", {}, each ? requests(each.requests) : "no request yet")),
       element("td", { class: "track" }, bar),
       element("td", {}, element("b", {}, each ? f.duration(each.median_s) : f.NONE),
-        element("small", {}, sooner >= 1.05 ? `${f.digits(sooner)} × sooner` : "\u00a0")));
+        element("small", {}, sooner >= 1.05 ? `${sooner < 9.95 ? sooner.toFixed(1) : f.count(sooner)} times sooner` : "\u00a0")));
   });
   byId("ttft").replaceChildren(element("table", { class: "ttft" },
     element("caption", { class: "hidden" }, "Median time to first token by where the prompt came from"), element("tbody", {}, ...rows)));

@@ -6,14 +6,25 @@ export class Series {
     this.range = range;
     this.at = [];
     this.columns = {};
+    this.isEarly = false;
   }
 
   get last() {
     return this.at.length ? this.at[this.at.length - 1] : 0;
   }
 
+  /** Time of the last sample that stays. */
+  get kept() {
+    return this.at[this.at.length - (this.isEarly ? 2 : 1)] || 0;
+  }
+
   /** Take in what /history.json says; a column that did not change came as one number. */
   add(history) {
+    if (this.isEarly) { // it was of that moment only
+      this.at.pop();
+      for (const column of Object.values(this.columns)) column.pop();
+    }
+    this.isEarly = history.is_early;
     const fresh = history.at.length;
     for (const [name, values] of Object.entries(history.columns)) {
       const column = (this.columns[name] ||= new Array(this.at.length).fill(0));

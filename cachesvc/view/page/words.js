@@ -15,7 +15,7 @@ export const REASONS = {
   flash_off: ["flash is off", "the flash tier failed; the block may be there", "m2"],
   flash_rebuilding: ["flash being rebuilt", "its index is being read; the block may be there", "m3"],
   detached: ["sidecar away", "the engine could not reach this sidecar", "m5"],
-  no_cache: ["no cache", "the engine runs with the cache turned off", "m4"],
+  no_cache: ["no cache", "the request or its engine has the cache turned off", "m4"],
   self_test: ["trial failed", "what the engine stored for a trial came back wrong: it runs without", "m2"],
   corrupt: ["corrupt", "a checksum differed; dropped and computed instead", "m2"],
   torn: ["torn read", "the slot was reused while it was read; computed instead", "m6"],
