@@ -14,6 +14,7 @@ from kvist.engine.request import LoadCost, LoadStats
 from kvist.engine.sequence import Sequence
 from kvist.engine.step import Work
 from kvist.engine.tally import hit_tiers
+from kvist.proto.shm import MOVED_TIERS, TIERS
 from kvist.transfer.pace import Pace
 from kvist.transfer.pipeline import layer_cuts
 
@@ -56,6 +57,10 @@ class Weigher:
         self._load_s = 0.0
         self._gate_wait_s = 0.0
         self._gate_waits = 0
+        self._loaded_bytes = dict.fromkeys(MOVED_TIERS, 0)
+        self._moved_s = dict.fromkeys(MOVED_TIERS, 0.0)
+        self._saved_s = dict.fromkeys(TIERS, 0.0)
+        self._store_s = 0.0
 
     def weigh(self, sequence: Sequence, first_block: int, tiers: tuple[str, ...]) -> Choice:
         """What would be chosen now; see choose."""
@@ -120,9 +125,11 @@ class Weigher:
         )
         self.meter.observe(f"load_seconds.{tier}", seconds)
         self.meter.took(sequence.tenant, f"load_us.{tier}", seconds)
+        self._moved_s[tier] += seconds
         for name, blocks in Counter(tiers[: loaded.blocks]).items():
             moved = blocks * self._block_bytes
             self.meter.count_for(sequence.tenant, f"load_bytes.{name}", moved)
+            self._loaded_bytes[name] += moved
         sequence.rise_s = 0.0
 
     def saved(self, sequence: Sequence, loaded: int) -> None:
@@ -139,6 +146,7 @@ class Weigher:
             end = start + size * sum(1 for _ in run)
             seconds = a * (end - start) + b * (end**2 - start**2) / 2
             self.meter.took(sequence.tenant, f"saved_us.{tier}", seconds)
+            self._saved_s[tier] += seconds
             start = end
 
     def began(self, sequence: Sequence, seconds: float) -> None:
@@ -152,6 +160,7 @@ class Weigher:
     def stored(self, stored: Stored) -> None:
         """A batch of stores has ended."""
         self.meter.observe("store_seconds", stored.seconds)
+        self._store_s += stored.seconds
         for tenant, blocks in stored.tenants.items():
             share = blocks / len(stored.pages)
             self.meter.took(tenant, "store_us", stored.seconds * share)
@@ -193,4 +202,8 @@ class Weigher:
             store_yields=pace.yields,
             throttled_s=pace.throttled_s,
             rates=self.rates,
+            loaded_bytes=dict(self._loaded_bytes),
+            saved_s=dict(self._saved_s),
+            moved_s=dict(self._moved_s),
+            store_s=self._store_s,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from kvist.cachesvc.core.accounts import TenantUse, Worth, tenant_uses, worth_of_tiers
 from kvist.cachesvc.core.sessions import Session, Sessions
@@ -24,6 +24,7 @@ class TierUse:
 
     Attributes:
         failure: why it is in state "failed", in words; "" when it is not.
+        written_bytes, read_bytes: of those blocks, whole slots.
     """
 
     tier: str
@@ -37,6 +38,8 @@ class TierUse:
     quarantined_slots: int = 0
     huge_bytes: int = 0
     failure: str = ""
+    written_bytes: int = 0
+    read_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +177,14 @@ def tier_uses(placement: Placement, moves: Moves) -> tuple[TierUse, ...]:
                 flash.quarantined, failure=flash.failure,
             )
         )  # fmt: skip
-    return tuple(uses)
+    return tuple(
+        replace(
+            use,
+            written_bytes=use.written_blocks * use.slot_bytes,
+            read_bytes=use.read_blocks * use.slot_bytes,
+        )
+        for use in uses
+    )
 
 
 def unopened_flash(failure: str) -> TierUse:

@@ -96,7 +96,7 @@ class Measures:
         tiers = _TIERS if has_flash else _TIERS[:1]
         all_ = [self.reuse_gap.shown("reuse_gap_seconds")]
         for tier in tiers:
-            all_.append(self.idle[tier].shown("idle_before_eviction_seconds", tier=tier))
+            all_.append(self.idle[tier].shown("idle_before_evict_seconds", tier=tier))
             all_.append(self.lifetime[tier].shown("lifetime_seconds", tier=tier))
         if has_flash:
             all_ += [self.rise.shown("rise_seconds"), self.sink.shown("sink_seconds")]
