@@ -212,6 +212,24 @@ def test_ranges_show_the_same_sums_while_there_is_no_more(page: Browser) -> None
     assert (column(page, "#sources-rows"), column(page, "#misses-rows")) == before
 
 
+def test_numbers_of_any_size_are_readable(page: Browser) -> None:
+    shown = page.run(
+        "return import('/format.js').then((f) => ["
+        "f.short(0), f.short(999), f.short(12345), f.short(9.99e14), f.count(1234567),"
+        "f.percent(0, 0), f.percent(1, 100000), f.percent(99999, 100000), f.percent(5, 5),"
+        "f.bytes(0), f.bytes(1536), f.bytes(2 ** 44), f.rate(0), f.rate(0.4), f.rate(2.5e10),"
+        "f.duration(0), f.duration(3e-6), f.duration(0.0123), f.duration(-90), f.duration(4000),"
+        "f.duration(1e9)])"
+    )
+    assert shown == [
+        "0", "999", "12.3 k", "999 T", "1,234,567",
+        "–", "<0.1 %", ">99.9 %", "100 %",
+        "0 B", "1.5 KiB", "16 TiB", "0", "<1 B/s", "25 GB/s",
+        "0 s", "3 µs", "12.3 ms", "−90 s", "1 h 6 min",
+        "11,574 d 1 h",
+    ]  # fmt: skip
+
+
 def test_theme_follows_the_system_and_the_switch_which_is_remembered(
     busy: Sidecar, browser: Browser
 ) -> None:
