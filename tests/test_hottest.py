@@ -11,7 +11,7 @@ from sim.blocks import Block
 from sim.stores import Bench, chain, keys_of
 
 from kvist.cachesvc.study import hottest
-from kvist.cachesvc.study.hottest import Prefix
+from kvist.cachesvc.study.hottest import REST_LOOKS, Prefix
 
 
 def use(bench: Bench, blocks: Sequence[Block]) -> None:
@@ -22,7 +22,8 @@ def use(bench: Bench, blocks: Sequence[Block]) -> None:
 
 
 def prefixes(bench: Bench, looks: int = 1) -> tuple[Prefix, ...]:
-    for _ in range(looks):
+    """What a whole round finds, after the rest of the one before."""
+    for _ in range(REST_LOOKS + looks):
         found = bench.parts.placement.hottest.look()
     return found
 

@@ -25,6 +25,8 @@ SHOWN = 12
 # most; a cache of a million blocks is gone over in 27 looks.
 _SLICE_ROWS = 1 << 16
 _WALK_BLOCKS = 16384
+# Looks between two rounds: to describe what was found takes up to 2 ms, so not each second.
+REST_LOOKS = 4
 # Rows with the highest worth that are kept of a round: the ends of long chains come first.
 _BEST = 512
 TOKENS_SHOWN = 8
@@ -69,7 +71,7 @@ class Hottest:
         self._blocks = blocks
         self._uses: Final = np.zeros(rows, np.uint32)
         self._best = np.zeros(0, np.int64)
-        self._at = 0
+        self._at = self._rest = 0
         self.prefixes: tuple[Prefix, ...] = ()
         self.tokens_of: Callable[[int], tuple[int, ...]] = lambda _row: ()
 
@@ -94,13 +96,16 @@ class Hottest:
 
     def look(self) -> tuple[Prefix, ...]:
         """Go over the next rows; what the last whole round found, most worth first."""
+        if self._rest:
+            self._rest -= 1
+            return self.prefixes
         stop = min(self._at + _SLICE_ROWS, len(self._uses))
         used = np.flatnonzero(self._uses[self._at : stop]) + self._at
         self._best = self._top(np.concatenate([self._best, used]))
         self._at = stop
         if stop == len(self._uses):
             self.prefixes = tuple(self._ends())
-            self._at, self._best = 0, np.zeros(0, np.int64)
+            self._at, self._best, self._rest = 0, np.zeros(0, np.int64), REST_LOOKS
         return self.prefixes
 
     def _worth(self, rows: Rows) -> Rows:

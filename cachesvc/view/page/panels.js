@@ -25,24 +25,24 @@ export function showHeadline({ spans }) {
     : start.requested ? "no requests in the last minute" : "no requests yet");
 }
 
-export function showWorth({ spans: { start } }) {
+export function showWorth({ spans: { start }, worth }) {
   const saved = start.saved_s, spent = start.load_s + start.store_s, net = start.net_s;
   const known = start.requested > 0 && saved + spent > 0;
   byId("worth-net").classList.toggle("minus", known && net < 0);
   say("worth-net", known ? (net > 0 ? "+" : "") + f.duration(net) : f.NONE);
   say("worth-saved", known ? f.duration(saved) : f.NONE);
   say("worth-spent", known ? f.duration(spent) : f.NONE);
-  say("worth-say", worthInWords(known, net, saved, spent, start));
+  say("worth-say", worthInWords(known, net, saved / spent, start, worth));
 }
 
-function worthInWords(known, net, saved, spent, start) {
+function worthInWords(known, net, times, start, worth) {
   if (!start.requested) return "no requests yet";
   if (!known) return "no engine has measured its rates yet";
   if (net <= 0) return "not yet: a cache stores before it hits";
-  const tokens = start.saved_tokens;
-  const times = spent > 0 ? saved / spent : 0;
-  const each = times >= 1 ? `, ${f.digits(times)} s for each second spent moving` : "";
-  return `yes: ${f.short(tokens)} tokens of prefill not computed since the start${each}`;
+  const each = Number.isFinite(times) && times >= 1 ? `, ${f.digits(times)} s for each second spent moving` : "";
+  const own = worth.find((tier) => tier.tier === "hbm").saved_s;
+  return `yes: ${f.short(start.saved_tokens)} tokens not computed since the start${each}` +
+    (own > 0 ? `. The engines’ own HBM saved another ${f.duration(own)}` : "");
 }
 
 const MARKS = { bad: "●", warn: "▲", note: "■" };
@@ -225,7 +225,7 @@ export function showSessions(stats) {
     [["engine", ""], ["namespace", ""], ["attached", "number"], ["hit rate", "number"], ["loaded", "number"], ["stored", "number"], ["its blocks here", "number"], ["filling", "number"]],
     stats.attached.map((each) => cells(
       ["name", [each.client, element("small", {}, ` pid ${each.pid}`)]],
-      ["", [each.namespace, element("small", {}, " " + each.compute)]],
+      ["", [each.namespace, element("small", { title: each.compute }, " " + each.compute.replace(/^[0-9a-f]{32,} /, ""))]],
       ["number", f.duration(Math.floor(each.age_s))],
       ["number", f.percent(each.hit_tokens, each.requested_tokens)],
       ["number", f.bytes(each.loaded_bytes)],
@@ -233,6 +233,11 @@ export function showSessions(stats) {
       ["number", f.bytes(Math.max(each.dram_blocks, each.flash_blocks) * slot)],
       ["number", each.reserved_slots ? `${f.count(each.reserved_slots)} slots` : f.NONE])),
     "no engine is attached");
+}
+
+/** What the sidecar's tiers were worth to a tenant, as the headline has it for all: without HBM. */
+function netOf({ net_s: net, saved_s: saved }) {
+  return net - saved.hbm;
 }
 
 function showTenants(stats, slot) {
@@ -245,7 +250,7 @@ function showTenants(stats, slot) {
       ["number", f.count(each.lookups)],
       ["number", f.short(each.requested_tokens)],
       ["number", f.percent(sum(each.hit_tokens), each.requested_tokens)],
-      ["number", (each.net_s > 0 ? "+" : "") + f.duration(each.net_s)],
+      ["number", (netOf(each) > 0 ? "+" : "") + f.duration(netOf(each))],
       ["number", f.bytes(each.held_blocks.dram * slot)],
       ["number", f.bytes(each.held_blocks.flash * slot)])),
     "nobody has asked for anything");
