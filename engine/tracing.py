@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 SCOPE = "kvist.trace"
 """Where the trace of a request is in its ASGI scope; absent when there is none."""
 
+LATENCIES = {
+    "kvist.queue": "gen_ai.latency.time_in_queue",
+    "kvist.prefill": "gen_ai.latency.time_in_model_prefill",
+    "kvist.decode": "gen_ai.latency.time_in_model_decode",
+}
+"""Parts of the first answer whose seconds the whole has as attributes, under vLLM's names."""
+
 TRACED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 
@@ -60,6 +67,7 @@ class RequestTrace:
         self._answers: Sequence[Answer] = ()
         self._places: list[TraceContext] = []
         self._last_s: dict[str, float] = {}
+        self._latencies: dict[str, Attribute] = {}
 
     def submit(self, answers: Sequence[Answer]) -> None:
         """Its answers go to the core now; each is told where it belongs."""
@@ -75,6 +83,10 @@ class RequestTrace:
     def heard(self, note: SpanNote) -> None:
         """The core has ended a part of an answer."""
         self._last_s[note.parent] = max(note.end_s, self._last_s.get(note.parent, 0.0))
+        if note.parent == self._places[0].span and note.name in LATENCIES:
+            self._latencies[LATENCIES[note.name]] = note.end_s - note.start_s
+            if note.name == "kvist.prefill":
+                self._latencies["gen_ai.latency.time_to_first_token"] = note.end_s - self._began_s
 
     def end(self, status: int) -> list[SpanNote]:
         """The spans of this process, now that the request has been answered.
@@ -97,6 +109,7 @@ class RequestTrace:
         error = "no answer" if not status else f"HTTP {status}" if status >= 500 else ""
         about: dict[str, Attribute] = {
             **self._usage(),
+            **self._latencies,
             "gen_ai.latency.e2e": end_s - self._began_s,
             "http.response.status_code": status,
         }

@@ -148,6 +148,12 @@ def test_attributes_have_vllms_names_and_ours(site: Site) -> None:
     assert about["gen_ai.request.max_tokens"] == 20
     assert about["gen_ai.usage.prompt_tokens"] > 100
     assert about["http.response.status_code"] == 200
+    parts = [
+        about[f"gen_ai.latency.time_in_{part}"]
+        for part in ("queue", "model_prefill", "model_decode")
+    ]
+    assert 0.0 < sum(parts) < about["gen_ai.latency.e2e"]
+    assert about["gen_ai.latency.time_to_first_token"] < about["gen_ai.latency.e2e"]
     answer = one(site.collector.under(root(site, TRACE)), "kvist.generate")
     queue = one(site.collector.under(answer), "kvist.queue")
     looked = one(site.collector.under(queue), "kvist.lookup").attributes
