@@ -24,7 +24,7 @@ from kvist.engine.sequence import Sequence, State
 from kvist.engine.step import Work
 from kvist.engine.tally import Tally, outcome
 from kvist.engine.weighing import Weigher
-from kvist.proto.keys import BlockKey, tenant_of
+from kvist.proto.keys import BlockKey
 from kvist.proto.record import Bytes
 from kvist.proto.shm import STORABLE
 from kvist.proto.trace import SpanNote
@@ -77,7 +77,7 @@ class Connector:
         self.notes: list[SpanNote] = []
         self._storing: set[BlockKey] = set()
         self.weigher: Weigher | None = None
-        self._shown_s = now()
+        self._shown_s = self._told_s = now()
         self._flights = None if cache is None else Flights(cache, now)
         self._rising = None if cache is None else Rising(cache, now, self._rose)
         self._copiers = None if cache is None else Copiers(cache, page_bytes, log, now)
@@ -188,7 +188,8 @@ class Connector:
             self._storing.add(sequence.keys()[block])
             if sequence.trace is not None:
                 sequence.trace.stores()
-            self._copiers.store(StoreJob(self._item(sequence, block, page), page, sequence.trace))
+            item = self._item(sequence, block, page)
+            self._copiers.store(StoreJob(item, page, sequence.tenant, sequence.trace))
         if sequence.reuses:
             self._flights.computing(sequence)
 
@@ -236,7 +237,17 @@ class Connector:
                 self._store_room += len(result.pages)
                 self.stored_blocks += result.result.stored
                 self.store_drops.update(result.result.dropped)
+        self._tell()
         return loads
+
+    def _tell(self) -> None:
+        """Tell the sidecar what was measured, at most twice a second."""
+        if self.weigher is None or self._cache is None or not self.weigher.meter:
+            return
+        now = self._now()
+        if now - self._told_s >= SHOW_EVERY_S:
+            self._told_s = now
+            self._cache.measured(*self.weigher.meter.take())
 
     def beside(self, running: int) -> None:
         """So many requests compute when the next step is scheduled."""
@@ -252,6 +263,11 @@ class Connector:
         if now - self._shown_s >= SHOW_EVERY_S:
             self._shown_s = now
             self._cache.show_rates(self.weigher.look())
+
+    def began(self, sequence: Sequence, now_s: float) -> None:
+        """A sequence has its first token."""
+        if self.weigher is not None:
+            self.weigher.began(sequence, now_s - sequence.arrived_s)
 
     def load_stats(self) -> LoadStats:
         """See there."""
@@ -269,6 +285,8 @@ class Connector:
         if self._cache is None or self._copiers is None:
             return
         self._copiers.close()
+        if self.weigher is not None:
+            self._cache.measured(*self.weigher.meter.take())
         self._cache.close()
 
     # On the core's thread.
@@ -283,7 +301,10 @@ class Connector:
         keys = sequence.keys()[: sequence.usable_blocks]
         known = 1 if blocks else 0
         asked = keys[blocks - known :]
+        began_s = self._now()
         found = cache.lookup(asked, None if known else self._first(sequence))
+        if self.weigher is not None:
+            self.weigher.meter.observe("lookup_seconds", self._now() - began_s)
         sequence.found = cache.tiers(asked[: found.blocks])[known:]
         # Should a found block be gone before its tier was read, it was evicted in between.
         sequence.found_end = found.reason or "evicted"
@@ -323,7 +344,7 @@ class Connector:
             tokens=sequence.block_tokens_bytes(block),
             payload=self._page_bytes(page),
             origin=b"" if block else sequence.origin(),
-            tenant="" if block else tenant_of(sequence.request.cache_salt),
+            tenant="" if block else sequence.tenant,
             trace="" if sequence.trace is None else str(sequence.trace.store),
         )
 
@@ -337,7 +358,9 @@ class Connector:
             sequence.trace.counted(lookup)
         self.tally.add(lookup)
         if self._cache is not None:
-            self._cache.count(lookup.requested, lookup.hits, lookup.misses)
+            self._cache.count(lookup.requested, lookup.hits, lookup.misses, sequence.tenant)
+            if self.weigher is not None:
+                self.weigher.saved(sequence, loaded)
             blocks = sequence.registered + loaded
             self._cache.touch(sequence.keys(), blocks, sequence.request.hint)
 

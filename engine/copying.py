@@ -53,22 +53,29 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A batch of stores has ended, in so many seconds; traces: of traced requests, their blocks."""
+    """A batch of stores has ended, in so many seconds.
+
+    Attributes:
+        tenants: blocks that were whose. traces: of traced requests, their blocks.
+    """
 
     result: StoreResult
     pages: list[int]
     keys: set[BlockKey]
     seconds: float
+    tenants: Counter[str]
     began_s: float = 0.0
     traces: Mapping[SequenceTrace, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class StoreJob:
-    """A block to store, the page that it is copied from, and whose trace tells of it."""
+    """A block to store, the page that it is copied from, whose it is, and whose trace tells of
+    it."""
 
     item: StoreItem
     page: int
+    tenant: str
     trace: SequenceTrace | None = None
 
 
@@ -219,9 +226,10 @@ class Copiers:
             else:
                 result = self._store_batch([job.item for job in jobs])
             pages, keys = [job.page for job in jobs], {job.item.key for job in jobs}
+            tenants = Counter(job.tenant for job in jobs)
             traces = Counter(job.trace for job in jobs if job.trace is not None)
             seconds = self._now() - began_s
-            self._results.put(Stored(result, pages, keys, seconds, began_s, traces))
+            self._results.put(Stored(result, pages, keys, seconds, tenants, began_s, traces))
 
     def _take_batch(self, jobs: list[StoreJob]) -> bool:
         """Wait for a job, take those that are queued behind it; False when no more come."""

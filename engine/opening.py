@@ -218,7 +218,8 @@ def open_tiers(
     if config.cache == CACHE_EMBEDDED:
         client = _open_embedded(config, namespace, name, log, journal)
     else:
-        client = open_cache(config.cache, namespace, name, log, PoolPage(namespace.format))
+        page = PoolPage(namespace.format)
+        client = open_cache(config.cache, namespace, name, log, page, config.model_names[0])
     client.pace = Pace(config.cache_load_bytes_per_s, config.cache_store_bytes_per_s)
     # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
     client.wait_attached(ATTACH_WAIT_S)
@@ -241,7 +242,9 @@ def _open_embedded(
         slot_bytes=None,
         journal=journal,
     )
-    return open_embedded(store, namespace, name, log, PoolPage(namespace.format))
+    return open_embedded(
+        store, namespace, name, log, PoolPage(namespace.format), config.model_names[0]
+    )
 
 
 def free_memory_bytes() -> int:

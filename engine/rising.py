@@ -90,6 +90,7 @@ class Rising:
             rise.looked_s = now
             return True
         self.late += is_rising
+        sequence.rise_s = now - rise.began_s
         if sequence.trace is not None:
             sequence.trace.rose(now, is_rising)
         # Between two looks lies a step: what came during a long one may have come at its beginning.

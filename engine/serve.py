@@ -90,7 +90,7 @@ class EngineServer:
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self._on_signal)
         metrics = EngineMetrics(CollectorRegistry(), self._config.model_names[0], time.monotonic)
-        ProcessCollector(registry=metrics.registry)
+        ProcessCollector(registry=metrics.others)
         endpoint = self._config.otlp_traces_endpoint
         self._tracer = open_tracer("--otlp-traces-endpoint", endpoint, "kvist")
         self._announce()
