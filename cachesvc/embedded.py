@@ -26,7 +26,6 @@ from kvist.cachesvc.worker.trial import TrialPage
 from kvist.proto import cache_pb2
 from kvist.proto.errors import Detached
 from kvist.proto.keys import Namespace
-from kvist.transfer.device import Pinner
 
 __all__ = ["DirectControl", "StoreConfig", "open_embedded"]
 
@@ -188,18 +187,18 @@ def open_embedded(
     name: str,
     log: Log,
     trial: TrialPage | None = None,
-    pinner: Pinner | None = None,
+    model: str = "",
 ) -> CacheClient:
     """Start a cache in this process and its client; the client's close ends both.
 
     Args:
         config: sizes and flash; run_dir and shm_dir are replaced by a private folder.
-        trial, pinner: see CacheClient.
+        trial, model: see CacheClient.
 
     Raises:
         ConfigInvalid, FormatRefused: the store cannot be opened as configured.
     """
     client = CacheClient(DirectControl(config, log), namespace, name, log)
-    client.trial, client.pinner = trial, pinner
+    client.trial, client.model = trial, model
     client.start()
     return client

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kvist.cachesvc.log import Log
-from kvist.engine.config import CACHE_EMBEDDED, EngineConfig
+from kvist.engine.cache_address import CACHE_EMBEDDED
+from kvist.engine.config import EngineConfig
 from kvist.engine.device.found import CPU, Device
 from kvist.engine.memory import free_memory_bytes
 from kvist.engine.models.base import Model

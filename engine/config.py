@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvist.cachesvc.events.settings import checked_kv_events
+from kvist.engine.cache_address import CACHE_EMBEDDED, normal_cache
 from kvist.engine.device.flags import DEVICES, add_device_flags
 from kvist.engine.priority import INTERACTIVE, PRIORITIES
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.sizes import format_bytes, parse_bytes
 
-CACHE_EMBEDDED = "embedded"
-CACHE_OFF = "off"
 DTYPES = ("auto", "bfloat16", "float32")
 QUANTIZATIONS = ("auto", "none", "int8", "int4")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -23,7 +22,6 @@ BLOCK_TOKENS_MAX = 4096
 # A prompt holds up those that decode beside it for as long as a step takes: on a CPU that is soon
 # too long. On a GPU few tokens leave the matrix units idle.
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
-_HOST_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 
 
 def usable_cores() -> int:
@@ -78,6 +76,7 @@ class EngineConfig:
         cache_overlap: load beside the computation, layer by layer, where that is shorter.
         cache_load_bytes_per_s: cap of copies out of the cache; 0 is none.
         cache_store_bytes_per_s: cap of copies into it; 0 is none.
+        kv_events_config: JSON object, see cachesvc/events/settings.py; "" tells no events.
         enable_prefix_caching: reuse pages in the HBM tier; False turns all reuse off.
         api_key: what clients must send as a bearer token; None asks for nothing.
         log_level: "debug", "info", "warning" or "error".
@@ -86,6 +85,7 @@ class EngineConfig:
         async_scheduling: plan a step while the one before it runs; None is up to the device.
         default_priority: class of requests that name none, see priority.
         priority_aging_seconds: waiting that raises a request by a class.
+        otlp_traces_endpoint: of an OpenTelemetry collector; "" traces nothing.
         drain_seconds: how long running requests may go on after SIGTERM.
 
     Raises:
@@ -115,6 +115,7 @@ class EngineConfig:
     cache_overlap: bool = True
     cache_load_bytes_per_s: int = 0
     cache_store_bytes_per_s: int = 0
+    kv_events_config: str = ""
     enable_prefix_caching: bool = True
     api_key: str | None = None
     log_level: str = "info"
@@ -123,6 +124,7 @@ class EngineConfig:
     async_scheduling: bool | None = None
     default_priority: str = PRIORITIES[INTERACTIVE]
     priority_aging_seconds: float = 30.0
+    otlp_traces_endpoint: str = ""
     drain_seconds: float = 30.0
 
     def __post_init__(self) -> None:
@@ -167,6 +169,7 @@ class EngineConfig:
         self._check_cache()
 
     def _check_cache(self) -> None:
+        checked_kv_events(self.kv_events_config)
         object.__setattr__(self, "cache", normal_cache(self.cache))
         for flag, cap in (
             ("--cache-load-bandwidth", self.cache_load_bytes_per_s),
@@ -214,27 +217,6 @@ class EngineConfig:
         return (path.stem if path.suffix == ".gguf" else path.name, self.model)
 
 
-def normal_cache(text: str) -> str:
-    """Bring a cache setting to "embedded", "off", "unix:/path" or "host:port".
-
-    Raises:
-        ConfigInvalid: none of these.
-    """
-    if text in (CACHE_EMBEDDED, CACHE_OFF):
-        return text
-    if text.startswith("/"):
-        return f"unix:{text}"
-    if text.startswith("unix:") and len(text) > len("unix:"):
-        return text
-    match = _HOST_PORT.fullmatch(text)
-    if match and 0 < int(match.group(2)) <= 65535:
-        return text
-    raise ConfigInvalid(
-        f"--cache: {text!r} is no cache; give embedded, off, an absolute path to a socket "
-        "like /run/kvist/kvistd.sock, or host:port"
-    )
-
-
 def _size(text: str) -> int:
     try:
         return parse_bytes(text)
@@ -270,6 +252,12 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         type=_number(float, "a number"),
         default=30.0,
         help="let running requests go on this long after SIGTERM (%(default)s)",
+    )
+    http.add_argument(
+        "--otlp-traces-endpoint",
+        default="",
+        metavar="URL",
+        help="collector of OpenTelemetry traces, like http://localhost:4317; see docs/tracing.md",
     )
     run = parser.add_argument_group("model")
     add_device_flags(run)
@@ -365,7 +353,14 @@ def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float])
 
 
 def _add_copy_flags(kv: argparse._ArgumentGroup) -> None:
-    """How blocks move."""
+    """How blocks move, and who is told."""
+    kv.add_argument(
+        "--kv-events-config",
+        default="",
+        metavar="JSON",
+        help="KV events for routers over ZMQ, with vLLM's keys, like "
+        '{"endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}; see docs/events.md',
+    )
     kv.add_argument(
         "--cache-overlap",
         action=argparse.BooleanOptionalAction,

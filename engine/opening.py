@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvist.cachesvc.client import CacheClient, open_cache
+from kvist.cachesvc.events.journal import Journal
+from kvist.cachesvc.events.publisher import Publisher
+from kvist.cachesvc.events.settings import checked_kv_events
 from kvist.cachesvc.log import LEVELS, Level, Log
 from kvist.engine.backend import Backend, CpuBackend, Progress
-from kvist.engine.config import CACHE_EMBEDDED, CACHE_OFF, EngineConfig
+from kvist.engine.cache_address import CACHE_EMBEDDED, CACHE_OFF
+from kvist.engine.config import EngineConfig
 from kvist.engine.connector import Connector
 from kvist.engine.device.found import CPU, Device, find_device
 from kvist.engine.models.base import ModelConfig
@@ -28,7 +32,6 @@ from kvist.proto.keys import Namespace
 from kvist.proto.layout import BlockFormat
 from kvist.proto.sizes import format_bytes
 from kvist.tiers.hbm import PagePool
-from kvist.transfer.device import Pinner
 from kvist.transfer.pace import Pace
 
 ATTACH_WAIT_S = 2.0
@@ -49,6 +52,7 @@ class Parts:
         kernels: what computes, for people.
         device: where it computes.
         memory: what is left there, for people.
+        events: tells routers what the tiers hold, None when that is off; to be closed last.
     """
 
     runner: StepRunner
@@ -61,6 +65,13 @@ class Parts:
     kernels: str = ""
     device: Device = CPU
     memory: str = ""
+    events: Publisher | None = None
+
+    def close(self) -> None:
+        """Let the cache go, and then tell routers so."""
+        self.connector.close()
+        if self.events is not None:
+            self.events.close()
 
     def ready(self) -> Ready:
         """What the API process needs to know."""
@@ -118,8 +129,9 @@ def open_parts(
     pages = Pages(count)
     runner = backend.runner(pool, limits, tell)
     copies, pinner = backend.copies(pool, log)
-    page = PoolPage(format, backend.device.torch)
-    cache = open_tiers(config, namespace, log, page, pinner)
+    page = PoolPage(format, backend.device.torch, pinner)
+    events = open_events(config, pages, log)
+    cache = open_tiers(config, namespace, log, page, pages.journal)
     connector = Connector(cache, copies, pages, log, now)
     connector.weigher = Weigher(
         format.layers, format.payload_bytes, format.block_tokens, copies.run_bytes
@@ -136,7 +148,21 @@ def open_parts(
         kernels=kernels,
         device=backend.device,
         memory=backend.memory(),
+        events=events,
     )
+
+
+def open_events(config: EngineConfig, pages: Pages, log: Log) -> Publisher | None:
+    """The publisher of KV events, with a journal that pages writes to; None when it is off.
+
+    Raises:
+        ConfigInvalid: an address cannot be bound.
+    """
+    settings = checked_kv_events(config.kv_events_config)
+    if settings is None or not config.enable_prefix_caching:
+        return None
+    pages.journal = Journal()
+    return Publisher(settings, pages.journal, log)
 
 
 def _silent(done: int, total: int, what: str = "") -> None:
@@ -224,13 +250,18 @@ def limits_of(config: EngineConfig, model: ModelConfig, pages: int) -> Limits:
 
 
 def open_tiers(
-    config: EngineConfig, namespace: Namespace, log: Log, page: PoolPage, pinner: Pinner | None
+    config: EngineConfig,
+    namespace: Namespace,
+    log: Log,
+    page: PoolPage,
+    journal: Journal | None = None,
 ) -> CacheClient | None:
     """Open the cache beyond the pool; None when it is off.
 
     Args:
         config: checked settings. namespace: of the blocks. log: for the client.
-        page: for the trial. pinner: see CacheClient.
+        page: for the trial.
+        journal: where an embedded cache writes what its tiers hold.
 
     Raises:
         ConfigInvalid: the address cannot be used, or the embedded cache has no room.
@@ -239,9 +270,9 @@ def open_tiers(
         return None
     name = f"kvist-{os.getpid()}"
     if config.cache == CACHE_EMBEDDED:
-        client = _open_embedded(config, namespace, name, log, page, pinner)
+        client = _open_embedded(config, namespace, name, log, page, journal)
     else:
-        client = open_cache(config.cache, namespace, name, log, page, pinner)
+        client = open_cache(config.cache, namespace, name, log, page, config.model_names[0])
     client.pace = Pace(config.cache_load_bytes_per_s, config.cache_store_bytes_per_s)
     # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
     client.wait_attached(ATTACH_WAIT_S)
@@ -254,7 +285,7 @@ def _open_embedded(
     name: str,
     log: Log,
     page: PoolPage,
-    pinner: Pinner | None,
+    journal: Journal | None,
 ) -> CacheClient:
     # Here and not at the top: an engine with a sidecar needs no store in its own process.
     from kvist.cachesvc.embedded import StoreConfig, open_embedded
@@ -267,8 +298,9 @@ def _open_embedded(
         flash_path=flash,
         flash_bytes=config.cache_flash_bytes,
         slot_bytes=None,
+        journal=journal,
     )
-    return open_embedded(store, namespace, name, log, page, pinner)
+    return open_embedded(store, namespace, name, log, page, config.model_names[0])
 
 
 def log_level(text: str) -> Level:

@@ -7,6 +7,7 @@ import torch
 from kvist.proto.layout import DTYPE_BYTES, PATTERN_STEPS, BlockFormat
 from kvist.proto.record import Bytes
 from kvist.tiers.hbm import PagePool
+from kvist.transfer.device import Pinner
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 
@@ -15,10 +16,13 @@ class PoolPage:
     """See worker.trial.TrialPage. The page is of a pool of its own, made as the model's is made.
 
     Args:
-        format: of the pool's pages. device: where the pool is.
+        format: of the pool's pages. device: where the pool is. pinner: see TrialPage.
     """
 
-    def __init__(self, format: BlockFormat, device: str = "cpu") -> None:
+    def __init__(
+        self, format: BlockFormat, device: str = "cpu", pinner: Pinner | None = None
+    ) -> None:
+        self.pinner = pinner
         self._format = format
         self._device = device
 

@@ -35,6 +35,7 @@ class AttachRequest(_message.Message):
     NAMESPACE_TEXT_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
     BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """PROTOCOL_VERSION of the client"""
     client: _builtins.str
@@ -49,6 +50,8 @@ class AttachRequest(_message.Message):
     """bytes of KV in a block"""
     block_tokens: _builtins.int
     """tokens in a block"""
+    model: _builtins.str
+    """a name for people, in metrics; may be left out"""
     def __init__(
         self,
         *,
@@ -59,10 +62,11 @@ class AttachRequest(_message.Message):
         namespace_text: _builtins.str = ...,
         payload_bytes: _builtins.int = ...,
         block_tokens: _builtins.int = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "client", b"client", "namespace", b"namespace", "namespace_text", b"namespace_text", "payload_bytes", b"payload_bytes", "pid", b"pid", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "client", b"client", "model", b"model", "namespace", b"namespace", "namespace_text", b"namespace_text", "payload_bytes", b"payload_bytes", "pid", b"pid", "protocol_version", b"protocol_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -182,7 +186,10 @@ class ReserveRequest(_message.Message):
 
     SESSION_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     session: _builtins.str
+    traceparent: _builtins.str
+    """W3C trace context, see proto/trace.py; empty: not traced"""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockName]:
         """first block first"""
@@ -192,10 +199,11 @@ class ReserveRequest(_message.Message):
         *,
         session: _builtins.str = ...,
         blocks: _abc.Iterable[Global___BlockName] | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "session", b"session", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -337,7 +345,10 @@ class CommitRequest(_message.Message):
 
     SESSION_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     session: _builtins.str
+    traceparent: _builtins.str
+    """as in ReserveRequest"""
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -345,10 +356,11 @@ class CommitRequest(_message.Message):
         *,
         session: _builtins.str = ...,
         slots: _abc.Iterable[_builtins.int] | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "slots", b"slots", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,6 +24,7 @@ from sim.fake_model import BLOCK_TOKENS, FORMAT, FakeDeviceModel, config, contin
 from kvist.cachesvc.client import CacheClient
 from kvist.cachesvc.embedded import DirectControl, StoreConfig
 from kvist.cachesvc.log import Log
+from kvist.engine.trial_page import PoolPage
 from kvist.engine.weighing import Weigher
 from kvist.proto.errors import BlockCorrupt, BlockTorn
 from kvist.proto.keys import Namespace
@@ -253,7 +254,7 @@ def outcome(folder: Path, by_layers: bool, delay_s: float = 0.001) -> Outcome:
     parts = make_parts(model, NAMESPACE, 64, client, delay_s)
     ends = parts.connector._copies
     assert isinstance(ends, DevicePages)
-    client.pinner = ends
+    client.trial = PoolPage(FORMAT, pinner=ends)
     client.start()
     assert client.wait_attached(10.0)
     parts.connector.weigher = Weigher(1, FORMAT.payload_bytes, BLOCK_TOKENS)

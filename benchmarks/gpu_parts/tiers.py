@@ -21,6 +21,7 @@ from kvist.cachesvc.embedded import DirectControl, StoreConfig
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.worker.storing import StoreItem
 from kvist.engine.models.llama_cuda import CudaLlama
+from kvist.engine.trial_page import PoolPage
 from kvist.proto.keys import NO_KEY, BlockKey, Namespace, block_keys
 from kvist.proto.layout import BlockFormat
 from kvist.proto.record import Wanted
@@ -67,7 +68,7 @@ class Tiers:
         store = StoreConfig(folder, folder, room, None, 0, None)
         control = DirectControl(store, self.log)
         self.client = CacheClient(control, self.namespace, "bench", self.log)
-        self.client.pinner = self.pages
+        self.client.trial = PoolPage(format, pinner=self.pages)
         self.client.start()
         assert self.client.wait_attached(60.0), "the cache did not open"
         self._pinned.wait(PIN_WAIT_S)

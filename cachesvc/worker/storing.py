@@ -40,6 +40,7 @@ class StoreItem:
             returns.
         origin: of a first block, see proto.keys.origin_of; b"" tells nothing.
         tenant: of a first block, see proto.keys.tenant_of.
+        trace: traceparent of the sidecar's part in it; "" is not traced.
     """
 
     key: BlockKey
@@ -50,6 +51,7 @@ class StoreItem:
     payload: Bytes | Source
     origin: bytes = b""
     tenant: str = ""
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,9 @@ class Storer:
             raise Detached("the session has ended")
         step = fates.without_orphans(step)
         names = [_name(item) for item in step]
-        request = cache_pb2.ReserveRequest(session=life.session, blocks=names)
+        request = cache_pb2.ReserveRequest(
+            session=life.session, blocks=names, traceparent=_trace_of(step)
+        )
         return _Asked(step, self._control.reserve(request) if step else None)
 
     def _take(
@@ -228,9 +232,11 @@ class Storer:
             life.arena.end_fill(slot, header)
 
     def _commit(self, life: Life, filled: Sequence[tuple[int, StoreItem]]) -> _Committing:
-        slots = [slot for slot, _ in filled]
-        request = cache_pb2.CommitRequest(session=life.session, slots=slots)
-        return _Committing([item for _, item in filled], self._control.commit(request))
+        slots, items = [slot for slot, _ in filled], [item for _, item in filled]
+        request = cache_pb2.CommitRequest(
+            session=life.session, slots=slots, traceparent=_trace_of(items)
+        )
+        return _Committing(items, self._control.commit(request))
 
     def _settle(self, life: Life, committing: _Committing, fates: _Fates) -> None:
         reply = committing.pending.result()
@@ -241,6 +247,11 @@ class Storer:
             fates.note(item, "stored" if committed else "torn")
             stored_bytes += item.payload.nbytes * committed
         life.add({"stored_bytes": stored_bytes})
+
+
+def _trace_of(items: Sequence[StoreItem]) -> str:
+    """A call is part of one trace: that of the first block which has one."""
+    return next((item.trace for item in items if item.trace), "")
 
 
 def _name(item: StoreItem) -> cache_pb2.BlockName:

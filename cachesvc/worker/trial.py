@@ -21,13 +21,20 @@ from kvist.proto.errors import BlockCorrupt, Detached
 from kvist.proto.keys import NO_KEY, TRIAL_PREFIX, BlockKey, Namespace
 from kvist.proto.layout import pattern
 from kvist.proto.record import Bytes, Wanted
+from kvist.transfer.device import Pinner
 
 # After a trial that failed; something has to be changed by a person before another can pass.
 RETRY_S = 30.0
 
 
 class TrialPage(Protocol):
-    """A page like those of the worker's pool, written and read the way its model does."""
+    """A page like those of the worker's pool, written and read the way its model does.
+
+    Attributes:
+        pinner: told of the arena's memory, when the pool is a device's.
+    """
+
+    pinner: Pinner | None
 
     def written(self) -> Bytes:
         """A page whose elements were set by their positions to the pattern, as a payload."""

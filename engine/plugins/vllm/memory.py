@@ -15,6 +15,7 @@ import torch
 
 from kvist.proto.layout import BlockFormat, pattern
 from kvist.proto.record import Bytes
+from kvist.transfer.device import Pinner
 
 Runs = npt.NDArray[np.uint8]
 
@@ -137,6 +138,8 @@ class ScratchPage:
     What the trial shows each session is the sidecar's half; the worker's half, which cannot
     change in its life, was shown by try_memory.
     """
+
+    pinner: Pinner | None = None
 
     def __init__(self, memory: BlockMemory, format: BlockFormat) -> None:
         self._shape = (memory.layers, 2, memory.run_bytes)
