@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kvist.cachesvc.client import CacheClient, open_cache
 from kvist.cachesvc.events.journal import Journal
@@ -109,19 +110,12 @@ def open_parts(
     started = now()
     tell = progress or _silent
     backend = open_backend(config)
-    loaded = load_model(config.model, backend.dtype, tell, backend.quantization())
-    kv_dtype = kv_dtype_of(config, loaded)
-    backend.build(loaded, kv_dtype)
-    namespace = namespace_of(
-        loaded, config.block_tokens, kv_dtype, backend.compute(loaded, kv_dtype)
-    )
-    kernels, dtype, shape = backend.kernels(loaded), loaded.dtype, loaded.config
-    del loaded  # on a device the weights have left the host
+    built = _build(config, backend, tell)
     # Not info: the line would break into the bar that the API process draws on the terminal.
-    log.debug("model loaded", dtype=dtype, seconds=now() - started)
-    format = namespace.format
+    log.debug("model loaded", dtype=built.dtype, seconds=now() - started)
+    namespace, format = built.namespace, built.namespace.format
     count = pool_pages(config, format, backend.pool_bytes)
-    limits = limits_of(config, shape, count)
+    limits = limits_of(config, built.shape, count)
     pool = PagePool(format, count, backend.device.torch)
     threading.Thread(
         target=pool.prefault, args=(threading.Event(),), name="kvist-pool", daemon=True
@@ -144,8 +138,8 @@ def open_parts(
         limits=limits,
         format=format,
         digests=Digests(namespace),
-        dtype=dtype,
-        kernels=kernels,
+        dtype=built.dtype,
+        kernels=built.kernels,
         device=backend.device,
         memory=backend.memory(),
         events=events,
@@ -163,6 +157,25 @@ def open_events(config: EngineConfig, pages: Pages, log: Log) -> Publisher | Non
         return None
     pages.journal = Journal()
     return Publisher(settings, pages.journal, log)
+
+
+class _Built(NamedTuple):
+    """What is known of a model that a backend has built."""
+
+    namespace: Namespace
+    shape: ModelConfig
+    dtype: str
+    kernels: str
+
+
+def _build(config: EngineConfig, backend: Backend, progress: Progress) -> _Built:
+    """Load a model and have it built; where the backend has its own, the weights go with this."""
+    loaded = load_model(config.model, backend.dtype, progress, backend.quantization())
+    kv_dtype = kv_dtype_of(config, loaded)
+    backend.build(loaded, kv_dtype)
+    compute = backend.compute(loaded, kv_dtype)
+    namespace = namespace_of(loaded, config.block_tokens, kv_dtype, compute)
+    return _Built(namespace, loaded.config, loaded.dtype, backend.kernels(loaded))
 
 
 def _silent(done: int, total: int, what: str = "") -> None:
