@@ -158,12 +158,7 @@ class Store:
     # Sessions.
 
     def attach(
-        self,
-        client: str,
-        pid: int,
-        namespace: bytes,
-        namespace_text: str,
-        shape: RecordShape,
+        self, client: str, pid: int, namespace: bytes, namespace_text: str, shape: RecordShape
     ) -> SessionInfo:
         """Open a session.
 
@@ -228,6 +223,11 @@ class Store:
     @property
     def _made(self) -> Parts:
         assert self._parts is not None, "a session exists, so its parts do"
+        return self._parts
+
+    @property
+    def parts(self) -> Parts | None:
+        """What it is made of; None as long as the size of slots is open."""
         return self._parts
 
     # Blocks.

@@ -24,6 +24,7 @@ from kvist.cachesvc.placing.tenancy import Group
 from kvist.cachesvc.placing.wards import Rules, Wards
 from kvist.cachesvc.policy.eviction import History, Policy, Tree
 from kvist.cachesvc.policy.shadow import Shadow
+from kvist.cachesvc.policy.use_counts import UseCounts
 from kvist.cachesvc.policy.uses import Uses
 from kvist.cachesvc.study.whatif import Estimate, WhatIf
 from kvist.proto.errors import KvistError, TierFull
@@ -85,7 +86,7 @@ class Placement:
     Attributes:
         index, blocks, dram, flash: what it manages; flash is None without a flash tier.
         policy: says which block goes first.
-        uses: what is told to the policy.
+        uses: what is told to the policy; use_counts, history: what that makes, by row.
         jobs: moves under way by row; such a block is not evicted.
         unlisted: keys that left flash, to be taken out of the flash index.
         counts: what happened.
@@ -112,14 +113,16 @@ class Placement:
         self.blocks = Blocks(index)
         self.dram = dram
         self.flash = flash
-        history = History(index.rows)
+        history = self.history = History(index.rows)
+        self.use_counts = UseCounts(index.rows)
         # Every block sinks, so the larger tier holds all there is, but for what is on its way.
         flash_slots = flash.slots if flash else 0
         capacity = max(dram.slots, flash_slots)
         self.policy = make_policy(self.blocks, history, capacity)
         sizes = [dram.slots, capacity] if flash else [dram.slots]
         self._what_if = WhatIf(self.blocks, index.rows, sizes)
-        self.uses = Uses(self.blocks, history, (self.policy, self._what_if), now)
+        learners = (self.policy, self._what_if, self.use_counts)
+        self.uses = Uses(self.blocks, history, learners, now)
         self.jobs: dict[int, Sink | Rise] = {}
         self.unlisted: list[BlockKey] = []
         self.counts = Counts()
