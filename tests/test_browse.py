@@ -223,6 +223,7 @@ def test_the_record_of_a_block_of_a_tenant_with_a_ttl_says_when_it_ends(sidecar:
     ("method", "request_", "field"),
     [
         ("List", cache_pb2.ListRequest(limit=257), "limit"),
+        ("List", cache_pb2.ListRequest(page_token=(1 << 64) - 1), "page_token"),
         ("List", cache_pb2.ListRequest(key="xyz"), "key"),
         ("List", cache_pb2.ListRequest(namespace="0" * 65), "namespace"),
         ("List", cache_pb2.ListRequest(tenant="x" * 129), "tenant"),
@@ -249,5 +250,5 @@ def test_what_is_not_there_is_not_found_and_a_page_past_the_end_is_empty(sidecar
             with pytest.raises(grpc.RpcError) as missing:
                 method(request)
             assert missing.value.code() is grpc.StatusCode.NOT_FOUND
-        reply = stub.List(cache_pb2.ListRequest(page_token=1 << 60))
+        reply = stub.List(cache_pb2.ListRequest(page_token=1 << 48))
         assert (len(reply.runs), reply.next_page_token) == (0, 0)

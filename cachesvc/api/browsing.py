@@ -16,6 +16,7 @@ from kvist.proto.keys import DIGEST_BYTES, KEY_BYTES, BlockKey
 
 _HEX = frozenset(string.hexdigits.lower())
 TENANT_BYTES_MAX = 128
+PAGE_TOKEN_MAX = 1 << 48
 USES_MAX = (1 << 16) - 1
 
 
@@ -43,6 +44,7 @@ class Browsing:
         _check_digits("namespace", request.namespace, 2 * DIGEST_BYTES)
         _check_digits("key", request.key, 2 * KEY_BYTES)
         for field, value, high in (
+            ("page_token", request.page_token, PAGE_TOKEN_MAX),
             ("limit", request.limit, RUNS_MAX),
             ("min_uses", request.min_uses, USES_MAX),
             ("tenant", len(request.tenant.encode()), TENANT_BYTES_MAX),

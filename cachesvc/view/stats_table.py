@@ -22,7 +22,11 @@ def add_stats_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments of `kvist cache stats`."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--socket", metavar="WHERE", help="of the sidecar: its socket's path, or host:port"
+        "--socket",
+        "--address",
+        dest="socket",
+        metavar="WHERE",
+        help="of the sidecar: its socket's path, or host:port",
     )
     where.add_argument("--url", default=PAGE, help="of its page (%(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
