@@ -131,15 +131,16 @@ def _rates(now: Now) -> list[Text]:
 
 
 def _tiers(tiers: Sequence[TierNow]) -> list[Text]:
-    head = "tier   state      used                         size      in /s     out /s   evict/s"
+    head = "tier   state      used                       size       in /s     out /s evict/s"
     lines = [Text(head, HEAD)]
     for tier in tiers:
         share = tier.used_slots / tier.slots if tier.slots else 0.0
         line = Text(f"{tier.tier:6} ").append(f"{tier.state:10} ", _STATES.get(tier.state, POOR))
-        line.append_text(_bar(share, "cyan", 15))
+        line.append_text(_bar(share, "cyan", 12))
         line.append(
-            f" {100 * share:3.0f} % {format_bytes(tier.size_bytes):>8} {_flow(tier.in_bytes_per_s)} "
-            f"{_flow(tier.out_bytes_per_s)} {count(tier.evicted_per_s):>9}"
+            f" {100 * share:3.0f} % {format_bytes(tier.size_bytes):>8} "
+            f"{_flow(tier.in_bytes_per_s)} {_flow(tier.out_bytes_per_s)} "
+            f"{count(tier.evicted_per_s):>7}"
         )
         lines.append(line)
     if not tiers:
