@@ -61,7 +61,7 @@ class Door:
         path = self.where.removeprefix("unix:")
         address = f"unix:{path}" if path.startswith("/") else self.where
         self._grpc = grpc
-        options = (("grpc.enable_http_proxy", 0),)
+        options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
         self._channel = grpc.insecure_channel(address, options=options)
         self._stub = CacheStub(self._channel)
 
