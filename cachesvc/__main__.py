@@ -27,7 +27,7 @@ from kvist.cachesvc.core.beat import Beat, call_on
 from kvist.cachesvc.core.space import check_space
 from kvist.cachesvc.core.store import Store, StoreConfig, StoreStats
 from kvist.cachesvc.folders import OwnedFolder, sweep
-from kvist.cachesvc.log import Log
+from kvist.cachesvc.log import Log, debug_detail
 from kvist.cachesvc.view.dashboard import Dashboard
 from kvist.cachesvc.view.metrics import Metrics
 from kvist.proto.errors import ConfigInvalid, FormatRefused, KvistError
@@ -60,7 +60,7 @@ def main(
             return EXIT_OK
         if flags.clear_flash:
             return clear_flash(loaded.config)
-        return run(loaded.config)
+        return run(loaded.config, debug_detail("cachesvc", environment))
     except (ConfigInvalid, FormatRefused) as error:
         print(f"kvistd: {error}", file=sys.stderr)
         return EXIT_CONFIG
@@ -78,10 +78,14 @@ def clear_flash(config: SidecarConfig) -> int:
     return EXIT_OK
 
 
-def run(config: SidecarConfig) -> int:
-    """Take a folder in memory, serve until a signal comes, leave nothing behind."""
+def run(config: SidecarConfig, detail: int = 0) -> int:
+    """Take a folder in memory, serve until a signal comes, leave nothing behind.
+
+    Args:
+        detail: of the log, see cachesvc/log.py.
+    """
     os.umask(0o077)
-    log = Log(sys.stderr, config.log_level, config.log_format)
+    log = Log(sys.stderr, config.log_level, config.log_format, detail=detail)
     with ExitStack() as stack:
         # Several sidecars may share shm_dir: each life has a folder of its own in it.
         swept = sweep(config.shm_dir, ARENA_PREFIX)

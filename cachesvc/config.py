@@ -25,7 +25,7 @@ from kvist.proto.verify import VERIFY, Verify, checked_dram_verify
 DEFAULT_FILE = Path("/etc/kvist/kvistd.toml")
 VARIABLE_PREFIX = "KVIST_"
 # Variables of the other programs of Kvist, which may stand in the same environment.
-FOREIGN_VARIABLES = ("KVIST_API_KEY",)
+FOREIGN_VARIABLES = ("KVIST_API_KEY", "KVIST_DEBUG")
 # sockaddr_un holds 108 bytes with the zero at its end.
 SOCKET_PATH_BYTES = 107
 # What Kubernetes sets in every pod for a Service whose name begins with "kvist".

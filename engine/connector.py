@@ -310,6 +310,7 @@ class Connector:
             payload=self._page_bytes(page),
             origin=b"" if block else sequence.origin(),
             tenant="" if block else tenant_of(sequence.request.cache_salt),
+            request=sequence.id,
         )
 
     def _count(self, sequence: Sequence, loaded: int, reason: str) -> None:
