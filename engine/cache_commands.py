@@ -46,7 +46,7 @@ CACHE = Group(
             add_pin_flags,
             run_pin,
         ),
-        Command("unpin", "end that", add_unpin_flags, run_unpin),
+        Command("unpin", "end the pins of a prompt's blocks", add_unpin_flags, run_unpin),
         Command("evict", "drop a block from every tier", add_evict_flags, run_evict),
         Command("clear", "drop all, or all of a namespace or a tenant", add_clear_flags, run_clear),
         Command(

@@ -31,7 +31,7 @@ def add_doctor_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="of kvistd, as for kvistd itself")
     for setting in SETTINGS:
         if setting.key in _SETTINGS:
-            text = f"as for kvistd: {setting.help} ({setting.default or 'empty'})"
+            text = f"what kvistd is told: {setting.help}"
             parser.add_argument(setting.flag, dest=setting.key, metavar="VALUE", help=text)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
