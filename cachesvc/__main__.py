@@ -178,6 +178,7 @@ def store_config(config: SidecarConfig, arena_folder: Path) -> StoreConfig:
         eviction=config.eviction,
         dram_verify=config.dram_verify,
         flash_verify=config.flash_verify,
+        show_tokens=config.page_tokens == "shown",
     )
 
 

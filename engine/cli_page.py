@@ -32,7 +32,7 @@ so.
 A KEY names a block and with it the whole prefix up to there; its first hex digits are enough where
 no other key begins so. `ls` shows runs: blocks of a prompt between two forks of the tree of
 prompts. `prefix` is the tokens up to the end of the run, `blocks` those of the run alone, `size`
-that of one copy, `uses` the requests that found or stored it in this life of the sidecar, `whose`
+that of one copy, `uses` the requests that found it since it was stored, `whose`
 the tenant or the first digits of the namespace. A listing of millions of blocks comes in pages,
 between which the sidecar serves its workers; what comes, goes or forks meanwhile may be listed
 twice or not at all.
@@ -48,8 +48,9 @@ than need be) or bad (will not work), with the command that mends it.
 
 `evict` and `clear` drop from every tier and take no notice of pins; misses of what went say
 `cleared`. Whose blocks on flash are is known after a restart of `kvistd` as soon as their tenant's
-next prompt begins, and not before: `--namespace` works at once, `--tenant` from then on. Over TCP whoever reaches the sidecar may do all of this, as with every other call: see
-`listen` in `kvistd --help`.
+next prompt begins, and not before: `--namespace` works at once, `--tenant` from then on. Over TCP
+whoever reaches the sidecar may do all of this, as with every other call: see `listen` in
+`kvistd --help`.
 
 ## For scripts
 

@@ -24,7 +24,7 @@ from kvist.engine.sequence import Sequence, State
 from kvist.engine.step import Work
 from kvist.engine.tally import Tally, outcome
 from kvist.engine.weighing import Weigher
-from kvist.proto.keys import BlockKey, tenant_of
+from kvist.proto.keys import BlockKey
 from kvist.proto.record import Bytes
 from kvist.proto.shm import STORABLE
 
@@ -74,7 +74,7 @@ class Connector:
         self.copying = 0
         self._storing: set[BlockKey] = set()
         self.weigher: Weigher | None = None
-        self._shown_s = now()
+        self._shown_s = self._told_s = now()
         self._flights = None if cache is None else Flights(cache, now)
         self._rising = None if cache is None else Rising(cache, now, self._rose)
         self._copiers = None if cache is None else Copiers(cache, page_bytes, log, now)
@@ -178,7 +178,8 @@ class Connector:
             self._store_room -= 1
             self.copying += 1
             self._storing.add(sequence.keys()[block])
-            self._copiers.store(StoreJob(self._item(sequence, block, page), page))
+            job = StoreJob(self._item(sequence, block, page), page, sequence.tenant)
+            self._copiers.store(job)
         if sequence.reuses:
             self._flights.computing(sequence)
 
@@ -222,7 +223,17 @@ class Connector:
                 self._store_room += len(result.pages)
                 self.stored_blocks += result.result.stored
                 self.store_drops.update(result.result.dropped)
+        self._tell()
         return loads
+
+    def _tell(self) -> None:
+        """Tell the sidecar what was measured, at most twice a second."""
+        if self.weigher is None or self._cache is None or not self.weigher.meter:
+            return
+        now = self._now()
+        if now - self._told_s >= SHOW_EVERY_S:
+            self._told_s = now
+            self._cache.measured(*self.weigher.meter.take())
 
     def beside(self, running: int) -> None:
         """So many requests compute when the next step is scheduled."""
@@ -238,6 +249,11 @@ class Connector:
         if now - self._shown_s >= SHOW_EVERY_S:
             self._shown_s = now
             self._cache.show_rates(self.weigher.look())
+
+    def began(self, sequence: Sequence, now_s: float) -> None:
+        """A sequence has its first token."""
+        if self.weigher is not None:
+            self.weigher.began(sequence, now_s - sequence.arrived_s)
 
     def load_stats(self) -> LoadStats:
         """See there."""
@@ -255,6 +271,8 @@ class Connector:
         if self._cache is None or self._copiers is None:
             return
         self._copiers.close()
+        if self.weigher is not None:
+            self._cache.measured(*self.weigher.meter.take())
         self._cache.close()
 
     # On the core's thread.
@@ -269,7 +287,10 @@ class Connector:
         keys = sequence.keys()[: sequence.usable_blocks]
         known = 1 if blocks else 0
         asked = keys[blocks - known :]
+        began_s = self._now()
         found = cache.lookup(asked, None if known else self._first(sequence))
+        if self.weigher is not None:
+            self.weigher.meter.observe("lookup_seconds", self._now() - began_s)
         sequence.found = cache.tiers(asked[: found.blocks])[known:]
         # Should a found block be gone before its tier was read, it was evicted in between.
         sequence.found_end = found.reason or "evicted"
@@ -309,7 +330,7 @@ class Connector:
             tokens=sequence.block_tokens_bytes(block),
             payload=self._page_bytes(page),
             origin=b"" if block else sequence.origin(),
-            tenant="" if block else tenant_of(sequence.request.cache_salt),
+            tenant="" if block else sequence.tenant,
             request=sequence.id,
         )
 
@@ -321,7 +342,9 @@ class Connector:
         sequence.counted, sequence.cached = True, lookup.cached
         self.tally.add(lookup)
         if self._cache is not None:
-            self._cache.count(lookup.requested, lookup.hits, lookup.misses)
+            self._cache.count(lookup.requested, lookup.hits, lookup.misses, sequence.tenant)
+            if self.weigher is not None:
+                self.weigher.saved(sequence, loaded)
             blocks = sequence.registered + loaded
             self._cache.touch(sequence.keys(), blocks, sequence.request.hint)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,20 +52,22 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A batch of stores has ended, in so many seconds."""
+    """A batch of stores has ended, in so many seconds; tenants: blocks that were whose."""
 
     result: StoreResult
     pages: list[int]
     keys: set[BlockKey]
     seconds: float
+    tenants: Counter[str]
 
 
 @dataclass(frozen=True, slots=True)
 class StoreJob:
-    """A block to store, and the page that it is copied from."""
+    """A block to store, the page that it is copied from, and whose it is."""
 
     item: StoreItem
     page: int
+    tenant: str
 
 
 class Copiers:
@@ -220,7 +222,8 @@ class Copiers:
                 result = self._store_batch([job.item for job in jobs])
                 self._tell(jobs, result, self._now() - began_s)
             pages, keys = [job.page for job in jobs], {job.item.key for job in jobs}
-            self._results.put(Stored(result, pages, keys, self._now() - began_s))
+            tenants = Counter(job.tenant for job in jobs)
+            self._results.put(Stored(result, pages, keys, self._now() - began_s, tenants))
 
     def _tell(self, jobs: list[StoreJob], result: StoreResult, seconds: float) -> None:
         if self._log.shows(2 - bool(result.dropped)):

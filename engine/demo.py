@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import re
 import signal
@@ -27,6 +29,7 @@ from kvist.engine.local import Answer, LocalEngine, LocalSidecar, ask
 
 ANSWER_TOKENS = 32
 WAIT_SECONDS = 60.0
+KEEP_PAUSE_S = 3.0
 PICTURE_COLUMNS = 84
 LIKE_TOKENS = 64
 TIERS = ("hbm", "dram", "flash")
@@ -104,7 +107,7 @@ class Demo:
             for process in (self.sidecar, *self.engines):
                 process.wait_ready()
             self._wait("the engines to attach", self._all_attached)
-        self.console.print(f"sidecar  [link]{self.sidecar.url}/[/link]  (page), /metrics beside it")
+        self.console.print(f"page     [link]{self.sidecar.url}/[/link]  open it now and watch")
         for number, engine in enumerate(self.engines, 1):
             self.console.print(f"engine {number} {engine.url}/v1  (OpenAI API)")
 
@@ -183,6 +186,22 @@ class Demo:
                 progress.advance(bar)
         self._without_cache("the same without a cache", turns)
         return turns
+
+    def keep_asking(self) -> None:
+        """Ask on, one request each few seconds, so that the page has something to show.
+
+        The chats again, each engine in turn; every third question has a word that nobody had said.
+        """
+        for number in itertools.count(1):
+            turn = self.turns[number % len(self.turns)]
+            *before, last = turn.messages
+            if number % 3 == 0:
+                last = {**last, "content": f"Customer {number} asks: {last['content']}"}
+            messages = [*before, last]
+            again = Turn(turn.chat, turn.turn, number % len(self.engines), messages)
+            with contextlib.suppress(httpx.HTTPError, RuntimeError):  # what was stopped by hand
+                self._ask(again, "on")
+            time.sleep(KEEP_PAUSE_S)
 
     def _ask(self, turn: Turn, cache: str) -> Answer:
         body: dict[str, Any] = {"model": "demo", "messages": turn.messages, "temperature": 0}
@@ -343,11 +362,14 @@ def run_demo(model: str, keep: bool, svg: str | None) -> int:
 
 
 def _linger(console: Console, demo: Demo) -> None:
-    console.print("\nStill running; Ctrl-C here stops everything.")
-    console.print(f"Page:    {demo.sidecar.url}/")
+    pause = f"{KEEP_PAUSE_S:.0f} s"
+    console.print(f"\nStill running, a question every {pause}; Ctrl-C here stops everything.")
+    console.print(
+        f"Page:    [bold]{demo.sidecar.url}/[/]  hit rate, misses by reason, is it worth it"
+    )
     console.print(f"Metrics: {demo.sidecar.url}/metrics and {demo.engines[0].url}/metrics")
     console.print(f"Chat:    kvist chat --url {demo.engines[0].url}")
     try:
-        threading.Event().wait()
+        demo.keep_asking()
     except KeyboardInterrupt:
         console.print("stopping")

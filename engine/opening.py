@@ -188,7 +188,8 @@ def open_tiers(config: EngineConfig, namespace: Namespace, log: Log) -> CacheCli
     if config.cache == CACHE_EMBEDDED:
         client = _open_embedded(config, namespace, name, log)
     else:
-        client = open_cache(config.cache, namespace, name, log, PoolPage(namespace.format))
+        page = PoolPage(namespace.format)
+        client = open_cache(config.cache, namespace, name, log, page, config.model_names[0])
     client.pace = Pace(config.cache_load_bytes_per_s, config.cache_store_bytes_per_s)
     # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
     client.wait_attached(ATTACH_WAIT_S)
@@ -208,7 +209,9 @@ def _open_embedded(config: EngineConfig, namespace: Namespace, name: str, log: L
         flash_bytes=config.cache_flash_bytes,
         slot_bytes=None,
     )
-    return open_embedded(store, namespace, name, log, PoolPage(namespace.format))
+    return open_embedded(
+        store, namespace, name, log, PoolPage(namespace.format), config.model_names[0]
+    )
 
 
 def free_memory_bytes() -> int:

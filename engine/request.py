@@ -150,6 +150,10 @@ class LoadStats(msgspec.Struct, frozen=True):
         store_yields: store copies that let loads go first.
         throttled_s: direction -> time that copies waited for its cap.
         rates: what was measured, by name of proto.shm.RATES.
+        loaded_bytes: tier -> bytes that were brought in.
+        saved_s, moved_s: tier -> prefill that its hits did not take, and what it took to bring them
+            in; see cachesvc.core.accounts.worth_s.
+        store_s: what stores took.
     """
 
     decisions: dict[str, int] = {}
@@ -163,6 +167,10 @@ class LoadStats(msgspec.Struct, frozen=True):
     store_yields: int = 0
     throttled_s: dict[str, float] = {}
     rates: dict[str, int] = {}
+    loaded_bytes: dict[str, int] = {}
+    saved_s: dict[str, float] = {}
+    moved_s: dict[str, float] = {}
+    store_s: float = 0.0
 
 
 class CoreStats(msgspec.Struct, frozen=True):

@@ -88,6 +88,7 @@ class Rising:
             rise.looked_s = now
             return True
         self.late += is_rising
+        sequence.rise_s = now - rise.began_s
         # Between two looks lies a step: what came during a long one may have come at its beginning.
         if now - rise.looked_s <= LOOK_SHARE * (now - rise.began_s):
             self._rose(rise.blocks, now - rise.began_s)

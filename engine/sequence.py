@@ -13,7 +13,7 @@ from kvist.cachesvc.worker.cost import Choice
 from kvist.engine.loading import LoadGate
 from kvist.engine.priority import INTERACTIVE
 from kvist.engine.request import CachedTokens, LoadCost, NewRequest
-from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of
+from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of, tenant_of
 
 if TYPE_CHECKING:  # the schedule needs no torch, and so its tests need none
     from kvist.engine.sampler import DrawState
@@ -93,6 +93,7 @@ class Sequence:
         rose: numbers of blocks that were on flash when the request arrived; hits of flash, wherever
             they are found then.
         found_end: why the cache had no more, a miss reason.
+        rise_s: how long it was passed over while they rose.
         choice: what of that is loaded and what is not, and what it was estimated to cost.
         cost: what its load was estimated to cost and what it did, once it has ended.
         gate: of a load that is under way while the sequence computes. As long as there is one, what
@@ -104,6 +105,7 @@ class Sequence:
         finish_reason: "stop" or "length" once its last token is there.
         scheduled_s: when its first step began.
         first_token_s: when it had its first token.
+        tenant: whose it is, see proto.keys.tenant_of.
     """
 
     request: NewRequest
@@ -128,6 +130,7 @@ class Sequence:
     found: tuple[str, ...] = ()
     found_end: str = ""
     rose: frozenset[int] = frozenset()
+    rise_s: float = 0.0
     choice: Choice | None = None
     gate: LoadGate | None = None
     cost: LoadCost | None = None
@@ -138,12 +141,14 @@ class Sequence:
     finish_reason: str | None = None
     scheduled_s: float | None = None
     first_token_s: float | None = None
+    tenant: str = ""
     _chain: KeyChain | None = None
     _hashed: int = 0
     _stops: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.tenant = tenant_of(self.request.cache_salt)
         self.rank, self.since_s = self.priority, self.arrived_s
         if self.digest is not None:
             self._chain = KeyChain(self.digest, self.limits.block_tokens)

@@ -217,7 +217,7 @@ class Service:
                 )
                 decoder = self._tokenizer.detokenizer(prompt[-CONTEXT_IDS:])
                 stops = StopStrings(request.stop_strings)
-                timer = self.metrics.start_timer(len(prompt))
+                timer = self.metrics.start_timer(len(prompt), limit, request.choices)
                 answers.append(Answer(index, asked, decoder, stops, timer))
         return answers
 

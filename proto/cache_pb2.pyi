@@ -35,6 +35,7 @@ class AttachRequest(_message.Message):
     NAMESPACE_TEXT_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
     BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """PROTOCOL_VERSION of the client"""
     client: _builtins.str
@@ -49,6 +50,8 @@ class AttachRequest(_message.Message):
     """bytes of KV in a block"""
     block_tokens: _builtins.int
     """tokens in a block"""
+    model: _builtins.str
+    """a name for people, in metrics; may be left out"""
     def __init__(
         self,
         *,
@@ -59,10 +62,11 @@ class AttachRequest(_message.Message):
         namespace_text: _builtins.str = ...,
         payload_bytes: _builtins.int = ...,
         block_tokens: _builtins.int = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "client", b"client", "namespace", b"namespace", "namespace_text", b"namespace_text", "payload_bytes", b"payload_bytes", "pid", b"pid", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "client", b"client", "model", b"model", "namespace", b"namespace", "namespace_text", b"namespace_text", "payload_bytes", b"payload_bytes", "pid", b"pid", "protocol_version", b"protocol_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1016,7 +1020,7 @@ class Run(_message.Message):
     flash_blocks: _builtins.int
     pinned_blocks: _builtins.int
     uses: _builtins.int
-    """requests that found or stored its last block in this life"""
+    """requests that found its last block since it was stored"""
     idle_s: _builtins.float
     """since the last of them"""
     branches: _builtins.int

@@ -54,7 +54,7 @@ def prompts(sidecar: Sidecar) -> Iterator[list[Prompt]]:
     made.append(Prompt(3, 2, ACME))
     acme.store(made[2].items)
     wait_until(
-        lambda: any(run["uses"] == 2 for run in said(sidecar, "ls", "--json")["runs"]), "the touch"
+        lambda: any(run["uses"] == 1 for run in said(sidecar, "ls", "--json")["runs"]), "the touch"
     )
     yield made
     said(sidecar, "clear", "--yes", "--json")
@@ -88,7 +88,7 @@ def test_ls_shows_the_most_used_first_and_filters_choose(
     assert all(len(line) <= 80 for line in out.splitlines())
     for flags, expected in (
         (("--sort", "size", "--reverse", "--limit", "1"), prompts[2]),
-        (("--min-uses", "2"), prompts[0]),
+        (("--min-uses", "1"), prompts[0]),
         (("--min-tokens", str(4 * BLOCK_TOKENS)), prompts[0]),
         (("--namespace", ACME.digest().hex()[:10]), prompts[2]),
     ):

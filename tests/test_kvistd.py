@@ -153,7 +153,6 @@ def test_page_metrics_stats_and_health_answer(sidecar: Sidecar) -> None:
         lambda: json.loads(sidecar.get("stats.json"))["requested_tokens"] == 100, "the counts"
     )
     assert "<title>Kvist</title>" in sidecar.get("")
-    assert "//" not in sidecar.get("").replace("// ", ""), "the page names another host"
     assert sidecar.get("healthz") == "ok\n"
     stats = json.loads(sidecar.get("stats.json"))
     assert stats["hit_tokens"]["dram"] == 60

@@ -33,7 +33,7 @@ def test_decisions_waits_caps_and_rates_are_shown() -> None:
     assert shown("loads_undone_total") == 1
     assert shown("load_wait_seconds_total") == 0.25
     assert shown("throttled_seconds_total", direction="load") == 1.5
-    assert shown("load_bytes_per_s", tier="dram") == 5
+    assert shown("load_bytes_per_second", tier="dram") == 5
     assert shown("break_even_tokens", tier="flash") == float("inf")
     assert shown("break_even_tokens", tier="dram") is None
 

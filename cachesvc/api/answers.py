@@ -58,6 +58,7 @@ class Answers:
         _check_length(
             "namespace_text", request.namespace_text.encode(), 0, NAMESPACE_TEXT_BYTES_MAX
         )
+        _check_length("model", request.model.encode(), 0, NAME_BYTES_MAX)
         _check_range("pid", request.pid, 1, 1 << 31)
         _check_range("payload_bytes", request.payload_bytes, 1, PAYLOAD_BYTES_MAX)
         _check_range("block_tokens", request.block_tokens, 1, BLOCK_TOKENS_MAX)
@@ -67,6 +68,7 @@ class Answers:
             request.namespace,
             request.namespace_text,
             RecordShape(request.payload_bytes, request.block_tokens),
+            request.model,
         )
         return cache_pb2.AttachReply(
             session=info.session,

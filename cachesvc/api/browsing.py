@@ -17,7 +17,7 @@ from kvist.proto.keys import DIGEST_BYTES, KEY_BYTES, BlockKey
 _HEX = frozenset(string.hexdigits.lower())
 TENANT_BYTES_MAX = 128
 PAGE_TOKEN_MAX = 1 << 48
-USES_MAX = (1 << 16) - 1
+USES_MAX = (1 << 31) - 1
 
 
 class Browsing:

@@ -159,7 +159,7 @@ class Browser:
         else:
             tails = self._blocks.tails(asked.start, stop)
         if asked.min_uses:
-            tails = tails[self._placement.use_counts.uses[tails] >= asked.min_uses]
+            tails = tails[self._placement.hottest.uses(tails) >= asked.min_uses]
         if asked.namespace or asked.tenant:
             tails = tails[np.isin(self._blocks.spaces_of(tails), self._wanted_spaces(asked))]
         return tails
@@ -185,7 +185,7 @@ class Browser:
             dram_blocks=int(in_dram.sum()),
             flash_blocks=int(on_flash.sum()),
             pinned_blocks=placement.pins.pinned(rows),
-            uses=int(placement.use_counts.uses[tail]),
+            uses=int(placement.hottest.uses(rows[:1])[0]),
             idle_s=self._idle_s(tail),
             branches=self._children(tail),
         )
@@ -246,7 +246,7 @@ class Browser:
             parent=chain[-2] if len(chain) > 1 else NO_KEY,
             space=self._space(blocks.space(row)),
             depth=blocks.depth[row],
-            uses=int(placement.use_counts.uses[row]),
+            uses=int(placement.hottest.uses(np.array([row]))[0]),
             idle_s=self._idle_s(row),
             children=self._children(row),
             pinned_s=pinned_s,

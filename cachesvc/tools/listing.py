@@ -57,7 +57,7 @@ def add_ls_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_ls(flags: argparse.Namespace) -> int:
     """List and print. Raises: ConfigInvalid."""
-    for flag, most in (("limit", 1 << 32), ("min_uses", 65535), ("min_tokens", 1 << 32)):
+    for flag, most in (("limit", 1 << 32), ("min_uses", (1 << 31) - 1), ("min_tokens", 1 << 32)):
         if not 0 <= getattr(flags, flag) <= most:
             raise ConfigInvalid(f"--{flag.replace('_', '-')}: give 0 to {most}")
     listing = Listing()
@@ -266,7 +266,8 @@ def as_text(document: Mapping[str, Any]) -> str:
             f"{copy['checksum']}"
         )
     lines += [
-        f"used        {document['uses']} times in this life, last {span(document['idle_s'])} ago",
+        f"used        {document['uses']} times since it was stored, last "
+        f"{span(document['idle_s'])} ago",
         f"pinned      {pinned if document['pinned_s'] else 'no'}",
         "expires     "
         + ("never" if document["expires_s"] is None else f"in {span(document['expires_s'])}"),

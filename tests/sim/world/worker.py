@@ -216,7 +216,8 @@ class SimClient:
 
     def counts(self) -> Counter[str]:
         """What it counted while no ring was there to take it."""
-        return self.cache._uncounted
+        kept = self.cache._counting._kept
+        return sum(kept.values(), Counter[str]())
 
 
 class _NoPrefault:
