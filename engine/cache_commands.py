@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvist.cachesvc.study.replay_flags import add_replay_flags
-from kvist.cachesvc.tools.doctor import add_doctor_flags
+from kvist.cachesvc.tools.doctor.examine import add_doctor_flags
 from kvist.cachesvc.tools.dropping import (
     add_clear_flags,
     add_evict_flags,
@@ -15,7 +15,7 @@ from kvist.cachesvc.tools.dropping import (
     run_unpin,
 )
 from kvist.cachesvc.tools.listing import add_ls_flags, add_show_flags, run_ls, run_show
-from kvist.cachesvc.tools.top_flags import add_top_flags
+from kvist.cachesvc.tools.top.flags import add_top_flags
 from kvist.cachesvc.tools.verifying import add_verify_flags, run_verify
 from kvist.cachesvc.tools.warming import add_warm_flags, run_warm
 from kvist.cachesvc.view.stats_table import add_stats_flags, run_stats
@@ -72,10 +72,10 @@ CACHE = Group(
             "check this host, and a running kvistd, and say what to change; exit code 1 when "
             "something is bad",
             add_doctor_flags,
-            later(f"{_TOOLS}.doctor", "run_doctor"),
+            later(f"{_TOOLS}.doctor.examine", "run_doctor"),
         ),
     ),
 )
 TOP = Command(
-    "top", "a live view of a running kvistd", add_top_flags, later(f"{_TOOLS}.top", "run_top")
+    "top", "a live view of a running kvistd", add_top_flags, later(f"{_TOOLS}.top.live", "run_top")
 )

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from sim.sidecar import Prompt, Sidecar
 
-from kvist.cachesvc.tools import disk_checks, host_checks
-from kvist.cachesvc.tools.doctor import as_table, check_sidecar
-from kvist.cachesvc.tools.findings import Finding, Host
+from kvist.cachesvc.tools.doctor import disk as disk_checks
+from kvist.cachesvc.tools.doctor import host as host_checks
+from kvist.cachesvc.tools.doctor.examine import as_table, check_sidecar
+from kvist.cachesvc.tools.doctor.findings import Finding, Host
 from kvist.engine.cli import main
 
 GIB = 1 << 30
@@ -254,7 +255,10 @@ def test_a_running_sidecar_is_read_and_what_is_wrong_with_it_is_told() -> None:
     flash = {**tier, "tier": "flash", "state": "failed", "failure": "EIO", "quarantined_slots": 0}
     stats = {
         "version": "0.0.1", "uptime_s": 5.0, "sessions": 1, "blocks": 5, "tiers": [tier, flash],
-        "counters": {"ring_drops": 7},
+        "advice": [
+            {"level": "note", "code": "dram-large", "what": "Half would do.", "do": "Lower it."},
+            {"level": "warn", "code": "ring-drops", "what": "7 reports.", "do": "A core."},
+        ],
     }  # fmt: skip
     findings = {one.name: one for one in check_sidecar(stats)}
     assert findings["kvistd"].level == "warn"
@@ -263,10 +267,11 @@ def test_a_running_sidecar_is_read_and_what_is_wrong_with_it_is_told() -> None:
     assert "0B in huge pages" in findings["tier dram"].found
     assert findings["dram damage"].level == "warn"
     assert findings["tier flash"].level == "bad"
-    assert findings["rings"].found.startswith("7 reports")
+    assert (findings["ring-drops"].level, findings["ring-drops"].fix) == ("warn", "A core.")
+    assert findings["dram-large"].level == "ok"
     text = as_table(list(findings.values()))
     assert "BAD  tier flash" in text
-    assert text.endswith("0 ok, 4 to look at, 1 bad")
+    assert text.endswith("1 ok, 4 to look at, 1 bad")
 
 
 @pytest.fixture(scope="module")

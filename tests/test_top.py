@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from sim.sidecar import Prompt, Sidecar, load_all, wait_until
 
-from kvist.cachesvc.tools.top_data import Reading, Window, hit_ratio_of
-from kvist.cachesvc.tools.top_view import TABS, Scene, Shown, screen
+from kvist.cachesvc.tools.top.data import Reading, Window, hit_ratio_of
+from kvist.cachesvc.tools.top.view import TABS, Scene, Shown, screen
 from kvist.engine.cli import main
 
 WAIT_S = 20.0
@@ -45,6 +45,18 @@ def stats(hits: int, misses: int, epoch: str = "a", written: int = 0) -> dict[st
         "boot_epoch": epoch, "uptime_s": 61.0, "sessions": 2, "blocks": 25, "tiers": [tier],
         "hit_tokens": {"dram": hits, "flash": 0}, "miss_tokens": {"never_stored": misses},
         "workers": [], "counters": {"loaded_bytes": 0},
+        "worth": [
+            {"tier": "hbm", "saved_s": 9.0, "load_s": 0.0, "store_s": 0.0, "net_s": 9.0},
+            {"tier": "dram", "saved_s": 5.0, "load_s": 1.0, "store_s": 1.5, "net_s": 2.5},
+        ],
+        "health": "Working; one thing to improve",
+        "advice": [{"level": "warn", "code": "x", "what": "It is small.", "do": "Raise it. " * 20}],
+        "tenants": [
+            {
+                "tenant": "acme", "lookups": 3, "requested_tokens": 200, "hit_tokens": {"dram": 50},
+                "saved_s": {"dram": 5.0}, "net_s": 2.5, "held_blocks": {"dram": 4, "flash": 0},
+            }
+        ],
     }  # fmt: skip
 
 
@@ -107,7 +119,14 @@ def test_a_screen_says_the_hit_rate_the_reasons_and_the_hottest_prefix() -> None
     assert "dram 75.0 %" in text
     assert "never_stored 25.0 %" in text
     assert "abababababab     1500" in text
+    assert "worth it +2.5 s = 5.0 s of prefill saved - 2.5 s moving" in text
+    assert "health   Working; one thing to improve: It is small." in text
     assert "…" not in text, "all of it fits 80 columns"
+    tenants = "\n".join(line.plain for line in screen(scene(), Shown("tenants"), 80, 24))
+    assert "acme" in tenants
+    assert "25.0 %" in tenants
+    health = [line.plain for line in screen(scene(), Shown("health"), 80, 24)]
+    assert sum("Raise it." in line for line in health) > 2, "it is wrapped, not cut"
     gone = screen(scene("no sidecar answers"), Shown(), 80, 24)
     assert "no sidecar answers" in gone[1].plain
     assert "75.0 %" in "\n".join(line.plain for line in gone), "the last figures stay"
@@ -117,7 +136,7 @@ def test_keys_change_the_view_and_others_do_not() -> None:
     shown = Shown()
     assert shown.pressed("\t").tab == "workers"
     assert shown.pressed("3").tab == "eviction"
-    assert shown.pressed("\t").pressed("\t").pressed("\t") == shown
+    assert shown.pressed("5").pressed("\t") == shown
     assert shown.pressed("s").sort == "size"
     assert shown.pressed("p").paused
     assert shown.pressed("p").pressed(" ") == shown

@@ -12,9 +12,9 @@ from importlib.metadata import version
 from typing import Any
 
 from kvist.cachesvc.config import SETTINGS, SidecarConfig, load_config
-from kvist.cachesvc.tools.disk_checks import access, check_flash
-from kvist.cachesvc.tools.findings import Finding, Host
-from kvist.cachesvc.tools.host_checks import check_host
+from kvist.cachesvc.tools.doctor.disk import access, check_flash
+from kvist.cachesvc.tools.doctor.findings import Finding, Host, Level
+from kvist.cachesvc.tools.doctor.host import check_host
 from kvist.cachesvc.view.stats_table import from_socket, from_url
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.sizes import format_bytes
@@ -111,10 +111,10 @@ def check_sidecar(stats: Mapping[str, Any]) -> Iterator[Finding]:
             name, found = f"{tier['tier']} damage", f"{quarantined} slots gave wrong bytes"
             test = "memtester 1G 1" if tier["tier"] == "dram" else "sudo smartctl -a /dev/nvme0"
             yield Finding(name, "warn", found, f"test the device: {test}; kvist cache verify PATH")
-    drops = int(stats.get("counters", {}).get("ring_drops", 0))
-    if drops:
-        found = f"{drops} reports of workers found their ring full: uses that nobody heard of"
-        yield Finding("rings", "warn", found, "give kvistd a core of its own: taskset, cpuset")
+    # What its page says of the figures; see view/advice.
+    for one in stats.get("advice", ()):
+        level: Level = "ok" if one["level"] == "note" else one["level"]
+        yield Finding(str(one["code"]), level, str(one["what"]), str(one["do"]))
 
 
 def check_tier(tier: Mapping[str, Any]) -> Finding:
@@ -143,9 +143,9 @@ def as_table(findings: Sequence[Finding], in_colour: bool = False) -> str:
     for one in findings:
         mark = _MARKS[one.level]
         mark = f"\x1b[{colours[one.level]}m{mark}\x1b[0m" if in_colour else mark
-        lines.append(f"{mark} {one.name:12} {one.found}")
+        lines.append(f"{mark} {one.name:18} {one.found}")
         if one.fix:
-            lines.append(f"{'':17} -> {one.fix}")
+            lines.append(f"{'':23} -> {one.fix}")
     counts = {level: sum(one.level == level for one in findings) for level in _MARKS}
     lines.append(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['bad']} bad")
     return "\n".join(lines)

@@ -20,9 +20,9 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 
-from kvist.cachesvc.tools.top_data import Now
-from kvist.cachesvc.tools.top_feed import Feed, Prefixes
-from kvist.cachesvc.tools.top_view import Shown, screen
+from kvist.cachesvc.tools.top.data import Now
+from kvist.cachesvc.tools.top.feed import Feed, Prefixes
+from kvist.cachesvc.tools.top.view import Shown, screen
 from kvist.cachesvc.tools.words import count, percent
 from kvist.cachesvc.view.stats_table import PAGE, from_socket, from_url
 from kvist.proto.errors import ConfigInvalid

@@ -9,8 +9,8 @@ from typing import Any
 
 from kvist.cachesvc.tools.door import Door
 from kvist.cachesvc.tools.listing import run_document
-from kvist.cachesvc.tools.top_data import Now, Reading, Window
-from kvist.cachesvc.tools.top_view import Scene
+from kvist.cachesvc.tools.top.data import Now, Reading, Window
+from kvist.cachesvc.tools.top.view import Scene
 from kvist.proto.errors import KvistError
 
 PREFIXES_SHOWN = 50

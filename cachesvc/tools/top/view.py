@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,17 +10,18 @@ from typing import Any, Literal
 from rich.text import Text
 
 from kvist.cachesvc.tools.listing import KEY_DIGITS
-from kvist.cachesvc.tools.top_data import Now, TierNow, hit_ratio_of
+from kvist.cachesvc.tools.top.data import Now, TierNow, hit_ratio_of
 from kvist.cachesvc.tools.words import count, percent, span
 from kvist.proto.shm import NEVER
 from kvist.proto.sizes import format_bytes
 
-Tab = Literal["prefixes", "workers", "eviction"]
-TABS: tuple[Tab, ...] = ("prefixes", "workers", "eviction")
+Tab = Literal["prefixes", "workers", "eviction", "tenants", "health"]
+TABS: tuple[Tab, ...] = ("prefixes", "workers", "eviction", "tenants", "health")
 SORTS = ("uses", "size", "recent")
 MISSES_SHOWN = 4
 BAR_CELLS = 20
 GOOD, FAIR, POOR, DIM, HEAD = "green", "yellow", "red", "dim", "bold"
+_LEVELS = {"bad": POOR, "warn": FAIR, "note": DIM}
 _STATES = {"ready": GOOD, "rebuilding": FAIR, "failed": POOR, "off": DIM}
 
 
@@ -41,7 +43,7 @@ class Shown:
         """After a key; others than those of the last line change nothing."""
         if key in ("\t", "l"):
             return Shown(TABS[(TABS.index(self.tab) + 1) % len(TABS)], self.sort, self.paused)
-        if key in "123":
+        if key in "12345":
             return Shown(TABS[int(key) - 1], self.sort, self.paused)
         if key == "s":
             at = (SORTS.index(self.sort) + 1) % len(SORTS)
@@ -72,12 +74,19 @@ def screen(scene: Scene, shown: Shown, width: int, height: int) -> list[Text]:
     if scene.problem:
         lines.append(Text(scene.problem, POOR))
     if scene.now is not None:
-        lines += ["", *_rates(scene.now), "", *_tiers(scene.now.tiers), "", *_worth(scene.now)]
-        lines += [_tabs(shown), *_tab(scene, scene.now, shown)]
+        lines += [
+            "",
+            *_rates(scene.now),
+            "",
+            *_tiers(scene.now.tiers),
+            "",
+            *_worth(scene.now.stats),
+        ]
+        lines += [_tabs(shown), *_tab(scene, scene.now, shown, width)]
     room = max(1, height - 1)
     lines = [line if isinstance(line, Text) else Text(line) for line in lines][:room]
     lines += [Text()] * (room - len(lines))
-    keys = " q quit   tab 1 2 3 view   s sort   p pause "
+    keys = " q quit   tab 1-5 view   s sort   p pause "
     lines.append(Text(keys.ljust(width), "reverse"))
     for line in lines:
         line.truncate(width, overflow="ellipsis")
@@ -152,8 +161,32 @@ def _flow(bytes_per_s: float) -> str:
     return f"{format_bytes(round(bytes_per_s)) if bytes_per_s >= 1 else '-':>10}"
 
 
-def _worth(_now: Now) -> list[Text]:
-    return []
+def _worth(stats: Mapping[str, Any]) -> list[Text]:
+    """Whether it pays, and how it is; only a page says so."""
+    lines = []
+    tiers = [one for one in stats.get("worth", ()) if one["tier"] != "hbm"]
+    if tiers:
+        line = Text("worth it ", HEAD)
+        net = sum(float(one["net_s"]) for one in tiers)
+        line.append(f"{net:+.1f} s", GOOD if net > 0 else FAIR)
+        saved, moved = (
+            sum(float(one[name]) for one in tiers for name in names)
+            for names in (("saved_s",), ("load_s", "store_s"))
+        )
+        line.append(f" = {saved:.1f} s of prefill saved - {moved:.1f} s moving", "not bold")
+        minute = stats.get("spans", {}).get("minute")
+        if minute:
+            line.append(f"; {float(minute['net_s']):+.1f} s last minute", "not bold")
+        lines.append(line)
+    if "health" in stats:
+        advice = stats.get("advice", ())
+        line = Text("health   ", HEAD)
+        style = _LEVELS.get(advice[0]["level"], DIM) if advice else GOOD
+        line.append(str(stats["health"]), style)
+        if advice:
+            line.append(f": {advice[0]['what']}", "not bold")
+        lines.append(line)
+    return [*lines, Text()] if lines else []
 
 
 def _tabs(shown: Shown) -> Text:
@@ -165,11 +198,15 @@ def _tabs(shown: Shown) -> Text:
     return line
 
 
-def _tab(scene: Scene, now: Now, shown: Shown) -> list[Text]:
+def _tab(scene: Scene, now: Now, shown: Shown, width: int) -> list[Text]:
     if shown.tab == "workers":
         return _workers(now.stats.get("workers", ()))
     if shown.tab == "eviction":
         return _eviction(now.stats)
+    if shown.tab == "tenants":
+        return _tenants(now.stats.get("tenants", ()))
+    if shown.tab == "health":
+        return _health(now.stats.get("advice", ()), width)
     return _prefixes(scene.prefixes, shown.sort)
 
 
@@ -246,3 +283,33 @@ def _eviction(stats: Mapping[str, Any]) -> list[Text]:
             )
             lines.append(Text(f"{tier:6} if its size were: {points}"))
     return lines
+
+
+def _tenants(tenants: Sequence[Mapping[str, Any]]) -> list[Text]:
+    """As the page says them, most asked first."""
+    head = "tenant                requests     tokens   hit %    dram   flash     saved      net"
+    if not tenants:
+        return [Text("no request yet, or only a socket is asked: --url", DIM)]
+    return [Text(head, HEAD), *(Text(_tenant_line(one)) for one in tenants)]
+
+
+def _tenant_line(one: Mapping[str, Any]) -> str:
+    requested, held = int(one["requested_tokens"]), one["held_blocks"]
+    hit = percent(sum(map(int, one["hit_tokens"].values())), requested)
+    saved = sum(map(float, one["saved_s"].values()))
+    return (
+        f"{one['tenant'][:20]:20} {count(one['lookups']):>9} {count(requested):>10} {hit:>7}"
+        f" {count(held.get('dram', 0)):>7} {count(held.get('flash', 0)):>7}"
+        f" {saved:7.1f} s {float(one['net_s']):+6.1f} s"
+    )
+
+
+def _health(advice: Sequence[Mapping[str, Any]], width: int) -> list[Text]:
+    """What to do about it, whole."""
+    lines = []
+    for one in advice:
+        style = _LEVELS.get(one["level"], DIM)
+        text = f"{one['level']:5}{one['what']} {one['do']}"
+        wrapped = textwrap.wrap(text, max(20, width), subsequent_indent=" " * 5)
+        lines += [Text(line, style if not at else "") for at, line in enumerate(wrapped)]
+    return lines or [Text("nothing to improve, or only a socket is asked: --url", DIM)]

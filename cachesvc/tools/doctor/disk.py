@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvist.cachesvc.tools.findings import Finding, Host, Level
+from kvist.cachesvc.tools.doctor.findings import Finding, Host, Level
 from kvist.proto.sizes import format_bytes
 from kvist.tiers.segment import aligned_buffer
 

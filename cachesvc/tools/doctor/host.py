@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from kvist.cachesvc.tools.findings import Finding, Host
+from kvist.cachesvc.tools.doctor.findings import Finding, Host
 from kvist.proto.sizes import format_bytes
 
 THP = "/sys/kernel/mm/transparent_hugepage"
