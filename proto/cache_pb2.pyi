@@ -924,7 +924,7 @@ class ListRequest(_message.Message):
     page_token: _builtins.int
     """next_page_token of the page before; 0: the first page"""
     limit: _builtins.int
-    """runs in a page, at most 256; 0: 256"""
+    """runs in a page, at most 128; 0: 128"""
     namespace: _builtins.str
     """only those whose digest begins with these hex digits"""
     tenant: _builtins.str

@@ -222,7 +222,7 @@ def test_the_record_of_a_block_of_a_tenant_with_a_ttl_says_when_it_ends(sidecar:
 @pytest.mark.parametrize(
     ("method", "request_", "field"),
     [
-        ("List", cache_pb2.ListRequest(limit=257), "limit"),
+        ("List", cache_pb2.ListRequest(limit=129), "limit"),
         ("List", cache_pb2.ListRequest(page_token=(1 << 64) - 1), "page_token"),
         ("List", cache_pb2.ListRequest(key="xyz"), "key"),
         ("List", cache_pb2.ListRequest(namespace="0" * 65), "namespace"),

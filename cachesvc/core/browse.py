@@ -26,12 +26,12 @@ from kvist.proto.record import NOT_SUMMED, BlockHeader, checksum
 from kvist.proto.slot import payload_of
 from kvist.tiers.flash import FlashTier
 
-RUNS_MAX = 256
+RUNS_MAX = 128
 LIST_ROWS = 1 << 16
-LIST_BLOCKS = 1 << 14
+LIST_BLOCKS = 1 << 13
 NAMESPACES_MAX = 1024
 CHILDREN_MAX = 1000
-EVICT_BLOCKS = 256
+EVICT_BLOCKS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,18 +134,20 @@ class Browser:
         """A page."""
         index = self._parts.index
         stop = min(asked.start + LIST_ROWS, index.rows)
-        runs: list[Run] = []
-        looked_at, after = 0, stop
+        tails: list[int] = []
+        rows: list[int] = []
+        starts: list[int] = []
+        after = stop
         for tail in self._tails(asked, stop).tolist():
-            if len(runs) >= asked.limit or looked_at >= LIST_BLOCKS:
+            if len(tails) >= asked.limit or len(rows) >= LIST_BLOCKS:
                 after = tail
                 break
-            rows = [tail] if asked.key else self._blocks.run(tail)
-            looked_at += len(rows)
             if not index.key(tail).startswith(TRIAL_PREFIX):
-                runs.append(self._run(np.array(rows, np.int64)))
+                tails.append(tail)
+                starts.append(len(rows))
+                rows += (tail,) if asked.key else self._blocks.run(tail)
         return Page(
-            runs,
+            self._runs(tails, starts, np.array(rows, np.int64)),
             after if after < index.rows else 0,
             index.rows,
             self._spaces() if not asked.start else [],
@@ -173,22 +175,27 @@ class Browser:
             and (not asked.tenant or tenancy.tenant(namespace) == asked.tenant)
         ]
 
-    def _run(self, rows: NDArray[np.int64]) -> Run:
-        """Of rows, the last block first."""
-        placement, blocks, tail = self._placement, self._blocks, int(rows[0])
+    def _runs(self, tails: list[int], starts: list[int], rows: NDArray[np.int64]) -> list[Run]:
+        """Of the rows of all of them, one after the other; looked up at once, 10 us a run."""
+        if not tails:
+            return []
+        placement, blocks, last = self._placement, self._blocks, np.array(tails, np.int64)
         in_dram, on_flash = self._scan.copies(rows)
-        return Run(
-            key=placement.index.key(tail),
-            namespace=blocks.namespace(tail),
-            depth=blocks.depth[tail] + 1,
-            blocks=len(rows),
-            dram_blocks=int(in_dram.sum()),
-            flash_blocks=int(on_flash.sum()),
-            pinned_blocks=placement.pins.pinned(rows),
-            uses=int(placement.hottest.uses(rows[:1])[0]),
-            idle_s=self._idle_s(tail),
-            branches=self._children(tail),
+        pinned = placement.pins.are_pinned(rows)
+        dram, flash, pins = (
+            np.add.reduceat(each.astype(np.int64), starts).tolist()
+            for each in (in_dram, on_flash, pinned)
         )
+        lengths = np.diff([*starts, len(rows)]).tolist()
+        uses = placement.hottest.uses(last).tolist()
+        return [
+            Run(
+                placement.index.key(tail), blocks.namespace(tail), blocks.depth[tail] + 1,
+                lengths[at], dram[at], flash[at], pins[at], uses[at], self._idle_s(tail),
+                self._children(tail),
+            )
+            for at, tail in enumerate(tails)
+        ]  # fmt: skip
 
     def _idle_s(self, row: int) -> float:
         at = self._placement.history.at_of[row]

@@ -100,11 +100,11 @@ class Pins:
         lives[row] -= 1
         return True
 
-    def pinned(self, rows: NDArray[np.int64]) -> int:
-        """How many of some rows are pinned now."""
+    def are_pinned(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of some rows are pinned now."""
         if not self.count:
-            return 0
-        return int(np.count_nonzero(self._until_s[rows] > self._elapsed_s()))
+            return np.zeros(len(rows), np.bool_)
+        return self._until_s[rows] > self._elapsed_s()
 
     def pin_of(self, row: int) -> tuple[float, dict[str, int]]:
         """Seconds that a block's pin still holds, 0 without one; and its lives left, by tier."""

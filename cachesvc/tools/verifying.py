@@ -33,9 +33,19 @@ def run_verify(flags: argparse.Namespace) -> int:
         ConfigInvalid: it is no flash folder, or a process uses it.
     """
     path = Path(flags.path)
-    bar = Bar(sys.stderr, "slots")
+    bar, looked_at = Bar(sys.stderr, "slots"), (0, 0)
+
+    def show(done: int, total: int) -> None:
+        nonlocal looked_at
+        looked_at = done, total
+        bar.show(done, total)
+
     try:
-        report = check_directory(path, bar.show)
+        report = check_directory(path, show)
+    except KeyboardInterrupt:
+        bar.clear()
+        print(f"interrupted after {looked_at[0]} of {looked_at[1]} slots", file=sys.stderr)
+        raise
     except (FormatRefused, OSError) as error:
         if flags.json:
             print(json.dumps({"path": str(path), "problems": [str(error)], "problem_count": 1}))
