@@ -20,7 +20,7 @@ SIZES = ((1280, 1290), (390, 1690))
 DRAWN = "return document.querySelectorAll('.uplot canvas').length === 4"
 ASKING = "Still running"
 # So long the demo asks on before it is looked at.
-WATCH_S = 60.0
+WATCH_S = 150.0
 
 
 def take(url: str, folder: Path) -> None:
