@@ -54,7 +54,7 @@ def main() -> None:
             assert demo.stdout is not None
             url = ""
             for line in demo.stdout:
-                print(line, end="")
+                print(line, end="", flush=True)
                 found = re.match(r"page +(http://\S+)", line)
                 url = found.group(1) if found else url
                 if ASKING in line:
