@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import re
 import signal
@@ -25,11 +24,13 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 
 from kvist.engine.demo_text import CHATS, SYSTEM_PROMPT
+from kvist.engine.demo_visitors import visitors
 from kvist.engine.local import Answer, LocalEngine, LocalSidecar, ask
 
 ANSWER_TOKENS = 32
 WAIT_SECONDS = 60.0
-KEEP_PAUSE_S = 3.0
+# One question in so many seconds leaves the cores to whoever chats beside it.
+KEEP_PAUSE_S = 2.0
 PICTURE_COLUMNS = 84
 LIKE_TOKENS = 64
 TIERS = ("hbm", "dram", "flash")
@@ -73,7 +74,8 @@ class Demo:
         # Two engines on a small machine: one compute thread each for every two cores.
         threads = max(1, len(os.sched_getaffinity(0)) // 2)
         flags = ["--cache", str(self.sidecar.socket), "--threads", str(threads)]
-        flags += ["--kv-cache-memory-bytes", "512MiB", "--served-model-name", "demo"]
+        # Room for 8,700 tokens: what visitors ask for after the chats does not fit it all.
+        flags += ["--kv-cache-memory-bytes", "192MiB", "--served-model-name", "demo"]
         self.engines = [
             LocalEngine(model, folder / f"engine-{number}.log", flags) for number in (1, 2)
         ]
@@ -188,19 +190,10 @@ class Demo:
         return turns
 
     def keep_asking(self) -> None:
-        """Ask on, one request each few seconds, so that the page has something to show.
-
-        The chats again, each engine in turn; every third question has a word that nobody had said.
-        """
-        for number in itertools.count(1):
-            turn = self.turns[number % len(self.turns)]
-            *before, last = turn.messages
-            if number % 3 == 0:
-                last = {**last, "content": f"Customer {number} asks: {last['content']}"}
-            messages = [*before, last]
-            again = Turn(turn.chat, turn.turn, number % len(self.engines), messages)
+        """Ask on, one request each few seconds, each engine in turn, until interrupted."""
+        for number, body in visitors(seed=1):
             with contextlib.suppress(httpx.HTTPError, RuntimeError):  # what was stopped by hand
-                self._ask(again, "on")
+                ask(self.engines[number % len(self.engines)].url, body)
             time.sleep(KEEP_PAUSE_S)
 
     def _ask(self, turn: Turn, cache: str) -> Answer:

@@ -42,8 +42,9 @@ KV interchangeable, {NAMESPACES_MAX} of them at most; `tenant` is the name in a 
 (`acme:secret` is `acme`, a bare salt a hash of it), `{COMMON}` without a salt, and `{OTHER}` for
 all that have no account of their own. A worker gives the first {FIRST_COME} tenants an account,
 and later ones when they have had {TOKENS_MIN:,} tokens and {SHARE_MIN:.0%} of all,
-{TENANT_ROWS - 1} in all; the sidecar shows {ACCOUNTS_MAX} pairs of namespace and tenant at most. An account stays, and what was
-counted for `{OTHER}` stays there, so every total only grows and the sum is exact at any time.
+{TENANT_ROWS - 1} in all; the sidecar shows {ACCOUNTS_MAX} pairs of namespace and tenant at most.
+An account stays, and what was counted for `{OTHER}` stays there, so every total only grows and
+the sum is exact at any time.
 
 ## Is it worth it
 

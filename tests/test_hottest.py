@@ -11,7 +11,7 @@ from sim.blocks import Block
 from sim.stores import Bench, chain, keys_of
 
 from kvist.cachesvc.study import hottest
-from kvist.cachesvc.study.hottest import Prefix
+from kvist.cachesvc.study.hottest import REST_LOOKS, Prefix
 
 
 def use(bench: Bench, blocks: Sequence[Block]) -> None:
@@ -22,7 +22,8 @@ def use(bench: Bench, blocks: Sequence[Block]) -> None:
 
 
 def prefixes(bench: Bench, looks: int = 1) -> tuple[Prefix, ...]:
-    for _ in range(looks):
+    """What a whole round finds, after the rest of the one before."""
+    for _ in range(REST_LOOKS + looks):
         found = bench.parts.placement.hottest.look()
     return found
 
@@ -64,6 +65,19 @@ def test_the_turns_of_a_chat_are_one_prefix_and_not_many(bench: Bench) -> None:
     # Of its turns, used 6, 5, 4, 3, 2 times and once, only those that differ by a factor of two.
     found = prefixes(bench)
     assert [(each.blocks, each.uses) for each in found] == [(6, 4), (10, 2), (12, 1)]
+    bench.close()
+
+
+def test_a_long_document_does_not_crowd_out_the_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hottest, "_BEST", 4)
+    worker, document, short = bench.worker(), chain(0, 40), chain(100, 2)
+    worker.put(document)
+    worker.put(short)
+    for used in (document, document, short):
+        use(bench, used)
+    assert [(each.blocks, each.uses) for each in prefixes(bench)] == [(40, 2), (2, 1)]
     bench.close()
 
 

@@ -171,10 +171,32 @@ def test_worth_tiers_tenants_and_ttft_are_those_of_the_document(
     assert "engine-a" in page.text("#sessions")
     assert page.text("#ttft tr[data-tier=none] b").endswith("ms")
     assert "times sooner" in page.text("#ttft tr[data-tier=dram]")
-    keys = [word for word in page.text("#prefixes tbody").split() if len(word) == 12]
-    assert keys == [each["key"][:12] for each in now["prefixes"]]
-    assert now["prefixes"][0]["uses"] > 5
     assert page.text("#health-words") == now["health"]
+
+
+def test_the_hottest_prefixes_are_named_by_key_and_never_by_tokens(
+    page: Browser, busy: Sidecar
+) -> None:
+    page.wait("return document.querySelectorAll('#prefixes .key').length > 3", "a round", 15.0)
+    shown = page.text("#prefixes").splitlines()
+    found = stats(busy)["prefixes"]
+    for each in found:
+        line = next(line for line in shown if line.startswith(each["key"][:12]))
+        assert f"{each['blocks'] * BLOCK_TOKENS} tokens {each['uses']} " in line
+    assert found[0]["uses"] > 5
+    assert not any(each["begins"] or each["ends"] for each in found)
+
+
+def test_token_ids_are_shown_where_the_operator_says_so(tmp_path: Path) -> None:
+    sidecar = start(tmp_path, "--page-tokens", "shown")
+    chats, prompt = Chats(sidecar.client(), ""), Prompt(1, 3)
+    for _ in range(3):
+        chats.ask(1, 3)
+    wait_until(lambda: bool(stats(sidecar)["prefixes"]), "a round")
+    (found,) = stats(sidecar)["prefixes"]
+    first, last = (np.frombuffer(prompt.items[at].tokens, "<u4").tolist() for at in (0, 2))
+    assert (found["begins"], found["ends"]) == (first[:8], last[-8:])
+    sidecar.close()
 
 
 def test_ranges_show_the_same_sums_while_there_is_no_more(page: Browser) -> None:
@@ -188,6 +210,24 @@ def test_ranges_show_the_same_sums_while_there_is_no_more(page: Browser) -> None
             f"return document.querySelector('.range-words').textContent.includes('{words}')", words
         )
     assert (column(page, "#sources-rows"), column(page, "#misses-rows")) == before
+
+
+def test_numbers_of_any_size_are_readable(page: Browser) -> None:
+    shown = page.run(
+        "return import('/format.js').then((f) => ["
+        "f.short(0), f.short(999), f.short(12345), f.short(9.99e14), f.count(1234567),"
+        "f.percent(0, 0), f.percent(1, 100000), f.percent(99999, 100000), f.percent(5, 5),"
+        "f.bytes(0), f.bytes(1536), f.bytes(2 ** 44), f.rate(0), f.rate(0.4), f.rate(2.5e10),"
+        "f.duration(0), f.duration(3e-6), f.duration(0.0123), f.duration(-90), f.duration(4000),"
+        "f.duration(1e9)])"
+    )
+    assert shown == [
+        "0", "999", "12.3 k", "999 T", "1,234,567",
+        "–", "<0.1 %", ">99.9 %", "100 %",
+        "0 B", "1.5 KiB", "16 TiB", "0", "<1 B/s", "25 GB/s",
+        "0 s", "3 µs", "12.3 ms", "−90 s", "1 h 6 min",
+        "11,574 d 1 h",
+    ]  # fmt: skip
 
 
 def test_theme_follows_the_system_and_the_switch_which_is_remembered(

@@ -91,6 +91,7 @@ def test_every_error_of_the_tree_has_a_status() -> None:
         ("client", ""),
         ("namespace", b"short"),
         ("namespace_text", "x" * 4097),
+        ("model", "x" * 257),
         ("pid", 0),
         ("payload_bytes", 0),
         ("payload_bytes", 1 << 40),

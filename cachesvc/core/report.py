@@ -15,6 +15,10 @@ from kvist.cachesvc.study.whatif import Estimate
 from kvist.proto.histograms import WORKER_HISTOGRAMS, Shown, shown_of, words_of
 from kvist.proto.shm import COUNTERS, MISS_REASONS, TENANT_COUNTERS, TIERS
 
+_FIRST_HIT = TENANT_COUNTERS.index(f"hit_tokens.{TIERS[0]}")
+_FIRST_MISS = TENANT_COUNTERS.index(f"miss_tokens.{MISS_REASONS[0]}")
+_HITS = slice(_FIRST_HIT, _FIRST_HIT + len(TIERS))
+_MISSES = slice(_FIRST_MISS, _FIRST_MISS + len(MISS_REASONS))
 _HISTOGRAM_WORDS = frozenset(word for name in WORKER_HISTOGRAMS for word in words_of(name))
 
 
@@ -228,9 +232,8 @@ def attached(sessions: Sessions, placement: Placement | None) -> Iterator[Attach
 
 def _tokens(session: Session) -> tuple[int, int]:
     """What a worker found and what it computed, of all tenants."""
-    rows = [dict(zip(TENANT_COUNTERS, counts, strict=True)) for _, counts in session.ring.tenants()]
-    hit = sum(row[f"hit_tokens.{tier}"] for row in rows for tier in TIERS)
-    return hit, sum(row[f"miss_tokens.{why}"] for row in rows for why in MISS_REASONS)
+    rows = [counts for _, counts in session.ring.tenants()]
+    return sum(sum(row[_HITS]) for row in rows), sum(sum(row[_MISSES]) for row in rows)
 
 
 def store_stats(

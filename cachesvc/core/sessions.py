@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import add
 from pathlib import Path
 
 from kvist.cachesvc.core.accounts import Accounts, Owner, namespace_label
@@ -23,6 +24,7 @@ from kvist.cachesvc.placing.tenancy import Group
 from kvist.cachesvc.worker.ring import RingReader, make_ring
 from kvist.proto.errors import SessionUnknown
 from kvist.proto.keys import NO_KEY, BlockKey
+from kvist.proto.shm import COUNTERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,10 +241,10 @@ class Sessions:
 
     def counters(self) -> dict[str, int]:
         """Totals of all workers of this life, by name of proto.shm.COUNTERS."""
-        totals = Counter(self._ended_counters)
-        for session in self._sessions.values():
-            totals.update(session.ring.counters())
-        return dict(totals)
+        totals = [self._ended_counters[name] for name in COUNTERS]
+        for session in self._sessions.values():  # lists: 16 dicts to add up took 3 ms
+            totals = list(map(add, totals, session.ring.counter_words()))
+        return dict(zip(COUNTERS, totals, strict=True))
 
     def accounted(self) -> dict[Owner, list[int]]:
         """What all workers of this life counted, by tenant, see Accounts.totals."""

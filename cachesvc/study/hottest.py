@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kvist.cachesvc.catalog.blocks import Blocks
+from kvist.cachesvc.catalog.blocks import NO_ROW, Blocks
 from kvist.cachesvc.policy.eviction import Rows
 from kvist.proto.hints import Hint
 
@@ -25,6 +26,8 @@ SHOWN = 12
 # most; a cache of a million blocks is gone over in 27 looks.
 _SLICE_ROWS = 1 << 16
 _WALK_BLOCKS = 16384
+# Looks between two rounds: to describe what was found takes up to 2 ms, so not each second.
+REST_LOOKS = 4
 # Rows with the highest worth that are kept of a round: the ends of long chains come first.
 _BEST = 512
 TOKENS_SHOWN = 8
@@ -69,7 +72,7 @@ class Hottest:
         self._blocks = blocks
         self._uses: Final = np.zeros(rows, np.uint32)
         self._best = np.zeros(0, np.int64)
-        self._at = 0
+        self._at = self._rest = 0
         self.prefixes: tuple[Prefix, ...] = ()
         self.tokens_of: Callable[[int], tuple[int, ...]] = lambda _row: ()
 
@@ -98,14 +101,24 @@ class Hottest:
 
     def look(self) -> tuple[Prefix, ...]:
         """Go over the next rows; what the last whole round found, most worth first."""
+        if self._rest:
+            self._rest -= 1
+            return self.prefixes
         stop = min(self._at + _SLICE_ROWS, len(self._uses))
         used = np.flatnonzero(self._uses[self._at : stop]) + self._at
-        self._best = self._top(np.concatenate([self._best, used]))
+        self._best = self._top(np.concatenate([self._best, used[~self._goes_on(used)]]))
         self._at = stop
         if stop == len(self._uses):
             self.prefixes = tuple(self._ends())
-            self._at, self._best = 0, np.zeros(0, np.int64)
+            self._at, self._best, self._rest = 0, np.zeros(0, np.int64), REST_LOOKS
         return self.prefixes
+
+    def _goes_on(self, rows: Rows) -> NDArray[np.bool_]:
+        """Whether all that used a row used its first child too: then the prefix ends further on,
+        and a long document would fill the list of the best with its rows."""
+        child = np.asarray(self._blocks.first_child)[rows]
+        same: NDArray[np.bool_] = (child != NO_ROW) & (self._uses[child] == self._uses[rows])
+        return same
 
     def _worth(self, rows: Rows) -> Rows:
         depth = np.asarray(self._blocks.depth)[rows].astype(np.int64)

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
-
 from kvist.cachesvc.core.store import StoreStats
 from kvist.cachesvc.view.history import STEPS_S, History, Recorder
 from kvist.cachesvc.view.summary import summary
 from kvist.proto.errors import ConfigInvalid, KvistError
+from kvist.proto.exposition import CONTENT_TYPE
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 # A client that sends nothing holds a thread; so long.
 CLIENT_TIMEOUT_S = 5.0
@@ -61,7 +60,7 @@ class Dashboard:
     Args:
         address: host:port; port 0 takes a free one.
         read: the store's figures; called from the server's threads, may raise KvistError.
-        registry: what /metrics shows.
+        metrics: what /metrics shows; called as read is.
         version: of the program.
 
     Attributes:
@@ -75,7 +74,7 @@ class Dashboard:
         self,
         address: str,
         read: Callable[[], StoreStats],
-        registry: CollectorRegistry,
+        metrics: Callable[[], bytes],
         version: str,
     ) -> None:
         self._read = read
@@ -88,7 +87,7 @@ class Dashboard:
         self._files["/"] = self._files.pop("/index.html")
         self._history = History()
         self._recorder = Recorder(read, self._history)
-        self._metrics: WSGIApplication = make_wsgi_app(registry)
+        self._metrics = metrics
         host, _, port = address.rpartition(":")
         try:
             kind = _Server6 if host.startswith("[") else _Server
@@ -123,7 +122,7 @@ class Dashboard:
             return _reply(start, "405 Method Not Allowed", "text/plain", b"only GET\n")
         try:
             if path == "/metrics":
-                return self._metrics(environ, start)
+                return _reply(start, "200 OK", CONTENT_TYPE, self._metrics())
             if path == "/stats.json":
                 return _reply_json(start, self._stats(self._read()))
             if path == "/history.json":

@@ -6,7 +6,7 @@
 
 Kept are running totals, not rates: whatever span is asked for, its differences are exact, and hits
 and misses add up to what was requested over it. A sample is a row of 8-byte numbers, so the memory
-is fixed: MEMORY_BYTES, about 1.3 MB. It is lost with the process, as the totals are.
+is fixed: MEMORY_BYTES, about 2 MB. It is lost with the process, as the totals are.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def _ttft(stats: StoreStats) -> Iterator[dict[str, Any]]:
 
 
 def median(shown: Shown) -> float:
-    """Of at least one value; they are taken to be spread evenly between bounds, as in Prometheus."""
+    """Of one value or more, taken to be spread evenly between bounds, as Prometheus does."""
     half = sum(shown.counts) / 2
     at = next(at for at, below in enumerate(accumulate(shown.counts)) if below >= half)
     if at == len(shown.bounds):

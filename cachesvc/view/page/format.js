@@ -44,23 +44,23 @@ export function rate(bytesPerSecond) {
   for (const [unit, scale] of [["GB/s", 1e9], ["MB/s", 1e6], ["kB/s", 1e3]]) {
     if (n >= 0.9995 * scale) return digits(n / scale) + " " + unit;
   }
-  return n > 0 ? count(n) + " B/s" : "0";
+  return n >= 1 ? count(n) + " B/s" : n > 0 ? "<1 B/s" : "0";
 }
 
 /** A length of time of any size, with two units at most. */
 export function duration(seconds) {
-  const size = Math.abs(seconds);
+  const size = Math.abs(seconds), sign = seconds < 0 ? "−" : "";
   if (size === 0) return "0 s";
-  if (size < 0.001) return digits(seconds * 1e6) + " µs";
-  if (size < 1) return digits(seconds * 1e3) + " ms";
-  if (size < 120) return digits(seconds) + " s";
+  if (size < 0.001) return sign + digits(size * 1e6) + " µs";
+  if (size < 1) return sign + digits(size * 1e3) + " ms";
+  if (size < 120) return sign + digits(size) + " s";
   const parts = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
   const at = parts.findIndex(([scale]) => size >= scale);
   const [scale, unit] = parts[at];
   const [next, nextUnit] = parts[at + 1];
   const rest = Math.floor((size % scale) / next);
   const whole = Math.floor(size / scale).toLocaleString("en");
-  return (seconds < 0 ? "−" : "") + `${whole} ${unit}` + (rest ? ` ${rest} ${nextUnit}` : "");
+  return sign + `${whole} ${unit}` + (rest ? ` ${rest} ${nextUnit}` : "");
 }
 
 /** Time of day; with the seconds when points are close. */

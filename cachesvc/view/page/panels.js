@@ -25,34 +25,48 @@ export function showHeadline({ spans }) {
     : start.requested ? "no requests in the last minute" : "no requests yet");
 }
 
-export function showWorth({ spans: { start } }) {
+export function showWorth({ spans: { start }, worth }) {
   const saved = start.saved_s, spent = start.load_s + start.store_s, net = start.net_s;
   const known = start.requested > 0 && saved + spent > 0;
   byId("worth-net").classList.toggle("minus", known && net < 0);
   say("worth-net", known ? (net > 0 ? "+" : "") + f.duration(net) : f.NONE);
   say("worth-saved", known ? f.duration(saved) : f.NONE);
   say("worth-spent", known ? f.duration(spent) : f.NONE);
-  say("worth-say", worthInWords(known, net, saved, spent, start));
+  say("worth-say", worthInWords(known, net, saved / spent, start, worth));
 }
 
-function worthInWords(known, net, saved, spent, start) {
+function worthInWords(known, net, times, start, worth) {
   if (!start.requested) return "no requests yet";
   if (!known) return "no engine has measured its rates yet";
   if (net <= 0) return "not yet: a cache stores before it hits";
-  const tokens = start.saved_tokens;
-  const times = spent > 0 ? saved / spent : 0;
-  const each = times >= 1 ? `, ${f.digits(times)} s for each second spent moving` : "";
-  return `yes: ${f.short(tokens)} tokens of prefill not computed since the start${each}`;
+  const each = Number.isFinite(times) && times >= 1 ? `, ${f.digits(times)} s for each second spent moving` : "";
+  const own = worth.find((tier) => tier.tier === "hbm").saved_s;
+  return `yes: ${f.short(start.saved_tokens)} tokens not computed since the start${each}` +
+    (own > 0 ? `. The engines’ own HBM saved another ${f.duration(own)}` : "");
 }
 
-const MARKS = { bad: "●", warn: "▲", note: "■" };
+const MARKS = { bad: "●", warn: "▲", note: "■", good: "✓" };
 
-export function showHealth({ health, advice }) {
+const line = (level, content) => element("li", {},
+  element("span", { class: "mark " + level, "aria-hidden": "true" }, MARKS[level]), content);
+
+/** What is in order, for those who look for trouble. */
+function sound(stats) {
+  const ready = stats.tiers.filter((use) => use.state === "ready").map((use) => TIERS[use.tier]);
+  const facts = [];
+  if (ready.length) facts.push(`${ready.join(" and ")} ${ready.length > 1 ? "are" : "is"} ready`);
+  const read = stats.tiers.length > 0 && !stats.advice.some((each) => each.code === "checksum-failures");
+  if (read) facts.push("every block read had its checksum");
+  if (stats.sessions) facts.push(stats.sessions === 1 ? "1 engine is attached" : `${stats.sessions} engines are attached`);
+  return facts;
+}
+
+export function showHealth(stats) {
+  const { health, advice } = stats;
   say("health-words", health);
   byId("health-words").dataset.level = advice.length ? advice[0].level : "good";
-  byId("health-brief").replaceChildren(...advice.slice(0, 2).map((each) => element("li", {},
-    element("span", { class: "mark " + each.level, "aria-hidden": "true" }, MARKS[each.level]),
-    element("a", { href: "#advice-" + each.code }, each.what))));
+  const said = advice.slice(0, 2).map((each) => line(each.level, element("a", { href: "#advice-" + each.code }, each.what)));
+  byId("health-brief").replaceChildren(...said, ...sound(stats).slice(0, 3 - said.length).map((text) => line("good", text)));
 }
 
 export function showAdvice({ advice }) {
@@ -148,20 +162,20 @@ const KINDS = [["none", "computed", "missed"], ["hbm", "from HBM", "hbm"], ["dra
 
 export function showTtft(stats) {
   const known = Object.fromEntries(stats.ttft.map((each) => [each.tier, each]));
-  const slowest = Math.max(...stats.ttft.map((each) => each.median_s), 1e-9);
+  const slowest = Math.max(...stats.ttft.map((each) => each.mean_s), 1e-9);
   const rows = KINDS.map(([tier, name, color]) => {
     const each = known[tier];
     const bar = element("div", { class: "bar " + color });
-    bar.style.width = each ? Math.max(1, (100 * each.median_s) / slowest) + "%" : "0";
-    const sooner = each && known.none && tier !== "none" ? known.none.median_s / each.median_s : 0;
+    bar.style.width = each ? Math.max(1, (100 * each.mean_s) / slowest) + "%" : "0";
+    const sooner = each && known.none && tier !== "none" ? known.none.mean_s / each.mean_s : 0;
     return element("tr", { "data-tier": tier },
       element("th", { scope: "row" }, name, element("small", {}, each ? requests(each.requests) : "no request yet")),
       element("td", { class: "track" }, bar),
-      element("td", {}, element("b", {}, each ? f.duration(each.median_s) : f.NONE),
+      element("td", {}, element("b", {}, each ? f.duration(each.mean_s) : f.NONE),
         element("small", {}, sooner >= 1.05 ? `${sooner < 9.95 ? sooner.toFixed(1) : f.count(sooner)} times sooner` : "\u00a0")));
   });
   byId("ttft").replaceChildren(element("table", { class: "ttft" },
-    element("caption", { class: "hidden" }, "Median time to first token by where the prompt came from"), element("tbody", {}, ...rows)));
+    element("caption", { class: "hidden" }, "Mean time to first token by where the prompt came from"), element("tbody", {}, ...rows)));
   say("ttft-say", movingInWords(stats.worth));
 }
 
@@ -225,7 +239,7 @@ export function showSessions(stats) {
     [["engine", ""], ["namespace", ""], ["attached", "number"], ["hit rate", "number"], ["loaded", "number"], ["stored", "number"], ["its blocks here", "number"], ["filling", "number"]],
     stats.attached.map((each) => cells(
       ["name", [each.client, element("small", {}, ` pid ${each.pid}`)]],
-      ["", [each.namespace, element("small", {}, " " + each.compute)]],
+      ["", [each.namespace, element("small", { title: each.compute }, " " + each.compute.replace(/^[0-9a-f]{32,} /, ""))]],
       ["number", f.duration(Math.floor(each.age_s))],
       ["number", f.percent(each.hit_tokens, each.requested_tokens)],
       ["number", f.bytes(each.loaded_bytes)],
@@ -233,6 +247,11 @@ export function showSessions(stats) {
       ["number", f.bytes(Math.max(each.dram_blocks, each.flash_blocks) * slot)],
       ["number", each.reserved_slots ? `${f.count(each.reserved_slots)} slots` : f.NONE])),
     "no engine is attached");
+}
+
+/** What the sidecar's tiers were worth to a tenant, as the headline has it for all: without HBM. */
+function netOf({ net_s: net, saved_s: saved }) {
+  return net - saved.hbm;
 }
 
 function showTenants(stats, slot) {
@@ -245,7 +264,7 @@ function showTenants(stats, slot) {
       ["number", f.count(each.lookups)],
       ["number", f.short(each.requested_tokens)],
       ["number", f.percent(sum(each.hit_tokens), each.requested_tokens)],
-      ["number", (each.net_s > 0 ? "+" : "") + f.duration(each.net_s)],
+      ["number", (netOf(each) > 0 ? "+" : "") + f.duration(netOf(each))],
       ["number", f.bytes(each.held_blocks.dram * slot)],
       ["number", f.bytes(each.held_blocks.flash * slot)])),
     "nobody has asked for anything");
