@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +48,7 @@ def list_all(browser: Browser, **asked: Any) -> tuple[int, list[float]]:
     """Runs of a whole listing, and milliseconds of each page."""
     runs, start, times = 0, 0, list[float]()
     while True:
-        page = timed(times, lambda at=start: browser.list(Asked(start=at, **asked)))
+        page = timed(times, partial(browser.page, Asked(start=start, **asked)))
         runs += len(page.runs)
         start = page.next
         if not start:
@@ -91,7 +92,7 @@ def measure(blocks: int, conversation: int) -> dict[str, Any]:
         for number in range(EVICTED_CONVERSATIONS):
             key, more = key_of(number * conversation), True
             while more:
-                _, more = timed(evictions, lambda at=key: browser.evict(at, True))
+                _, more = timed(evictions, partial(browser.evict, key, True))
         figures = {
             "conversation_blocks": conversation,
             "runs": runs,

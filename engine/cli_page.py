@@ -115,7 +115,7 @@ def _commands(
     yield f"    {_usage(parser, title)}\n"
     rows = [_row(action) for action in _shown(parser)]
     # The engine's own flags once, not with each command that has an engine in it.
-    has_engine = words[0] == "bench" and len(serve.intersection(rows)) > len(serve) // 2
+    has_engine = words[0] == "bench" and len(serve & set(rows)) > len(serve) // 2
     own = [row for row in rows if row not in serve] if has_engine else rows
     if own:
         yield "| argument | meaning |\n|---|---|"

@@ -38,7 +38,7 @@ def every_run(browser: Browser, **asked: object) -> list[Run]:
     """By as many pages as it takes."""
     runs, start = [], 0
     while True:
-        page = browser.list(Asked(start=start, **asked))  # type: ignore[arg-type]
+        page = browser.page(Asked(start=start, **asked))  # type: ignore[arg-type]
         runs += page.runs
         start = page.next
         if not start:
@@ -75,7 +75,7 @@ def test_pages_of_any_size_list_each_run_once_and_look_at_few_blocks(
     monkeypatch.setattr(browse, "LIST_ROWS", 16)
     monkeypatch.setattr(browse, "LIST_BLOCKS", 8)
     for limit in (1, 2, 5):
-        page = browser.list(Asked(limit=limit))
+        page = browser.page(Asked(limit=limit))
         assert sum(run.blocks for run in page.runs) <= 8
         assert page.next <= 16
         found = every_run(browser, limit=limit)
@@ -108,7 +108,7 @@ def test_uses_are_counted_by_request_and_the_hottest_can_be_asked_for(bench: Ben
     assert run.key == keys_of(hot)[-1]
     assert run.uses == 4
     bench.clock_s += 30
-    assert browser_of(bench).list(Asked(min_uses=4)).runs[0].idle_s == pytest.approx(30, abs=1)
+    assert browser_of(bench).page(Asked(min_uses=4)).runs[0].idle_s == pytest.approx(30, abs=1)
 
 
 def test_a_tree_is_evicted_leaves_first_a_bounded_number_at_a_time(

@@ -39,7 +39,7 @@ class Browsing:
             self._made = parts, Browser(parts)
         return self._made[1]
 
-    def list(self, request: cache_pb2.ListRequest) -> cache_pb2.ListReply:
+    def page(self, request: cache_pb2.ListRequest) -> cache_pb2.ListReply:
         """A page of runs."""
         _check_digits("namespace", request.namespace, 2 * DIGEST_BYTES)
         _check_digits("key", request.key, 2 * KEY_BYTES)
@@ -54,7 +54,7 @@ class Browsing:
         browser = self._browser()
         if browser is None:
             return cache_pb2.ListReply()
-        page = browser.list(
+        page = browser.page(
             Asked(
                 request.page_token, request.limit or RUNS_MAX, request.namespace, request.tenant,
                 request.key, request.min_uses,

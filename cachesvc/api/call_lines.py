@@ -19,7 +19,7 @@ def tell_reserved(
     log = _log_of(store)
     if log is None:
         return
-    fates = Counter(answer.reason or answer.outcome for answer in answers)
+    fates = Counter(str(answer.reason or answer.outcome) for answer in answers)
     refused = len(answers) - fates["reserved"] - fates["present"]
     fields: dict[str, object] = {"session": request.session}
     if request.request:

@@ -192,7 +192,7 @@ class CacheService(cache_pb2_grpc.CacheServicer):
 
     async def List(self, request: cache_pb2.ListRequest, context: Context) -> cache_pb2.ListReply:
         """A page of what is stored."""
-        return await self._reply(self._browsing.list, request, context)
+        return await self._reply(self._browsing.page, request, context)
 
     async def Show(self, request: cache_pb2.ShowRequest, context: Context) -> cache_pb2.ShowReply:
         """What is known of one block."""

@@ -130,8 +130,8 @@ class Browser:
 
     # List.
 
-    def list(self, asked: Asked) -> Page:
-        """A page."""
+    def page(self, asked: Asked) -> Page:
+        """A page of runs."""
         index = self._parts.index
         stop = min(asked.start + LIST_ROWS, index.rows)
         tails: list[int] = []

@@ -80,7 +80,7 @@ def run_warm(flags: argparse.Namespace) -> int:
         return _prefetch(flags, engine, lines)
     model = engine.check()
     done = Warmer(engine, _settings(flags, model), flags.concurrency).run(lines)
-    document = {
+    document: dict[str, Any] = {
         "prompts": done.prompts,
         "failed": len(done.failed),
         "prompt_tokens": done.prompt_tokens,

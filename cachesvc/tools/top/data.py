@@ -126,7 +126,9 @@ def _tier(
     tier: Mapping[str, Any], stats: Mapping[str, Any], before: Mapping[str, Any], seconds: float
 ) -> TierNow:
     name = str(tier["tier"])
-    old = next((one for one in before.get("tiers", ()) if one["tier"] == name), {})
+    old: Mapping[str, Any] = next(
+        (one for one in before.get("tiers", ()) if one["tier"] == name), {}
+    )
 
     def per_s(field_name: str) -> float:
         change = int(tier[field_name]) - int(old.get(field_name, 0))

@@ -74,18 +74,10 @@ def screen(scene: Scene, shown: Shown, width: int, height: int) -> list[Text]:
     if scene.problem:
         lines.append(Text(scene.problem, POOR))
     if scene.now is not None:
-        lines += [
-            "",
-            *_rates(scene.now),
-            "",
-            *_tiers(scene.now.tiers),
-            "",
-            *_worth(scene.now.stats),
-        ]
-        lines += [_tabs(shown), *_tab(scene, scene.now, shown, width)]
+        lines += [Text(), *_rates(scene.now), Text(), *_tiers(scene.now.tiers), Text()]
+        lines += [*_worth(scene.now.stats), _tabs(shown), *_tab(scene, scene.now, shown, width)]
     room = max(1, height - 1)
-    lines = [line if isinstance(line, Text) else Text(line) for line in lines][:room]
-    lines += [Text()] * (room - len(lines))
+    lines = lines[:room] + [Text()] * (room - len(lines))
     keys = " q quit   tab 1-5 view   s sort   p pause "
     lines.append(Text(keys.ljust(width), "reverse"))
     for line in lines:
