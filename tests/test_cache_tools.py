@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 from sim.models import tiny_llama
-from sim.server import SimServer, metric
+from sim.server import metric
 from sim.sidecar import BLOCK_TOKENS, Prompt, Sidecar, load_all, namespace, wait_until
 
 from kvist.cachesvc.tools.dropping import run_clear
 from kvist.cachesvc.tools.words import count, parse_span, span
 from kvist.engine.cli import build_parser, main
+from kvist.engine.local import LocalProcess, free_port
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.keys import BlockKey
 
@@ -45,6 +46,7 @@ def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
 @pytest.fixture
 def prompts(sidecar: Sidecar) -> Iterator[list[Prompt]]:
     """Two prompts of the common pool, the first used once more, and one of acme's."""
+    said(sidecar, "clear", "--yes", "--json")  # what an engine has stored
     client = sidecar.client()
     made = [Prompt(1, 6), Prompt(2, 3)]
     for prompt in made:
@@ -239,10 +241,13 @@ def test_a_reader_that_goes_away_ends_a_tool_quietly(
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimServer]:
-    folder = tmp_path_factory.mktemp("engine")
+def engine(sidecar: Sidecar, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalProcess]:
+    """A real engine, of a model of a few weights, at the real sidecar."""
+    folder, port = tmp_path_factory.mktemp("engine"), free_port()
     tiny_llama(folder / "model", 1)
-    server = SimServer(folder / "model", folder / "log", ("--block-size", "16", "--cache", "off"))
+    command = [*KVIST, "serve", str(folder / "model"), "--port", str(port), "--threads", "1"]
+    command += ["--cache", str(sidecar.socket), "--block-size", "16", "--dtype", "float32"]
+    server = LocalProcess(command, f"http://127.0.0.1:{port}", "/health", folder / "log")
     server.start()
     server.wait_ready()
     yield server
@@ -250,7 +255,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimServer]:
 
 
 def warm(
-    capsys: pytest.CaptureFixture[str], engine: SimServer, file: Path, *flags: str
+    capsys: pytest.CaptureFixture[str], engine: LocalProcess, file: Path, *flags: str
 ) -> tuple[int, str, str]:
     capsys.readouterr()
     code = main(["cache", "warm", str(file), "--url", engine.url, *flags])
@@ -259,7 +264,7 @@ def warm(
 
 
 def test_warm_sends_every_kind_of_line_and_counts_its_tokens(
-    engine: SimServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    engine: LocalProcess, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "prompts.jsonl"
     chat = {"messages": [{"role": "user", "content": "Tell me of blocks."}]}
@@ -276,8 +281,33 @@ def test_warm_sends_every_kind_of_line_and_counts_its_tokens(
     assert "5 prompts of" in warm(capsys, engine, file, "--socket", "/nowhere")[1]
 
 
+def test_after_warm_the_sidecar_has_the_prompts_and_says_so(
+    engine: LocalProcess,
+    sidecar: Sidecar,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    ids = [[100 + n, *range(5, 69)] for n in range(3)]
+    file.write_text("\n".join(map(json.dumps, [*ids, "Words " * 30])))
+    where = ("--json", "--socket", str(sidecar.socket))
+    first = json.loads(warm(capsys, engine, file, *where)[1])
+    text = first["prompt_tokens"] - 3 * 65
+    stored = 3 * 64 + text // 16 * 16
+    assert first["cached_before_tokens"] == 0
+    assert first["cached_now"] == {
+        "prompts": 4,
+        "of_tokens": first["prompt_tokens"],
+        "tokens": stored,
+        "dram_tokens": stored,
+    }
+    again = json.loads(warm(capsys, engine, file, *where)[1])
+    assert again["cached_before_tokens"] >= 3 * 64
+    said(sidecar, "clear", "--yes", "--json")
+
+
 def test_warm_goes_on_after_a_prompt_that_the_engine_refuses_and_says_which(
-    engine: SimServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    engine: LocalProcess, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('"good"\n[999999999]\n"good, too"\n')
@@ -298,7 +328,7 @@ def test_warm_goes_on_after_a_prompt_that_the_engine_refuses_and_says_which(
     ],
 )
 def test_a_line_that_is_no_prompt_is_told_before_anything_is_sent(
-    engine: SimServer, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, words: str
+    engine: LocalProcess, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, words: str
 ) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(text)
@@ -319,7 +349,7 @@ def test_warm_without_an_engine_names_the_flag(
 
 
 def test_an_interrupted_warm_says_what_was_done_and_from_which_line_to_go_on(
-    engine: SimServer, tmp_path: Path
+    engine: LocalProcess, tmp_path: Path
 ) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps(f"prompt {n} " * 20) for n in range(20_000)))
@@ -340,11 +370,14 @@ def test_an_interrupted_warm_says_what_was_done_and_from_which_line_to_go_on(
 def test_prefetch_raises_what_a_restart_left_on_flash_and_computes_nothing(
     sidecar: Sidecar, prompts: list[Prompt], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def on_flash() -> bool:
-        runs = said(sidecar, "ls", "--json")["runs"]
-        return all(run["flash_blocks"] == run["blocks"] for run in runs)
+    own = {prompt.keys[-1].hex() for prompt in prompts}
 
-    wait_until(on_flash, "all to sink", 20.0)
+    def all_on(tier: str) -> bool:
+        runs = said(sidecar, "ls", "--json", "--limit", "0")["runs"]
+        mine = [run for run in runs if run["key"] in own]
+        return len(mine) == 3 and all(run[f"{tier}_blocks"] == run["blocks"] for run in mine)
+
+    wait_until(lambda: all_on("flash"), "all to sink", 20.0)
     sidecar.stop()
     sidecar.start()
     file = tmp_path / "prompts.jsonl"
@@ -357,11 +390,7 @@ def test_prefetch_raises_what_a_restart_left_on_flash_and_computes_nothing(
         "rising_blocks": 11,
     }
 
-    def in_dram() -> bool:
-        runs = said(sidecar, "ls", "--json")["runs"]
-        return all(run["dram_blocks"] == run["blocks"] for run in runs)
-
-    wait_until(in_dram, "all to rise", 20.0)
+    wait_until(lambda: all_on("dram"), "all to rise", 20.0)
     assert "rising" not in run(capsys, sidecar, "show", prompts[1].keys[0].hex())[1]
 
 
