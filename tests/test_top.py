@@ -125,6 +125,7 @@ def test_a_screen_says_the_hit_rate_the_reasons_and_the_hottest_prefix() -> None
     tenants = "\n".join(line.plain for line in screen(scene(), Shown("tenants"), 80, 24))
     assert "acme" in tenants
     assert "25.0 %" in tenants
+    assert "…" not in tenants
     health = [line.plain for line in screen(scene(), Shown("health"), 80, 24)]
     assert sum("Raise it." in line for line in health) > 2, "it is wrapped, not cut"
     gone = screen(scene("no sidecar answers"), Shown(), 80, 24)

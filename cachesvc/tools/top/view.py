@@ -279,7 +279,7 @@ def _eviction(stats: Mapping[str, Any]) -> list[Text]:
 
 def _tenants(tenants: Sequence[Mapping[str, Any]]) -> list[Text]:
     """As the page says them, most asked first."""
-    head = "tenant                requests     tokens   hit %    dram   flash     saved      net"
+    head = "tenant            requests     tokens   hit %    dram   flash     saved      net"
     if not tenants:
         return [Text("no request yet, or only a socket is asked: --url", DIM)]
     return [Text(head, HEAD), *(Text(_tenant_line(one)) for one in tenants)]
@@ -290,7 +290,7 @@ def _tenant_line(one: Mapping[str, Any]) -> str:
     hit = percent(sum(map(int, one["hit_tokens"].values())), requested)
     saved = sum(map(float, one["saved_s"].values()))
     return (
-        f"{one['tenant'][:20]:20} {count(one['lookups']):>9} {count(requested):>10} {hit:>7}"
+        f"{one['tenant'][:16]:16} {count(one['lookups']):>9} {count(requested):>10} {hit:>7}"
         f" {count(held.get('dram', 0)):>7} {count(held.get('flash', 0)):>7}"
         f" {saved:7.1f} s {float(one['net_s']):+6.1f} s"
     )
