@@ -137,10 +137,11 @@ class Blocks:
 
     def run(self, tail: int) -> list[int]:
         """The blocks up to a tail that no other prompt parts from; the tail first."""
-        rows, row = [tail], self.parent[tail]
-        while row != NO_ROW and self.next_sibling[self.first_child[row]] == NO_ROW:
+        parent, child, sibling = self.parent, self.first_child, self.next_sibling
+        rows, row = [tail], parent[tail]
+        while row != NO_ROW and sibling[child[row]] == NO_ROW:
             rows.append(row)
-            row = self.parent[row]
+            row = parent[row]
         return rows
 
     def namespace(self, row: int) -> bytes:

@@ -28,7 +28,7 @@ from kvist.tiers.flash import FlashTier
 
 RUNS_MAX = 128
 LIST_ROWS = 1 << 16
-LIST_BLOCKS = 1 << 13
+LIST_BLOCKS = 1 << 11
 NAMESPACES_MAX = 1024
 CHILDREN_MAX = 1000
 EVICT_BLOCKS = 128
