@@ -1,9 +1,10 @@
 """Browsing: what people ask of the store, each in pieces that hold nobody up.
 
-list     a page of runs: at most LIST_ROWS rows are scanned (0.4 ms), and RUNS_MAX runs or
-         LIST_BLOCKS blocks, whichever comes first, are looked at (2 to 3 ms)
+page     at most LIST_ROWS rows are scanned (0.4 ms), and RUNS_MAX runs or, with the last of
+         them, LIST_BLOCKS blocks are walked (1 to 2 ms; a single run of 10,000 blocks, 640,000
+         tokens, takes 5); benchmarks/browse.py measures it
 show     one block; its payload in DRAM is summed once, 60 us for 1 MiB
-evict    at most EVICT_BLOCKS blocks (3 ms), leaves first, so that at every moment what is
+evict    at most EVICT_BLOCKS blocks (2 ms), leaves first, so that at every moment what is
          stored hangs together
 """
 
