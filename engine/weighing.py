@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
 
-from kvist.cachesvc.worker.cost import STEP_TOKENS_MIN, Choice, CostModel
+from kvist.cachesvc.worker.cost import STEP_TOKENS_MIN, Choice, CostModel, decision_of
 from kvist.cachesvc.worker.meter import Meter
 from kvist.engine.copying import Loaded, Stored
 from kvist.engine.loading import LoadGate
@@ -82,9 +82,8 @@ class Weigher:
         self.cost.decided(choice)
         sequence.choice, sequence.found = choice, tiers[: choice.blocks]
         sequence.gate = None
-        what = "compute" if not choice.blocks else "part" if choice.skipped else "load"
-        self._decisions[what] += 1
-        self.meter.count(f"decisions.{what}", 1)
+        self._decisions[decision_of(choice)] += 1
+        self.meter.count(f"decisions.{decision_of(choice)}", 1)
         if not sequence.found:
             return
         self._estimated_load_s += choice.load_s
@@ -158,15 +157,18 @@ class Weigher:
         self.meter.observe(f"ttft_seconds.{tier}", seconds)
 
     def stored(self, stored: Stored) -> None:
-        """A batch of stores has ended."""
+        """A batch of stores has ended. Of one for several tenants, each has an even part of what
+        it took, and of the blocks if not all were stored.
+        """
         self.meter.observe("store_seconds", stored.seconds)
         self._store_s += stored.seconds
+        total, first, told = len(stored.pages), 0, 0
         for tenant, blocks in stored.tenants.items():
-            share = blocks / len(stored.pages)
-            self.meter.took(tenant, "store_us", stored.seconds * share)
-        if stored.result.stored == len(stored.pages):
-            for tenant, blocks in stored.tenants.items():
-                self.meter.count_for(tenant, "stored_blocks", blocks)
+            first += blocks
+            upto = round(stored.result.stored * first / total)
+            self.meter.count_for(tenant, "stored_blocks", upto - told)
+            self.meter.took(tenant, "store_us", stored.seconds * blocks / total)
+            told = upto
         if stored.result.stored == len(stored.pages):
             self.cost.stored(stored.result.stored, stored.seconds)
 

@@ -81,6 +81,16 @@ def test_a_long_document_does_not_crowd_out_the_others(
     bench.close()
 
 
+def test_a_count_stays_at_its_largest(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hottest, "USES_MAX", 5)
+    blocks = chain(0, 2)
+    bench.worker().put(blocks)
+    for _ in range(9):
+        use(bench, blocks)
+    assert [each.uses for each in prefixes(bench)] == [5]
+    bench.close()
+
+
 def test_a_block_that_went_takes_its_uses_along(bench: Bench) -> None:
     worker, blocks = bench.worker(), chain(0, 3)
     worker.put(blocks)

@@ -1,6 +1,6 @@
 """The hottest prefixes: which beginnings of prompts save most, counted block by block.
 
-Each block counts the requests that found it since it was stored, 4 bytes a row. A prefix ends where
+Each block counts the requests that found it since it was stored, 2 bytes a row. A prefix ends where
 the count falls: where prompts part, or where they end. It is worth its uses times its length, the
 tokens that nobody computed again. Of prefixes that lie in one another only those are shown that are
 used at least twice as often as the longer one, or a long chat would fill the list with its turns.
@@ -31,6 +31,7 @@ REST_LOOKS = 4
 # Rows with the highest worth that are kept of a round: the ends of long chains come first.
 _BEST = 512
 TOKENS_SHOWN = 8
+USES_MAX = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Prefix:
     Attributes:
         key: of its last block, hex.
         blocks: of it, the last included.
-        uses: requests that found it since its last block was stored.
+        uses: requests that found it since its last block was stored, USES_MAX at most.
         dram_blocks: of its blocks, those with a copy in DRAM; flash_blocks likewise.
         namespace: first digits of the digest.
         begins: first token ids of its first block, ends: last ones of its last; both empty unless
@@ -70,7 +71,7 @@ class Hottest:
 
     def __init__(self, blocks: Blocks, rows: int) -> None:
         self._blocks = blocks
-        self._uses: Final = np.zeros(rows, np.uint32)
+        self._uses: Final = np.zeros(rows, np.uint16)
         self._best = np.zeros(0, np.int64)
         self._at = self._rest = 0
         self.prefixes: tuple[Prefix, ...] = ()
@@ -78,7 +79,7 @@ class Hottest:
 
     def found(self, rows: Rows, request: int, at: int) -> None:  # noqa: ARG002 - see Learner
         """See Learner."""
-        self._uses[rows] += 1
+        self._uses[rows] = np.minimum(self._uses[rows], USES_MAX - 1) + np.uint16(1)
 
     def stored(self, rows: Rows, request: int, at: int) -> None:  # noqa: ARG002
         """See Learner."""
@@ -122,7 +123,8 @@ class Hottest:
 
     def _worth(self, rows: Rows) -> Rows:
         depth = np.asarray(self._blocks.depth)[rows].astype(np.int64)
-        return self._uses[rows] * (depth + 1)
+        worth: Rows = self._uses[rows].astype(np.int64) * (depth + 1)
+        return worth
 
     def _top(self, rows: Rows) -> Rows:
         if len(rows) <= _BEST:

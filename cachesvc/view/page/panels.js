@@ -111,6 +111,7 @@ export function showMisses(misses) {
 
 const MEAN_S = 10;
 const TENANTS_SHOWN = 20;
+const USES_MAX = 65535; // counts of uses stay there, see study/hottest.py
 
 function tank(tier, name, where, use, lines) {
   const share = use && use.slots ? use.used_slots / use.slots : 0;
@@ -225,7 +226,7 @@ export function showPrefixes(stats) {
     stats.prefixes.map((prefix) => cells(
       ["key", ids(prefix)],
       ["number", `${f.count(prefix.blocks * stats.block_tokens)} tokens`],
-      ["number", f.count(prefix.uses)],
+      ["number", f.count(prefix.uses) + (prefix.uses === USES_MAX ? "+" : "")],
       ["number", f.short(prefix.uses * prefix.blocks * stats.block_tokens)],
       ["number", f.bytes(prefix.blocks * slot)],
       ["", where(prefix)])),
