@@ -12,7 +12,7 @@ from kvist.cachesvc.client import CacheClient, open_cache
 from kvist.cachesvc.events.journal import Journal
 from kvist.cachesvc.events.publisher import Publisher
 from kvist.cachesvc.events.settings import checked_kv_events
-from kvist.cachesvc.log import LEVELS, Level, Log
+from kvist.cachesvc.log import Log
 from kvist.engine.config import CACHE_EMBEDDED, CACHE_OFF, EngineConfig
 from kvist.engine.connector import Connector
 from kvist.engine.models.base import ModelConfig
@@ -260,8 +260,3 @@ def free_memory_bytes() -> int:
     except (OSError, ValueError):
         pass
     return free
-
-
-def log_level(text: str) -> Level:
-    """A checked setting as the log takes it."""
-    return next(level for level in LEVELS if level == text)

@@ -203,7 +203,7 @@ export class Curve extends Chart {
     const lines = [["", this.format(point), "×" + point.multiple],
       [this.color, "leaf-LRU would hit", (100 * point.hit_ratio).toFixed(1) + " %"]];
     if (point.multiple === 1 && this.present !== null) {
-      lines.push(["ink", "this cache hits", this.present.toFixed(1) + " %"]);
+      lines.push(["ink", "this tier has hit", this.present.toFixed(1) + " %"]);
     }
     return lines;
   }
