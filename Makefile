@@ -73,6 +73,8 @@ proto: $(VENV)/.dev  ## Generate code from proto/cache.proto
 
 docs: $(VENV)/.dev  ## Write the pages of docs/ that follow from the code
 	$(VENV)/bin/python docs/generate.py
+	$(VENV)/bin/python -m kvist.engine.metric_page docs/metrics.md
+	$(VENV)/bin/python -m kvist.engine.cli_page docs/cli.md
 
 screenshots: $(VENV)/.dev  ## Pictures of the page into docs/, from the demo (URL=... of a running page)
 	@$(VENV)/bin/python tests/sim/screenshots.py $(if $(URL),--url $(URL))
