@@ -123,7 +123,7 @@ export class Stack extends Chart {
       label: part.name, fill: css(part.color), stroke: css("card"), width: 1, paths: bars,
       points: { show: false },
     }));
-    const y = this.share ? { range: [0, 100] } : { range: (_u, _low, high) => [0, Math.max(1, high * 1.08)] };
+    const y = this.share ? { range: [0, 100] } : { range: (_u, _low, high) => [0, Math.max(10, high * 1.08)] };
     return {
       scales: { x: { time: true, range: () => [this.from, this.to] }, y },
       cursor: { y: false, points: { show: false }, drag: { x: false, y: false } },

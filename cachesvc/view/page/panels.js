@@ -152,7 +152,8 @@ export function showTiers(stats, series) {
     element("div", { class: "column" }, tank("dram", "DRAM", "shared arena", tier.dram,
       tier.dram ? held(tier.dram) : [["amount", "not made yet"], ["of", "the first worker says how large blocks are"]]), out("dram")),
     element("div", { class: "between" }, flow("rise", "left", rate("read_bytes.flash")), flow("sink", "right", rate("written_bytes.flash"))),
-    element("div", { class: "column" }, tank("flash", "Flash", "local disk", tier.flash, held(tier.flash)), out("flash")),
+    element("div", { class: "column" }, tank("flash", "Flash", "local disk", tier.flash,
+      stats.tiers.length ? held(tier.flash) : [["amount", "not made yet"], ["of", "if kvistd has a flash_path"]]), out("flash")),
     element("div", { class: "between none", "aria-hidden": "true" }),
     element("div", { class: "column" }, tank("remote", "Remote", "other stores", null, held(null)), element("div", { class: "out" })));
 }
