@@ -128,10 +128,11 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
         server = Server(CacheService(store, beat, fail), config.socket, config.listen)
         await server.start()
         stack.push_async_callback(server.stop)
-        Metrics(registry, read, {"grpc": server.calls, "packet": desk.calls}, version("kvist"))
+        calls = {"grpc": server.calls, "packet": desk.calls}
+        metrics = Metrics(registry, read, calls, version("kvist"))
         page_url = ""
         if config.http_listen:
-            page = Dashboard(config.http_listen, read, registry, version("kvist"))
+            page = Dashboard(config.http_listen, read, metrics.text, version("kvist"))
             page.start()
             # The page's threads wait for the loop, so the loop must not wait for them.
             stack.push_async_callback(asyncio.to_thread, page.close)
@@ -174,6 +175,7 @@ def store_config(config: SidecarConfig, arena_folder: Path) -> StoreConfig:
         eviction=config.eviction,
         dram_verify=config.dram_verify,
         flash_verify=config.flash_verify,
+        show_tokens=config.page_tokens == "shown",
     )
 
 

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from kvist.cachesvc.flash.budget import ADMISSIONS, AdmissionMode
 from kvist.cachesvc.folders import home_folders
@@ -156,6 +157,13 @@ SETTINGS: tuple[Setting, ...] = (
         "Address of the page, /metrics, /stats.json and /healthz; empty: none.",
         _address,
     ),
+    Setting(
+        "page_tokens",
+        "hidden",
+        "Whether the page shows token ids of the hottest prefixes: hidden, or shown. Whoever has "
+        "the tokenizer can read prompts by them.",
+        _one_of(("hidden", "shown")),
+    ),
     Setting("run_dir", _RUN_DIR, "Folder of the lock and the bell.", _path),
     Setting("shm_dir", _SHM_DIR, "Folder of arena, index and rings, in memory.", _path),
     Setting("dram_bytes", "1GiB", "Size of the DRAM tier.", _bytes_at_least(1 << 20)),
@@ -254,6 +262,7 @@ class SidecarConfig:
     socket: Path
     listen: str
     http_listen: str
+    page_tokens: Literal["hidden", "shown"]
     run_dir: Path
     shm_dir: Path
     dram_bytes: int

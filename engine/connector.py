@@ -250,6 +250,11 @@ class Connector:
             self._shown_s = now
             self._cache.show_rates(self.weigher.look())
 
+    def began(self, sequence: Sequence, now_s: float) -> None:
+        """A sequence has its first token."""
+        if self.weigher is not None:
+            self.weigher.began(sequence, now_s - sequence.arrived_s)
+
     def load_stats(self) -> LoadStats:
         """See there."""
         if self.weigher is None or self._cache is None:

@@ -265,6 +265,7 @@ class Core:
         delta = Delta(sequence.id, [sampled.token], logprobs, sequence.finish_reason)
         if sequence.first_token_s is None:
             sequence.first_token_s = self._now()
+            self._connector.began(sequence, sequence.first_token_s)
             assert sequence.scheduled_s is not None
             delta = Delta(
                 sequence.id,

@@ -87,7 +87,7 @@ class EngineServer:
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self._on_signal)
         metrics = EngineMetrics(CollectorRegistry(), self._config.model_names[0], time.monotonic)
-        ProcessCollector(registry=metrics.registry)
+        ProcessCollector(registry=metrics.others)
         self._announce()
         with listener, tempfile.TemporaryDirectory(prefix="kvist-") as folder:
             endpoint = f"ipc://{folder}/core"

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kvist.engine.definitions import BOUNDS, FINISH_REASONS, KVIST, VLLM, figures_of
 from kvist.engine.request import CoreStats, Delta, Outputs, Ready
-from kvist.proto.exposition import families
+from kvist.proto.exposition import exposition
 from kvist.proto.histograms import Histogram
 
 
-class EngineMetrics(Collector):
+class EngineMetrics:
     """All metrics of one engine, built once and passed down. Used by the API's thread.
 
     Args:
-        registry: where they are shown; two engines in one process take two.
+        others: collectors of other things, shown behind; two engines in one process take two.
         model: label `model_name`.
         now: seconds, monotonic.
 
@@ -27,25 +27,20 @@ class EngineMetrics(Collector):
         times: histograms by name of definitions.BOUNDS.
     """
 
-    def __init__(self, registry: CollectorRegistry, model: str, now: Callable[[], float]) -> None:
+    def __init__(self, others: CollectorRegistry, model: str, now: Callable[[], float]) -> None:
         self.now = now
-        self.registry = registry
+        self.others = others
         self.times = {name: Histogram(bounds) for name, bounds in BOUNDS.items()}
         self._labels = {"engine": "0", "model_name": model}
         self._stats = CoreStats()
         self._finished = Counter(dict.fromkeys(FINISH_REASONS, 0))
-        registry.register(self)
 
-    def describe(self) -> list[Metric]:
-        """Nothing in advance."""
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        """All families: the core's latest figures as they are, and the times of requests."""
+    def text(self) -> bytes:
+        """What a scrape gets: the core's latest figures as they are, and the times of requests."""
         shown = tuple(times.shown(name) for name, times in self.times.items())
         figures = figures_of(self._stats) | {"finished": self._finished, "histograms": shown}
-        yield from families(VLLM, figures, self._labels)
-        yield from families(KVIST, figures)
+        ours = exposition(VLLM, figures, self._labels) + exposition(KVIST, figures)
+        return ours.encode() + generate_latest(self.others)
 
     def observe_ready(self, ready: Ready, prefix_caching: bool) -> None:
         """Show what the pool looks like; once."""
@@ -56,7 +51,7 @@ class EngineMetrics(Collector):
             "enable_prefix_caching": str(prefix_caching),
             "namespace": ready.namespace,
         }
-        self.registry.register(_Info("vllm:cache_config_info", "The paged KV pool.", values))
+        self.others.register(_Info("vllm:cache_config_info", "The paged KV pool.", values))
 
     def observe_outputs(self, outputs: Outputs) -> None:
         """Take one step's figures."""

@@ -149,6 +149,14 @@ class Weigher:
             self._saved_s[tier] += seconds
             start = end
 
+    def began(self, sequence: Sequence, seconds: float) -> None:
+        """A sequence has its first token, so long after it arrived; see proto/histograms."""
+        cached = sequence.cached
+        tokens = {"hbm": cached.hbm, "dram": cached.dram, "flash": cached.flash}
+        half = 2 * sum(tokens.values()) >= sequence.prompt_tokens
+        tier = max(tokens, key=lambda each: tokens[each]) if half else "none"
+        self.meter.observe(f"ttft_seconds.{tier}", seconds)
+
     def stored(self, stored: Stored) -> None:
         """A batch of stores has ended."""
         self.meter.observe("store_seconds", stored.seconds)

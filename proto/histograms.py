@@ -26,6 +26,8 @@ AGES_S = (
 )  # fmt: skip
 """Bounds of how long a block lies, from a second to a week."""
 
+TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
+
 WORKER_HISTOGRAMS: Mapping[str, tuple[float, ...]] = {
     "lookup_seconds": LOOKUP_S,
     "load_seconds.dram": MOVE_S,
@@ -34,8 +36,16 @@ WORKER_HISTOGRAMS: Mapping[str, tuple[float, ...]] = {
     "load_estimate_ratio.dram": RATIOS,
     "load_estimate_ratio.flash": RATIOS,
     "prefill_estimate_ratio": RATIOS,
+    "ttft_seconds.none": TTFT_S,
+    "ttft_seconds.hbm": TTFT_S,
+    "ttft_seconds.dram": TTFT_S,
+    "ttft_seconds.flash": TTFT_S,
 }
-"""What workers measure, by name; a tier stands behind a dot."""
+"""What workers measure, by name; a tier stands behind a dot.
+
+ttft_seconds: from a request's arrival at the engine to its first token, its queueing included, by
+the tier that most of its cached tokens came from; none where less than half of it was cached.
+"""
 
 MICRO = 1_000_000
 """Words are whole numbers: seconds and ratios are kept in millionths."""

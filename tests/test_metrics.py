@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvist.cachesvc.core.report import EvictionUse, TierUse
@@ -45,9 +45,8 @@ def stats(**changes: object) -> StoreStats:
 
 
 def scrape(now: StoreStats) -> dict[tuple[str, ...], float]:
-    registry = CollectorRegistry()
-    Metrics(registry, lambda: now, {"grpc": {"Attach": 2}, "packet": {"Commit": 3}}, "1.2.3")
-    text = generate_latest(registry).decode()
+    calls = {"grpc": {"Attach": 2}, "packet": {"Commit": 3}}
+    text = Metrics(CollectorRegistry(), lambda: now, calls, "1.2.3").text().decode()
     samples: dict[tuple[str, ...], float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -125,10 +124,9 @@ def test_nothing_is_read_before_a_scrape_and_a_store_that_is_gone_is_an_error() 
     def gone() -> StoreStats:
         raise Detached("the store has stopped")
 
-    registry = CollectorRegistry()
-    Metrics(registry, gone, {}, "1")
+    metrics = Metrics(CollectorRegistry(), gone, {}, "1")
     with pytest.raises(Detached):
-        generate_latest(registry)
+        metrics.text()
 
 
 def test_stats_document_has_the_fields_of_the_store_in_plain_json_types() -> None:
@@ -140,6 +138,6 @@ def test_stats_document_has_the_fields_of_the_store_in_plain_json_types() -> Non
 
 
 def test_the_page_has_words_for_every_reason_and_tier() -> None:
-    page = Path(dashboard.__file__).with_name("page.html").read_text()
+    words = (Path(dashboard.__file__).parent / "page" / "words.js").read_text()
     for name in (*MISS_REASONS, *TIERS):
-        assert f" {name}: " in page
+        assert f" {name}: " in words

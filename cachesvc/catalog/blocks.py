@@ -114,6 +114,10 @@ class Blocks:
         """Digest of a block's namespace."""
         return self.spaces[self._space[row]]
 
+    def held(self, namespace: bytes, tier: str) -> int:
+        """Copies of a namespace's blocks in a tier."""
+        return self.copies[tier].get(self._space_ids.get(namespace, _NO_SPACE), 0)
+
     def namespaces(self) -> list[bytes]:
         """Digests of the namespaces that have blocks."""
         return list(self.spaces.values())

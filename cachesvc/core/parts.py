@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ from kvist.cachesvc.placing.tenancy import Limits, Tenancy
 from kvist.cachesvc.placing.wards import Rules
 from kvist.cachesvc.policy.eviction import History, Policy, PolicyName, Tree
 from kvist.cachesvc.policy.rgg import make_policy
-from kvist.proto.errors import TierOffline
+from kvist.proto.errors import KvistError, TierOffline
 from kvist.proto.verify import Verify
 from kvist.tiers.dram import DramTier
 from kvist.tiers.flash import FlashTier
@@ -58,6 +59,7 @@ class StoreConfig:
         reservation_share: of the DRAM slots, that one session may hold reserved.
         eviction: policy by which blocks go from either tier.
         dram_verify, flash_verify: what of a payload is checked, see proto/verify.py.
+        show_tokens: the page may show token ids of prompts.
         prefault: touch the arena's memory in the background, so that no copy waits for it.
     """
 
@@ -76,6 +78,7 @@ class StoreConfig:
     pin_bytes: int | None = None
     reservation_share: float = 0.25
     eviction: PolicyName = "rgg"
+    show_tokens: bool = False
     prefault: bool = True
     dram_verify: Verify = "always"
     flash_verify: Verify = "always"
@@ -157,6 +160,8 @@ class Maker:
         undo.callback(index.close)
         index.set_dram_verify(config.dram_verify)
         placement = self._placement(index, dram, flash, sessions)
+        if config.show_tokens:
+            placement.hottest.tokens_of = partial(_tokens_of, index, dram)
         moves = self._moves(placement)
         share = max(1, int(slots * config.reservation_share))
         claims = Claims(index.claims)
@@ -255,6 +260,18 @@ class Maker:
         thread.start()
         self._undo.callback(thread.join)
         self._undo.callback(stop.set)
+
+
+def _tokens_of(index: IndexWriter, dram: DramTier, row: int) -> tuple[int, ...]:
+    """Token ids of the block in a row; () when it is not in DRAM."""
+    slot = index.dram(row)
+    if slot is None:
+        return ()
+    try:
+        tokens = dram.header(slot).tokens
+    except KvistError:
+        return ()
+    return struct.unpack(f"<{len(tokens) // 4}I", tokens)
 
 
 def sweep(folder: Path) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 from kvist.cachesvc.core.accounts import TenantUse, Worth, tenant_uses, worth_of_tiers
-from kvist.cachesvc.core.sessions import Sessions
+from kvist.cachesvc.core.sessions import Session, Sessions
 from kvist.cachesvc.flash.budget import Wear
 from kvist.cachesvc.placing.moves import Moves
 from kvist.cachesvc.placing.placement import Placement
+from kvist.cachesvc.study.hottest import Prefix
 from kvist.cachesvc.study.whatif import Estimate
 from kvist.proto.histograms import WORKER_HISTOGRAMS, Shown, shown_of, words_of
-from kvist.proto.shm import COUNTERS, MISS_REASONS, TIERS
+from kvist.proto.shm import COUNTERS, MISS_REASONS, TENANT_COUNTERS, TIERS
 
+_FIRST_HIT = TENANT_COUNTERS.index(f"hit_tokens.{TIERS[0]}")
+_FIRST_MISS = TENANT_COUNTERS.index(f"miss_tokens.{MISS_REASONS[0]}")
+_HITS = slice(_FIRST_HIT, _FIRST_HIT + len(TIERS))
+_MISSES = slice(_FIRST_MISS, _FIRST_MISS + len(MISS_REASONS))
 _HISTOGRAM_WORDS = frozenset(word for name in WORKER_HISTOGRAMS for word in words_of(name))
 
 
@@ -77,6 +83,34 @@ class WorkerRates:
 
 
 @dataclass(frozen=True, slots=True)
+class Attached:
+    """One worker that is attached, and what it did in its session.
+
+    Attributes:
+        client: its name. pid: of its process.
+        namespace: of its blocks, as in tenants. compute: the same in words, without a salt.
+        age_s: seconds since it attached.
+        reserved_slots: that it is filling.
+        requested_tokens: that it asked for; hit_tokens: of those, found in any tier.
+        loaded_bytes, stored_bytes: that it copied out and in.
+        dram_blocks, flash_blocks: held of its namespace, by whomever they were stored.
+    """
+
+    client: str
+    pid: int
+    namespace: str
+    compute: str
+    age_s: float
+    reserved_slots: int
+    requested_tokens: int
+    hit_tokens: int
+    loaded_bytes: int
+    stored_bytes: int
+    dram_blocks: int
+    flash_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoreStats:
     """What the store holds and has done; the fields of StatsReply in cache.proto, and
 
@@ -94,6 +128,9 @@ class StoreStats:
         wear: of flash; None without it.
         workers: what each attached one measured.
         pinned_blocks: now; spared_blocks: how often one was passed over.
+        attached: the workers, longest first.
+        prefixes: used most, see study/hottest.
+        block_tokens: tokens of a block, of the worker that attached last.
     """
 
     boot_epoch: bytes
@@ -113,6 +150,9 @@ class StoreStats:
     workers: tuple[WorkerRates, ...] = ()
     pinned_blocks: int = 0
     spared_blocks: int = 0
+    attached: tuple[Attached, ...] = ()
+    prefixes: tuple[Prefix, ...] = ()
+    block_tokens: int = 0
     tenants: tuple[TenantUse, ...] = ()
     worth: tuple[Worth, ...] = ()
     histograms: tuple[Shown, ...] = ()
@@ -167,6 +207,35 @@ def eviction_uses(placement: Placement) -> tuple[EvictionUse, ...]:
     )  # fmt: skip
 
 
+def attached(sessions: Sessions, placement: Placement | None) -> Iterator[Attached]:
+    """The open sessions, in the order in which they came."""
+    for session in sessions.each():
+        if session.is_open:
+            counters, namespace = session.ring.counters(), session.namespace
+            hit, missed = _tokens(session)
+            held = placement.blocks.held if placement else (lambda _namespace, _tier: 0)
+            yield Attached(
+                client=session.client,
+                pid=session.pid,
+                namespace=session.label,
+                compute=session.text.partition(" salt=")[0],
+                age_s=round(sessions.age_s(session), 1),
+                reserved_slots=len(session.reserved),
+                requested_tokens=hit + missed,
+                hit_tokens=hit,
+                loaded_bytes=counters["loaded_bytes"],
+                stored_bytes=counters["stored_bytes"],
+                dram_blocks=held(namespace, "dram"),
+                flash_blocks=held(namespace, "flash"),
+            )
+
+
+def _tokens(session: Session) -> tuple[int, int]:
+    """What a worker found and what it computed, of all tenants."""
+    rows = [counts for _, counts in session.ring.tenants()]
+    return sum(sum(row[_HITS]) for row in rows), sum(sum(row[_MISSES]) for row in rows)
+
+
 def store_stats(
     boot_epoch: bytes,
     uptime_s: float,
@@ -200,6 +269,9 @@ def store_stats(
         workers=tuple(WorkerRates(client, rates) for client, rates in sessions.rates()),
         pinned_blocks=placement.pins.count if placement else 0,
         spared_blocks=placement.spared if placement else 0,
+        attached=tuple(attached(sessions, placement)),
+        prefixes=placement.hottest.look() if placement else (),
+        block_tokens=placement.policy.block_tokens if placement else 0,
         tenants=uses,
         worth=worth_of_tiers(uses, busy_s.get("write", 0.0)),
         histograms=(

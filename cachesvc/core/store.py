@@ -82,7 +82,7 @@ class Store:
         self._log = log
         self._host = host
         self._opened_s = now()
-        self._sessions = Sessions(config.shm_dir, self.boot_epoch.hex()[:12])
+        self._sessions = Sessions(config.shm_dir, self.boot_epoch.hex()[:12], now)
         self._parts: Parts | None = None
         self._undo = ExitStack()
         self._flash_failure = ""
@@ -179,7 +179,7 @@ class Store:
             FormatRefused: as open.
         """
         parts = self._parts_for(shape.record_bytes)
-        session = self._sessions.open(client, pid, namespace, model)
+        session = self._sessions.open(client, pid, namespace, model, namespace_text)
         parts.placement.policy.block_tokens = shape.block_tokens
         parts.index.set_sessions(len(self._sessions))
         self._log.info(

@@ -26,6 +26,7 @@ from kvist.cachesvc.placing.wards import Rules, Wards
 from kvist.cachesvc.policy.eviction import History, Policy, Tree
 from kvist.cachesvc.policy.shadow import Shadow
 from kvist.cachesvc.policy.uses import Uses
+from kvist.cachesvc.study.hottest import Hottest
 from kvist.cachesvc.study.whatif import Estimate, WhatIf
 from kvist.proto.errors import KvistError, TierFull
 from kvist.proto.keys import BlockKey
@@ -41,7 +42,7 @@ class Placement:
     Attributes:
         index, blocks, dram, flash: what it manages; flash is None without a flash tier.
         policy: says which block goes first.
-        uses: what is told to the policy.
+        uses: what is told to the policy. hottest: what is used most.
         jobs: moves under way by row; such a block is not evicted.
         unlisted: keys that left flash, to be taken out of the flash index.
         counts, measures: what happened, and how long it took.
@@ -78,7 +79,8 @@ class Placement:
         self._what_if = WhatIf(self.blocks, index.rows, sizes)
         self.now = now
         self.measures = Measures(history, index.rows)
-        learners = (self.policy, self._what_if, self.measures)
+        self.hottest = Hottest(self.blocks, index.rows)
+        learners = (self.policy, self._what_if, self.measures, self.hottest)
         self.uses = Uses(self.blocks, history, learners, now)
         self.jobs: dict[int, Sink | Rise] = {}
         self.unlisted: list[BlockKey] = []

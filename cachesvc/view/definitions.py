@@ -73,6 +73,10 @@ WORKERS = (
     D("kvist_load_seconds", "histogram", "seconds",
       "Loads of a request's blocks by the slowest tier they were in, the wait for it included.",
       "load_seconds", ("tier",)),
+    D("kvist_ttft_seconds", "histogram", "seconds",
+      "From a request's arrival at its engine to its first token, by the tier that most of its"
+      " cached tokens came from; none: less than half of the prompt was cached.",
+      "ttft_seconds", ("tier",)),
     D("kvist_store_seconds", "histogram", "seconds", "Stores of a batch of blocks.",
       "store_seconds"),
     D("kvist_load_estimate_ratio", "histogram", "ratio",

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, generate_latest
 
 from kvist.cachesvc.core.store import StoreStats
 from kvist.cachesvc.view.definitions import DEFINITIONS
-from kvist.proto.exposition import families
+from kvist.proto.exposition import exposition
 
 
-class Metrics(Collector):
+class Metrics:
     """Everything that /metrics shows, as view/definitions says. Nothing is counted here, so nothing
     can be counted twice.
 
     Args:
-        registry: where to be found.
+        others: collectors of parts that keep their figures themselves; shown behind.
         read: the store's figures; called at each scrape, from the scraper's thread.
         calls: calls so far by method, of each way: "grpc" and "packet" (cachesvc/api/calls.py).
         version: of the program.
@@ -28,24 +26,21 @@ class Metrics(Collector):
 
     def __init__(
         self,
-        registry: CollectorRegistry,
+        others: CollectorRegistry,
         read: Callable[[], StoreStats],
         calls: Mapping[str, Mapping[str, int]],
         version: str,
     ) -> None:
+        self._others = others
         self._read = read
         self._calls = calls
         self._version = version
-        registry.register(self)
 
-    def describe(self) -> list[Metric]:
-        """Nothing in advance, or registering would already read the store."""
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        """All families, from one reading."""
+    def text(self) -> bytes:
+        """What a scrape gets, from one reading. Raises: KvistError, as read does."""
         calls = {f"{way}_calls": dict(self._calls.get(way, {})) for way in ("grpc", "packet")}
-        return families(DEFINITIONS, figures_of(self._read()) | calls | {"version": self._version})
+        figures = figures_of(self._read()) | calls | {"version": self._version}
+        return exposition(DEFINITIONS, figures).encode() + generate_latest(self._others)
 
 
 def figures_of(stats: StoreStats) -> dict[str, Any]:

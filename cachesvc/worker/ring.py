@@ -232,7 +232,11 @@ class RingReader(_Ring):
 
     def counters(self) -> dict[str, int]:
         """The running totals, by name."""
-        return {name: self._words[at] for name, at in _POSITION.items()}
+        return dict(zip(COUNTERS, self.counter_words(), strict=True))
+
+    def counter_words(self) -> list[int]:
+        """The same in the order of COUNTERS, 3 us."""
+        return self._words[_COUNTERS : _COUNTERS + len(COUNTERS)].tolist()
 
     def tenants(self) -> list[tuple[str | None, list[int]]]:
         """Each tenant's running totals, in the order of TENANT_COUNTERS; those of all that have no

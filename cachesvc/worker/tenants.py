@@ -10,6 +10,8 @@ OTHERS_ROW = 0
 # So many get a row at once; the other rows are left for those that turn out to be large.
 FIRST_COME = TENANT_ROWS // 2
 SHARE_MIN = 0.01
+# Fifty prompts of 2,000 tokens: of the first few requests everybody's share is large.
+TOKENS_MIN = 100_000
 _WAITING_MAX = 1024
 
 
@@ -17,8 +19,8 @@ class TenantRows:
     """Gives out the rows of a ring. A row is kept for ever, so that every total only grows.
 
     The first FIRST_COME tenants get one at once. A later one is counted with the others until it
-    has had a SHARE_MIN of all tokens, and by itself from then on; what was counted stays where it
-    is. So the sum over the rows is the whole at any time, whoever comes.
+    has had TOKENS_MIN and a SHARE_MIN of all tokens, and by itself from then on; what was counted
+    stays where it is. So the sum over the rows is the whole at any time, whoever comes.
     """
 
     def __init__(self) -> None:
@@ -44,7 +46,7 @@ class TenantRows:
         if len(self._rows) < FIRST_COME:
             return True
         heard = self._waiting.pop(tenant, 0) + tokens
-        if heard >= SHARE_MIN * self._tokens:
+        if heard >= max(TOKENS_MIN, SHARE_MIN * self._tokens):
             return True
         self._waiting[tenant] = heard
         if len(self._waiting) > _WAITING_MAX:
