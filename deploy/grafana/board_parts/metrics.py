@@ -76,7 +76,7 @@ def selected(expression: str, variables: Mapping[str, str]) -> str:
             if label in labels_of(definition) and label not in said and not name.startswith(other)
         ]
         inside = ", ".join([*chosen, *([own] if own else [])])
-        return f"{match[1]}{{{inside}}}"
+        return f"{match[1]}{{{inside}}}" if inside else match[1]
 
     for short, long in _WINDOWS.items():
         expression = expression.replace(short, long)
@@ -109,8 +109,8 @@ def quantiles(histogram: str, by: str = "") -> dict[str, str]:
 
 def mean(histogram: str, by: str = "") -> str:
     """The mean of what a histogram counted, for each of `by`."""
-    total, count = (f"sum by ({by}) (rate({histogram}_{end}[W]))" for end in ("sum", "count"))
-    return f"{total} / {count}"
+    over = f"sum by ({by})" if by else "sum"
+    return f"{over} (rate({histogram}_sum[W])) / {over} (rate({histogram}_count[W]))"
 
 
 def heat(histogram: str) -> dict[str, str]:

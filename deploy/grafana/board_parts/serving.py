@@ -45,11 +45,11 @@ FAST = (
 )  # fmt: skip
 
 TIME = (
-    Panel("stack", "Where a request's time goes, mean",
+    Panel("stack", "Where a request's time goes",
           {"queue": mean("vllm:request_queue_time_seconds"),
            "prefill": mean("vllm:request_prefill_time_seconds"),
            "decode": mean("vllm:request_decode_time_seconds")},
-          "A long queue wants more engines, a long prefill more hits, a long decode smaller "
+          "Means. A long queue wants more engines, a long prefill more hits, a long decode smaller "
           "batches or a faster device.", "s"),
     Panel("lines", "Queue",
           {"p50": quantile(0.5, "vllm:request_queue_time_seconds"),
@@ -83,9 +83,9 @@ AMOUNT = (
           {"{{instance}}": "sum by (instance) (vllm:num_requests_running)"}, ""),
     Panel("heat", "Tokens of a prompt", heat("vllm:request_prompt_tokens"), ""),
     Panel("heat", "Tokens of an answer", heat("vllm:request_generation_tokens"), ""),
-    Panel("lines", "Tokens of a step, mean", {"{{instance}}":
+    Panel("lines", "Tokens of a step", {"{{instance}}":
           mean("vllm:iteration_tokens_total", "instance")},
-          "The batch that the device sees; near --max-num-batched-tokens prefills queue."),
+          "Mean. The batch that the device sees; near --max-num-batched-tokens prefills queue."),
 )  # fmt: skip
 
 CACHE = (
@@ -115,11 +115,11 @@ CACHE = (
           {"{{reason}}": "sum by (reason) (rate(kvist_engine_store_drops_total[W]))"},
           "queue_full: storing cannot keep up with computing."),
     Panel("lines", "Measured rates of copies",
-          {"load {{instance}} {{tier}}": "kvist_engine_load_bytes_per_s",
-           "store {{instance}} {{tier}}": "kvist_engine_store_bytes_per_s"},
+          {"load {{instance}} {{tier}}": "kvist_engine_load_bytes_per_second",
+           "store {{instance}} {{tier}}": "kvist_engine_store_bytes_per_second"},
           "By which load or compute is decided.", "Bps"),
     Panel("lines", "Measured rate of prefill",
-          {"{{instance}} {{tokens}} tokens": "kvist_engine_prefill_tokens_per_s"},
+          {"{{instance}} {{tokens}} tokens": "kvist_engine_prefill_tokens_per_second"},
           "Tokens a second of a prompt of so many."),
     Panel("lines", "Tokens from which loading pays",
           {"{{instance}} {{tier}}": "kvist_engine_break_even_tokens"},

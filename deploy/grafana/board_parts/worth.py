@@ -19,8 +19,9 @@ _ESTIMATES = "between 0.8 and 1.25 the estimates by which it is decided are good
 def _net(rise: str, only: str = "", by: str = "") -> str:
     """Saved less spent: a second (rate), or in the board's range (increase)."""
     window = {"rate": "W", "increase": "RANGE"}[rise]
+    total = f"sum by ({by})" if by else "sum"
     saved, load, store = (
-        f"sum by ({by}) ({rise}(kvist_worth_{what}_seconds_total{only}[{window}]))"
+        f"{total} ({rise}(kvist_worth_{what}_seconds_total{only}[{window}]))"
         for what in ("saved", "load", "store")
     )
     return f"{saved} - {load} - {store}"
@@ -30,6 +31,12 @@ def _near(histogram: str) -> str:
     """Share of what a histogram of ratios counted between 0.8 and 1.25."""
     low, high = (f'sum(rate({histogram}_bucket{{le="{at}"}}[W]))' for at in ("0.8", "1.25"))
     return f"({high} - {low}) / sum(rate({histogram}_count[W]))"
+
+
+def _first_token(share: float) -> str:
+    """By the tier that most came from, whichever tiers are chosen: they are to be compared."""
+    buckets = 'rate(kvist_ttft_seconds_bucket{tier=~".+"}[W])'
+    return f"histogram_quantile({share}, sum by (le, tier) ({buckets}))"
 
 
 ANSWER = (
@@ -88,6 +95,16 @@ TENANTS = (
           width=10, height=9),
 )  # fmt: skip
 
+USERS = (
+    Panel("lines", "Time to first token, median",
+          {"{{tier}}": _first_token(0.5)},
+          "What users have of it: none is requests of whose prompt less than half was cached.",
+          "s", width=12),
+    Panel("lines", "Time to first token, p99",
+          {"{{tier}}": _first_token(0.99)},
+          "A tier slower than none is one that should not be loaded from.", "s", width=12),
+)  # fmt: skip
+
 MORE = (
     Panel("bars", "DRAM of another size would hit",
           {"x {{multiple}}": 'avg by (multiple) (kvist_what_if_hit_ratio{tier="dram"})'},
@@ -137,6 +154,7 @@ BOARD = Board(
     {
         "Is it?": ANSWER,
         "Which tier pays?": TIERS,
+        "Do users notice?": USERS,
         "Which tenant?": TENANTS,
         "Would more memory?": MORE,
         "Are the decisions good?": DECISIONS,
