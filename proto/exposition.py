@@ -12,13 +12,12 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST as CONTENT_TYPE
-
 from kvist.proto.histograms import Shown
 from kvist.proto.metrics import Definition, all_labels, samples
 
 __all__ = ["CONTENT_TYPE", "exposition"]
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TYPES = {"states": "gauge", "info": "gauge"}
 _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 

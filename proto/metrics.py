@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from kvist.proto.histograms import Shown
@@ -80,14 +81,24 @@ def samples(definition: Definition, figures: Mapping[str, Any]) -> Iterator[Samp
             yield Sample(labels, value)
 
 
-def _walk(found: list[tuple[Labels, Any]], definition: Definition) -> Iterable[tuple[Labels, Any]]:
-    for step in definition.figure.split("."):
+@cache
+def _steps(figure: str) -> tuple[tuple[str, tuple[Labels, ...]], ...]:
+    """A path's names, each with the labels in brackets behind it."""
+    steps = []
+    for step in figure.split("."):
         match = _STEP.fullmatch(step)
-        assert match is not None, definition
-        if match[1]:
-            found = [(labels, _get(value, match[1])) for labels, value in found]
-        for names in re.findall(r"[\w,]+", match[2]):
-            found = [one for each in found for one in _each(each, names.split(","), definition)]
+        assert match is not None, figure
+        brackets = tuple(tuple(names.split(",")) for names in re.findall(r"[\w,]+", match[2]))
+        steps.append((match[1], brackets))
+    return tuple(steps)
+
+
+def _walk(found: list[tuple[Labels, Any]], definition: Definition) -> Iterable[tuple[Labels, Any]]:
+    for name, brackets in _steps(definition.figure):
+        if name:
+            found = [(labels, _get(value, name)) for labels, value in found]
+        for names in brackets:
+            found = [one for each in found for one in _each(each, names, definition)]
         found = [(labels, value) for labels, value in found if value is not None]
     return found
 

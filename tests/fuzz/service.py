@@ -136,6 +136,7 @@ _REQUESTS = {
         pid=st.just(1) | _INTS,
         namespace=_DIGESTS,
         namespace_text=st.text(max_size=50),
+        model=st.text(max_size=50),
         payload_bytes=st.just(SHAPE.payload_bytes) | _LONGS,
         block_tokens=st.just(SHAPE.block_tokens) | _INTS,
     ),

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvist.cachesvc.client import CacheClient
 from kvist.engine.plugins.vllm.lookups import Adapters, Load, Names, Save, digest_of, unnamed
-from kvist.proto.keys import Namespace
+from kvist.proto.keys import Namespace, tenant_of
 
 # A block of 3 MB rises from a disk that is not busy in 2 to 4 ms.
 FLASH_WAIT_S = 2.0
@@ -253,7 +253,8 @@ class Planner:
         misses = Counter({"tail": prompt - usable * size})
         misses[reason] += (tracked.ready - came) * size
         misses[tracked.end] += (usable - local - tracked.ready) * size
-        self._cache.count(prompt, +hits, +misses)
+        tenant = tenant_of(tracked.request.cache_salt or "")
+        self._cache.count(prompt, +hits, +misses, tenant)
         for tier, tokens in (+hits).items():
             self._counts[f"hit_tokens.{tier}"] += tokens
         for why, tokens in (+misses).items():
