@@ -113,7 +113,9 @@ def test_panels_do_not_overlap_and_every_one_says_what_it_answers(board: Json) -
         taken |= cells
     for panel in panels(board):
         assert panel["title"], panel
-        assert "* `" in panel["description"], panel["title"]
+        text, metrics = panel["description"].split("\n\n")
+        assert text, panel["title"]
+        assert metrics.startswith("* `"), panel["title"]
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 

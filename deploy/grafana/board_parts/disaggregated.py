@@ -32,7 +32,8 @@ WHO = (
     Panel("lines", "Requests waiting", {_EACH: "sum by (instance) (vllm:num_requests_waiting)"},
           "One engine's queue while others have none is the router's doing."),
     Panel("lines", "KV pages in use", {_EACH: "max by (instance) (vllm:kv_cache_usage_perc)"},
-          "", "percentunit", high=1),
+          "Full pools preempt, and refuse what a prefilling engine would hand over.",
+          "percentunit", high=1),
 )  # fmt: skip
 
 FAST = (
@@ -44,7 +45,8 @@ FAST = (
           "Decode's figure. An engine on which it rises with the prompt tokens computed is one "
           "that should not prefill long prompts.", "s"),
     Panel("lines", "Queue, p99",
-          {_EACH: quantile(0.99, "vllm:request_queue_time_seconds", "instance")}, "", "s"),
+          {_EACH: quantile(0.99, "vllm:request_queue_time_seconds", "instance")},
+          "An engine's own backlog.", "s"),
 )  # fmt: skip
 
 BETWEEN = (
@@ -56,7 +58,8 @@ BETWEEN = (
           "percentunit", high=1),
     Panel("lines", "Bytes loaded",
           {"{{instance}} {{tier}}":
-           "sum by (instance, tier) (rate(kvist_engine_loaded_bytes_total[W]))"}, "", "Bps"),
+           "sum by (instance, tier) (rate(kvist_engine_loaded_bytes_total[W]))"},
+          "By the tier they were in when the request came.", "Bps"),
     Panel("lines", "Blocks stored",
           {_EACH: "sum by (instance) (rate(kvist_engine_stored_blocks_total[W]))"},
           "An engine that prefills stores, one that decodes loads."),
@@ -67,8 +70,12 @@ BETWEEN = (
     Panel("lines", "Tokens that came by waiting",
           {"tokens": "sum(rate(kvist_flight_tokens_total[W]))"},
           "Work that was done once instead of twice."),
-    Panel("lines", "Workers attached", {_EACH: "sum by (instance) (kvist_sessions)"},
-          "Of each sidecar."),
+    Panel("lines", "Won a second, by engine",
+          {_EACH: "sum by (instance) (rate(kvist_engine_saved_seconds_total[W]))"
+                  " - sum by (instance) (rate(kvist_engine_moved_seconds_total[W]))"
+                  " - sum by (instance) (rate(kvist_engine_store_seconds_total[W]))"},
+          "Seconds of prefill saved, less loads and stores. Below 0: it stores for others.",
+          "none", low=None),
 )  # fmt: skip
 
 TRANSFERS = (

@@ -37,11 +37,13 @@ FAST = (
           "What a user waits; queue and prefill, less what the cache had.", "s"),
     Panel("lines", "Between two tokens", quantiles("vllm:inter_token_latency_seconds"),
           "How smoothly text runs. It rises with the batch and with long prefills beside it.", "s"),
-    Panel("lines", "A whole request", quantiles("vllm:e2e_request_latency_seconds"), "", "s"),
+    Panel("lines", "A whole request", quantiles("vllm:e2e_request_latency_seconds"),
+          "From its arrival to its last token; long answers take long.", "s"),
     Panel("heat", "Time to first token, all requests", heat("vllm:time_to_first_token_seconds"),
           "Two bands are usual: requests that hit and requests that do not.", "s", width=12),
     Panel("heat", "Between two tokens, all", heat("vllm:inter_token_latency_seconds"),
-          "", "s", width=12),
+          "The median is a step of decoding, the tail is steps with prefills in them.", "s",
+          width=12),
 )  # fmt: skip
 
 TIME = (
@@ -53,10 +55,12 @@ TIME = (
           "batches or a faster device.", "s"),
     Panel("lines", "Queue",
           {"p50": quantile(0.5, "vllm:request_queue_time_seconds"),
-           "p99": quantile(0.99, "vllm:request_queue_time_seconds")}, "", "s"),
+           "p99": quantile(0.99, "vllm:request_queue_time_seconds")},
+          "From a request's arrival in the engine to its first step.", "s"),
     Panel("lines", "Prefill",
           {"p50": quantile(0.5, "vllm:request_prefill_time_seconds"),
-           "p99": quantile(0.99, "vllm:request_prefill_time_seconds")}, "", "s"),
+           "p99": quantile(0.99, "vllm:request_prefill_time_seconds")},
+          "Hits shorten it; other requests' prefills beside it lengthen it.", "s"),
     Panel("lines", "Waiting, by reason",
           {"{{reason}}": "sum by (reason) (vllm:num_requests_waiting_by_reason)"},
           "capacity: for a place in the batch or pages. deferred: for blocks that are loaded or "
@@ -74,32 +78,43 @@ AMOUNT = (
     Panel("lines", "Tokens a second",
           {"prompt": "sum(rate(vllm:prompt_tokens_total[W]))",
            "of these cached": "sum(rate(vllm:prompt_tokens_cached_total[W]))",
-           "output": "sum(rate(vllm:generation_tokens_total[W]))"}, ""),
+           "output": "sum(rate(vllm:generation_tokens_total[W]))",
+           "computed for nothing": "sum(rate(kvist_engine_wasted_tokens_total[W]))"},
+          "The difference of the first two is what went through the model as prompts."),
     Panel("stack", "Requests that ended, by reason",
           {"{{finished_reason}}":
            "sum by (finished_reason) (rate(vllm:request_success_total[W]))"},
           "abort: the client went away.", "reqps"),
     Panel("stack", "Running, by engine",
-          {"{{instance}}": "sum by (instance) (vllm:num_requests_running)"}, ""),
-    Panel("heat", "Tokens of a prompt", heat("vllm:request_prompt_tokens"), ""),
-    Panel("heat", "Tokens of an answer", heat("vllm:request_generation_tokens"), ""),
+          {"{{instance}}": "sum by (instance) (vllm:num_requests_running)"},
+          "How the router spreads them."),
+    Panel("heat", "Tokens of a prompt", heat("vllm:request_prompt_tokens"),
+          "A change here explains most changes of the other figures.", width=6),
+    Panel("heat", "Tokens of a prompt that were computed",
+          heat("vllm:request_prefill_kv_computed_tokens"),
+          "The same prompts, without what was found.", width=6),
+    Panel("heat", "Tokens of an answer", heat("vllm:request_generation_tokens"),
+          "At max_tokens answers are cut.", width=6),
     Panel("lines", "Tokens of a step", {"{{instance}}":
           mean("vllm:iteration_tokens_total", "instance")},
-          "Mean. The batch that the device sees; near --max-num-batched-tokens prefills queue."),
+          "Mean. The batch that the device sees; near --max-num-batched-tokens prefills queue.",
+          width=6),
 )  # fmt: skip
 
 CACHE = (
     Panel("share", "Where prompt tokens came from",
           {"{{source}}": "sum by (source) (rate(vllm:prompt_tokens_by_source_total[W]))"
                          " / on () group_left () sum(rate(vllm:prompt_tokens_total[W]))"},
-          "", "percentunit", high=1),
+          "local_cache_hit is HBM, external_kv_transfer is DRAM and flash.", "percentunit",
+          high=1),
     Panel("lines", "Hit rate, HBM and below",
           {"hbm": "sum(rate(vllm:prefix_cache_hits_total[W]))"
                   " / sum(rate(vllm:prefix_cache_queries_total[W]))",
            "DRAM and flash, of what HBM missed":
                "sum(rate(vllm:external_prefix_cache_hits_total[W]))"
                " / sum(rate(vllm:external_prefix_cache_queries_total[W]))"},
-          "", "percentunit", high=1),
+          "A small pool hits little, and leaves more for the tiers below.", "percentunit",
+          high=1),
     Panel("stack", "Tokens computed, by reason",
           {"{{reason}}": "sum by (reason) (rate(kvist_engine_missed_tokens_total[W]))"},
           "docs/architecture.md, Miss reasons."),

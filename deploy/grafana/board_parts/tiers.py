@@ -13,7 +13,7 @@ from board_parts.board import (
     Board,
     Panel,
 )
-from board_parts.metrics import heat, quantiles
+from board_parts.metrics import heat, quantile, quantiles
 
 STATES = {
     1: ("ready", "green"),
@@ -55,7 +55,11 @@ HEALTHY = (
     Panel(
         "states", "Tiers", {"{{instance}} {{tier}}": _STATE},
         "Failed: the tier is off, its hits are misses, and it is tried again by itself.",
-        names=STATES, width=9, height=4,
+        names=STATES, width=7, height=4,
+    ),
+    Panel(
+        "stat", "Release", {"{{version}}": "count by (version) (kvist_build_info)"},
+        "Sidecars of each; two of them during an upgrade.", width=2, height=4,
     ),
 )  # fmt: skip
 
@@ -110,14 +114,34 @@ MISSES = (
         "stack", "Blocks that workers offered, by outcome",
         {"{{outcome}}": "sum by (outcome) (rate(kvist_offered_blocks_total[W]))"},
         "full: nothing could go, all is in use or pinned. share: one worker holds its share of "
-        "reservations. no_parent: the block before it is not there.", width=6,
+        "reservations. no_parent: the block before it is not there.", width=12,
+    ),
+    Panel(
+        "stack", "Tokens computed, by tenant and reason",
+        {"{{namespace}} {{tenant}} {{reason}}":
+         "sum by (namespace, tenant, reason) (rate(kvist_tenant_miss_tokens_total[W])) > 0"},
+        "Choose a tenant above. One whose reason is evicted wants a floor, one that makes others' "
+        "evicted a quota.", width=12,
+    ),
+    Panel(
+        "lines", "Reads whose check failed",
+        {"{{reason}}": "sum by (reason) (rate(kvist_failed_reads_total[W]))"},
+        "torn: the slot was given to another block while it was read, which is normal under "
+        "pressure. corrupt is not.", width=12,
+    ),
+    Panel(
+        "lines", "Blocks that went otherwise than by eviction",
+        {"expired": "sum(rate(kvist_expired_total[W]))",
+         "refused: {{reason}}": "sum by (reason) (rate(kvist_refused_blocks_total[W]))"},
+        "expired: a tenant's ttl. refused: at the commit, by the index, or without the block "
+        "before it.", width=12,
     ),
     Panel(
         "lines", "Wishes for flash that came to nothing",
         {"sink {{reason}}": "sum by (reason) (rate(kvist_sink_dropped_total[W]))",
          "rise {{reason}}": "sum by (reason) (rate(kvist_rise_dropped_total[W]))"},
         "first_use is the admission at work. budget: the day's writes are used up. no_room: the "
-        "queue is full, the disk is too slow. device: it fails.", width=6,
+        "queue is full, the disk is too slow. device: it fails.", width=12,
     ),
 )  # fmt: skip
 
@@ -145,15 +169,16 @@ WHERE = (
         "A block that leaves DRAM may be on flash still.",
     ),
     Panel(
-        "lines", "Unused for, when evicted",
-        {"{{tier}} median": "histogram_quantile(0.5, sum by (le, tier) "
-                            "(rate(kvist_block_idle_before_evict_seconds_bucket[W])))"},
-        "If this is shorter than the time between two uses, beside it, the tier is too small.",
-        "s",
+        "lines", "Age of a block when evicted, median",
+        {"{{tier}}: since its last use":
+         quantile(0.5, "kvist_block_idle_before_evict_seconds", "tier"),
+         "{{tier}}: since it was stored": quantile(0.5, "kvist_block_lifetime_seconds", "tier")},
+        "If the time since its last use is shorter than the time between two uses, beside it, the "
+        "tier is too small.", "s",
     ),
     Panel(
         "heat", "Time between two uses of a block", heat("kvist_block_reuse_gap_seconds"),
-        "What is to the right of, or above, the age at eviction could be hits in a larger tier.",
+        "What is above the time since the last use at eviction would be hits in a larger tier.",
         "s",
     ),
     Panel(
@@ -206,6 +231,8 @@ MOVES = (
           "A batch of blocks, beside the computation.", "s"),
     Panel("lines", "A rise from flash takes", quantiles("kvist_rise_seconds"),
           "Of one block, from when it was queued.", "s"),
+    Panel("lines", "A sink to flash takes", quantiles("kvist_sink_seconds"),
+          "Of one block, from when it was queued to when it is in the index of flash.", "s"),
     Panel("lines", "Waits for a thread of flash", quantiles("kvist_flash_queue_seconds", "way"),
           "If this is most of a rise, give more io_threads or a faster disk.", "s"),
     Panel(

@@ -16,9 +16,8 @@ _ANSWER = ((None, "red"), (0, "green"))
 _ESTIMATES = "between 0.8 and 1.25 the estimates by which it is decided are good."
 
 
-def _net(rise: str, only: str = "", by: str = "") -> str:
-    """Saved less spent: a second (rate), or in the board's range (increase)."""
-    window = {"rate": "W", "increase": "RANGE"}[rise]
+def _net(rise: str, window: str, only: str = "", by: str = "") -> str:
+    """Saved less spent: a second (rate), or in all (increase)."""
     total = f"sum by ({by})" if by else "sum"
     saved, load, store = (
         f"{total} ({rise}(kvist_worth_{what}_seconds_total{only}[{window}]))"
@@ -40,18 +39,19 @@ def _first_token(share: float) -> str:
 
 
 ANSWER = (
-    Panel("stat", "Worth of DRAM and flash", {"": _net("increase", _BELOW)},
+    Panel("stat", "Worth of DRAM and flash", {"": _net("increase", "RANGE", _BELOW)},
           "Seconds of prefill won in the board's range, after what it took. Negative: turn it "
           "off, or find out why below.", "s", steps=_ANSWER, width=4, height=5),
-    Panel("stat", "Engines that this replaces", {"": _net("rate", _BELOW)},
+    Panel("stat", "Engines that this replaces", {"": _net("rate", "RANGE", _BELOW)},
           "Seconds won a second: so many engines would do nothing but compute what was found.",
           "none", steps=_ANSWER, width=4, height=5),
     Panel("stat", "Saved by DRAM and flash",
-          {"": f"sum(increase(kvist_worth_saved_seconds_total{_BELOW}[RANGE]))"}, "", "s",
-          width=3, height=5),
+          {"": f"sum(increase(kvist_worth_saved_seconds_total{_BELOW}[RANGE]))"},
+          "Prefill that was not computed.", "s", width=3, height=5),
     Panel("stat", "Spent on it",
           {"": f"sum(increase(kvist_worth_load_seconds_total{_BELOW}[RANGE]))"
-               f" + sum(increase(kvist_worth_store_seconds_total{_BELOW}[RANGE]))"}, "", "s",
+               f" + sum(increase(kvist_worth_store_seconds_total{_BELOW}[RANGE]))"},
+          "Loads, stores, and writes to flash.", "s",
           width=3, height=5),
     Panel("stat", "Saved by HBM",
           {"": 'sum(increase(kvist_worth_saved_seconds_total{tier="hbm"}[RANGE]))'},
@@ -60,7 +60,7 @@ ANSWER = (
 )  # fmt: skip
 
 TIERS = (
-    Panel("lines", "Won a second, by tier", {"{{tier}}": _net("rate", by="tier")},
+    Panel("lines", "Won a second, by tier", {"{{tier}}": _net("rate", "W", by="tier")},
           "Seconds a second. DRAM pays the stores of all, flash its own writes and waits.",
           "none", low=None, steps=((None, "red"), (0, "green"))),
     Panel("lines", "Saved and spent, all chosen tiers",
@@ -70,7 +70,8 @@ TIERS = (
           "Stores that never become hits are lost: admission and tenants' quotas are for that.",
           "none"),
     Panel("lines", "Worth since the sidecar began",
-          {"{{tier}}": "sum by (tier) (kvist_worth_net_seconds)"}, "", "s", low=None),
+          {"{{tier}}": "sum by (tier) (kvist_worth_net_seconds)"},
+          "It begins at 0 with each life of a sidecar.", "s", low=None),
 )  # fmt: skip
 
 TENANTS = (
@@ -113,7 +114,8 @@ MORE = (
           width=6),
     Panel("bars", "Flash of another size would hit",
           {"x {{multiple}}": 'avg by (multiple) (kvist_what_if_hit_ratio{tier="flash"})'},
-          "", "percentunit", high=1, width=6),
+          "Of all blocks asked for, those that DRAM would hit as well.", "percentunit", high=1,
+          width=6),
     Panel("lines", "What twice the size would bring",
           {"{{tier}}": 'avg by (tier) (kvist_what_if_hit_ratio{multiple="2"})'
                        ' - avg by (tier) (kvist_what_if_hit_ratio{multiple="1"})'},
@@ -143,7 +145,8 @@ DECISIONS = (
                      ' / sum(rate(kvist_worth_saved_seconds_total{tier="flash"}[W]))'},
           "What the disk wears for.", "bytes"),
     Panel("lines", "Written to flash in all lives of the folder",
-          {"{{instance}}": "sum by (instance) (kvist_flash_folder_wear_bytes)"}, "", "bytes"),
+          {"{{instance}}": "sum by (instance) (kvist_flash_folder_wear_bytes)"},
+          "Its slope against the disk's rated writes is its life.", "bytes"),
 )  # fmt: skip
 
 BOARD = Board(
