@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,8 +27,12 @@ from kvist.cachesvc.config import SidecarConfig, add_flags, as_toml, load_config
 from kvist.cachesvc.core.beat import Beat, call_on
 from kvist.cachesvc.core.space import check_space
 from kvist.cachesvc.core.store import Store, StoreConfig, StoreStats
+from kvist.cachesvc.events.figures import EventFigures
+from kvist.cachesvc.events.journal import Journal
+from kvist.cachesvc.events.publisher import Publisher
 from kvist.cachesvc.folders import OwnedFolder, sweep
 from kvist.cachesvc.log import Log
+from kvist.cachesvc.tracer import Tracer, open_tracer
 from kvist.cachesvc.view.dashboard import Dashboard
 from kvist.cachesvc.view.metrics import Metrics
 from kvist.proto.errors import ConfigInvalid, FormatRefused, KvistError
@@ -113,19 +118,22 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
         loop.add_signal_handler(number, stop.set)
     registry = CollectorRegistry()
     async with AsyncExitStack() as stack:
-        store = Store(
-            store_config(config, arena_folder), loop.call_soon_threadsafe, time.monotonic, log
+        settings = replace(
+            store_config(config, arena_folder), journal=_open_events(config, registry, log, stack)
         )
+        store = Store(settings, loop.call_soon_threadsafe, time.monotonic, log)
         store.on_made = freeze
         store.open()
         stack.callback(store.close)
         beat = Beat(loop, store, fail)
         beat.start(store.bell_path)
         stack.callback(beat.stop)
+        tracer = _open_tracer(config, stack)
         desk = Desk(loop, Answers(store), beat, fail)
+        desk.tracer = tracer
         desk.start(store.calls_path)
         stack.callback(desk.stop)
-        server = Server(CacheService(store, beat, fail), config.socket, config.listen)
+        server = Server(CacheService(store, beat, fail), config.socket, config.listen, tracer)
         await server.start()
         stack.push_async_callback(server.stop)
         calls = {"grpc": server.calls, "packet": desk.calls}
@@ -143,6 +151,33 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
         log.info("stopping")
     log.info("stopped")
     return EXIT_FAILED if failures else EXIT_OK
+
+
+def _open_events(
+    config: SidecarConfig, registry: CollectorRegistry, log: Log, stack: AsyncExitStack
+) -> Journal | None:
+    """The journal of a store whose events are published, ended by stack; None: events are off.
+
+    Raises: ConfigInvalid: an address cannot be bound.
+    """
+    events = config.kv_events_config
+    if events is None:
+        return None
+    journal = Journal()
+    publisher = Publisher(events, journal, log)
+    stack.callback(publisher.close)
+    EventFigures(registry, publisher)
+    replay = events.replay_endpoint or "off"
+    log.info("kv events on", endpoint=events.endpoint, replay=replay, topic=events.topic)
+    return journal
+
+
+def _open_tracer(config: SidecarConfig, stack: AsyncExitStack) -> Tracer | None:
+    """The tracer, ended by stack; None: traces are off. Raises: ConfigInvalid."""
+    tracer = open_tracer("otlp_endpoint", config.otlp_endpoint, "kvistd")
+    if tracer is not None:
+        stack.push_async_callback(asyncio.to_thread, tracer.close)
+    return tracer
 
 
 def freeze() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvist.cachesvc.events.settings import checked_kv_events
 from kvist.engine.priority import INTERACTIVE, PRIORITIES
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.sizes import format_bytes, parse_bytes
@@ -70,6 +71,7 @@ class EngineConfig:
         cache_overlap: load beside the computation, layer by layer, where that is shorter.
         cache_load_bytes_per_s: cap of copies out of the cache; 0 is none.
         cache_store_bytes_per_s: cap of copies into it; 0 is none.
+        kv_events_config: JSON object, see cachesvc/events/settings.py; "" tells no events.
         enable_prefix_caching: reuse pages in the HBM tier; False turns all reuse off.
         api_key: what clients must send as a bearer token; None asks for nothing.
         log_level: "debug", "info", "warning" or "error".
@@ -78,6 +80,7 @@ class EngineConfig:
         async_scheduling: plan a step while the one before it runs; None is up to the device.
         default_priority: class of requests that name none, see priority.
         priority_aging_seconds: waiting that raises a request by a class.
+        otlp_traces_endpoint: of an OpenTelemetry collector; "" traces nothing.
         drain_seconds: how long running requests may go on after SIGTERM.
 
     Raises:
@@ -104,6 +107,7 @@ class EngineConfig:
     cache_overlap: bool = True
     cache_load_bytes_per_s: int = 0
     cache_store_bytes_per_s: int = 0
+    kv_events_config: str = ""
     enable_prefix_caching: bool = True
     api_key: str | None = None
     log_level: str = "info"
@@ -112,6 +116,7 @@ class EngineConfig:
     async_scheduling: bool | None = None
     default_priority: str = PRIORITIES[INTERACTIVE]
     priority_aging_seconds: float = 30.0
+    otlp_traces_endpoint: str = ""
     drain_seconds: float = 30.0
 
     def __post_init__(self) -> None:
@@ -150,6 +155,7 @@ class EngineConfig:
         self._check_cache()
 
     def _check_cache(self) -> None:
+        checked_kv_events(self.kv_events_config)
         object.__setattr__(self, "cache", normal_cache(self.cache))
         for flag, cap in (
             ("--cache-load-bandwidth", self.cache_load_bytes_per_s),
@@ -249,6 +255,12 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         help="let running requests go on this long after SIGTERM (%(default)s)",
     )
+    http.add_argument(
+        "--otlp-traces-endpoint",
+        default="",
+        metavar="URL",
+        help="collector of OpenTelemetry traces, like http://localhost:4317; see docs/tracing.md",
+    )
     run = parser.add_argument_group("model")
     run.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)} (%(default)s)")
     run.add_argument(
@@ -339,7 +351,14 @@ def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float])
 
 
 def _add_copy_flags(kv: argparse._ArgumentGroup) -> None:
-    """How blocks move."""
+    """How blocks move, and who is told."""
+    kv.add_argument(
+        "--kv-events-config",
+        default="",
+        metavar="JSON",
+        help="KV events for routers over ZMQ, with vLLM's keys, like "
+        '{"endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}; see docs/events.md',
+    )
     kv.add_argument(
         "--cache-overlap",
         action=argparse.BooleanOptionalAction,

@@ -27,6 +27,7 @@ from kvist.engine.weighing import Weigher
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import Bytes
 from kvist.proto.shm import STORABLE
+from kvist.proto.trace import SpanNote
 
 # Pages pinned by stores are lost to requests meanwhile: a quarter of the pool at most.
 STORE_QUEUE_BLOCKS = 256
@@ -51,6 +52,7 @@ class Connector:
         store_drops: reason -> blocks not stored.
         load_seconds: summed over loads.
         copying: jobs under way; their results come by poll.
+        notes: of traces, for whoever sends them on and clears them.
         weigher: chooses what is loaded and how; None loads all, before the computation. Set once.
     """
 
@@ -72,6 +74,7 @@ class Connector:
         self.store_drops: Counter[str] = Counter()
         self.load_seconds = 0.0
         self.copying = 0
+        self.notes: list[SpanNote] = []
         self._storing: set[BlockKey] = set()
         self.weigher: Weigher | None = None
         self._shown_s = self._told_s = now()
@@ -134,8 +137,11 @@ class Connector:
         if sequence.request.cache == CACHE_BYPASS:
             return
         sequence.found_end = "no_cache"
+        began_s = self._now() if sequence.trace is not None else 0.0
         if self._cache is not None and sequence.reuses:
             self._find(self._cache, sequence, blocks)
+        if sequence.trace is not None:
+            sequence.trace.looked(sequence, began_s, self._now())
         if not sequence.found:
             self._count(sequence, 0, "")
             if self._flights is not None and sequence.reuses:
@@ -150,6 +156,8 @@ class Connector:
         self.copying += 1
         self._prefetch(sequence.keys()[first : first + count], sequence.found)
         job = LoadJob(sequence, first, pages, self._now())
+        if sequence.trace is not None:
+            sequence.trace.asked_s = job.started_s
         if self.weigher is not None:
             job.gate, job.cuts = sequence.gate, self.weigher.cuts
         if self._flights is not None:
@@ -178,8 +186,10 @@ class Connector:
             self._store_room -= 1
             self.copying += 1
             self._storing.add(sequence.keys()[block])
-            job = StoreJob(self._item(sequence, block, page), page, sequence.tenant)
-            self._copiers.store(job)
+            if sequence.trace is not None:
+                sequence.trace.stores()
+            item = self._item(sequence, block, page)
+            self._copiers.store(StoreJob(item, page, sequence.tenant, sequence.trace))
         if sequence.reuses:
             self._flights.computing(sequence)
 
@@ -211,11 +221,15 @@ class Connector:
                 self.copying -= 1
                 if self.weigher is not None:
                     self.weigher.loaded(result)
+                if result.sequence.trace is not None:
+                    result.sequence.trace.loaded(result)
                 self.load_seconds += result.seconds
                 if _waits(result):
                     self._count(result.sequence, result.blocks, result.reason)
                     loads.append(result)
             else:
+                for trace, blocks in result.traces.items():
+                    self.notes += trace.stored(result.began_s, result.seconds, blocks)
                 self._storing -= result.keys
                 self.copying -= len(result.pages)
                 if self.weigher is not None:
@@ -331,6 +345,7 @@ class Connector:
             payload=self._page_bytes(page),
             origin=b"" if block else sequence.origin(),
             tenant="" if block else sequence.tenant,
+            trace="" if sequence.trace is None else str(sequence.trace.store),
         )
 
     def _count(self, sequence: Sequence, loaded: int, reason: str) -> None:
@@ -339,6 +354,8 @@ class Connector:
             return
         lookup = outcome(sequence, loaded, reason)
         sequence.counted, sequence.cached = True, lookup.cached
+        if sequence.trace is not None:
+            sequence.trace.counted(lookup)
         self.tally.add(lookup)
         if self._cache is not None:
             self._cache.count(lookup.requested, lookup.hits, lookup.misses, sequence.tenant)

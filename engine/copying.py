@@ -5,8 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.worker.loading import LayerLoad
@@ -14,6 +14,7 @@ from kvist.cachesvc.worker.storing import StoreItem, StoreResult
 from kvist.engine.cache import Cache
 from kvist.engine.loading import LoadGate, LoadJob
 from kvist.engine.sequence import Sequence, State
+from kvist.engine.sequence_trace import SequenceTrace
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import Bytes, Wanted
 
@@ -52,22 +53,30 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A batch of stores has ended, in so many seconds; tenants: blocks that were whose."""
+    """A batch of stores has ended, in so many seconds.
+
+    Attributes:
+        tenants: blocks that were whose. traces: of traced requests, their blocks.
+    """
 
     result: StoreResult
     pages: list[int]
     keys: set[BlockKey]
     seconds: float
     tenants: Counter[str]
+    began_s: float = 0.0
+    traces: Mapping[SequenceTrace, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class StoreJob:
-    """A block to store, the page that it is copied from, and whose it is."""
+    """A block to store, the page that it is copied from, whose it is, and whose trace tells of
+    it."""
 
     item: StoreItem
     page: int
     tenant: str
+    trace: SequenceTrace | None = None
 
 
 class Copiers:
@@ -218,7 +227,9 @@ class Copiers:
                 result = self._store_batch([job.item for job in jobs])
             pages, keys = [job.page for job in jobs], {job.item.key for job in jobs}
             tenants = Counter(job.tenant for job in jobs)
-            self._results.put(Stored(result, pages, keys, self._now() - began_s, tenants))
+            traces = Counter(job.trace for job in jobs if job.trace is not None)
+            seconds = self._now() - began_s
+            self._results.put(Stored(result, pages, keys, seconds, tenants, began_s, traces))
 
     def _take_batch(self, jobs: list[StoreJob]) -> bool:
         """Wait for a job, take those that are queued behind it; False when no more come."""

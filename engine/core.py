@@ -297,14 +297,16 @@ class Core:
 
     def _end(self, sequence: Sequence, last: Delta) -> None:
         del self._live[sequence.id]
+        if sequence.trace is not None:
+            self._connector.notes += sequence.trace.end(sequence, self._now())
         self._scheduler.finish(sequence)
         self._deltas.append(last)
 
     def _send(self) -> None:
         stats = self._stats()
-        if self._deltas or stats != self._sent:
-            self._link.send(Outputs(self._deltas, stats))
-            self._deltas, self._sent = [], stats
+        if self._deltas or stats != self._sent or self._connector.notes:
+            self._link.send(Outputs(self._deltas, stats, self._connector.notes))
+            self._deltas, self._sent, self._connector.notes = [], stats, []
 
     def _stats(self) -> CoreStats:
         scheduler, connector, pages = self._scheduler, self._connector, self._parts.pages
@@ -377,6 +379,6 @@ def run_core(config: EngineConfig, endpoint: str) -> None:
             with torch.inference_mode():
                 Core(link, parts, config, log, time.monotonic).run(threading.Event())
         finally:
-            parts.connector.close()
+            parts.close()
     finally:
         link.close()

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvist.cachesvc.events.journal import Facts
 from kvist.cachesvc.worker.cost import Choice
 from kvist.engine.loading import LoadGate
 from kvist.engine.priority import INTERACTIVE
 from kvist.engine.request import CachedTokens, LoadCost, NewRequest
+from kvist.engine.sequence_trace import SequenceTrace
 from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of, tenant_of
+from kvist.proto.kv_events import space_name
 
 if TYPE_CHECKING:  # the schedule needs no torch, and so its tests need none
     from kvist.engine.sampler import DrawState
@@ -102,6 +105,7 @@ class Sequence:
         counted: its lookup was counted.
         store_stopped: a block of it was dropped; those after it would have no parent in the cache.
         cached: prompt tokens that were not computed, by tier.
+        trace: what is noted of it; None when it is not traced.
         finish_reason: "stop" or "length" once its last token is there.
         scheduled_s: when its first step began.
         first_token_s: when it had its first token.
@@ -138,6 +142,7 @@ class Sequence:
     counted: bool = False
     store_stopped: bool = False
     cached: CachedTokens = field(default_factory=CachedTokens)
+    trace: SequenceTrace | None = None
     finish_reason: str | None = None
     scheduled_s: float | None = None
     first_token_s: float | None = None
@@ -150,6 +155,8 @@ class Sequence:
         self.tokens = list(self.request.prompt)
         self.tenant = tenant_of(self.request.cache_salt)
         self.rank, self.since_s = self.priority, self.arrived_s
+        if self.request.trace is not None:
+            self.trace = SequenceTrace(self.request.trace, self.request.submitted_s)
         if self.digest is not None:
             self._chain = KeyChain(self.digest, self.limits.block_tokens)
         params = self.request.params
@@ -239,6 +246,12 @@ class Sequence:
     def origin(self) -> bytes:
         """Of its first block, which is full; see proto.keys.origin_of."""
         return origin_of(self.request.cache_salt, self.block_tokens_bytes(0))
+
+    def facts(self, block: int) -> Facts:
+        """What routers are told of a full block of it."""
+        assert self.digest is not None
+        space = space_name(self.digest) if self.request.cache_salt else ""
+        return Facts(self.parent(block), self.block_tokens_bytes(block), space)
 
     def append(self, token: int) -> None:
         """Take a generated token; sets finish_reason if it is the last."""

@@ -28,6 +28,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from kvist.cachesvc.tracer import Tracer, open_tracer
 from kvist.engine.api import create_app
 from kvist.engine.config import CACHE_EMBEDDED, CACHE_OFF, EngineConfig
 from kvist.engine.ipc import CoreLink
@@ -36,6 +37,7 @@ from kvist.engine.request import Fatal, FromCore, Loading, Ready
 from kvist.engine.service import Clock, Service
 from kvist.engine.stats import EngineMetrics, Pace
 from kvist.engine.tokenizer import Tokenizer, load_tokenizer
+from kvist.engine.tracing import TraceRequests
 from kvist.proto.errors import ConfigInvalid, KvistError
 from kvist.proto.sizes import format_bytes
 
@@ -72,6 +74,7 @@ class EngineServer:
         self._log = log
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._tracer: Tracer | None = None
 
     async def run(self) -> int:
         """Serve until a signal comes or the core dies.
@@ -88,6 +91,8 @@ class EngineServer:
             loop.add_signal_handler(signum, self._on_signal)
         metrics = EngineMetrics(CollectorRegistry(), self._config.model_names[0], time.monotonic)
         ProcessCollector(registry=metrics.others)
+        endpoint = self._config.otlp_traces_endpoint
+        self._tracer = open_tracer("--otlp-traces-endpoint", endpoint, "kvist")
         self._announce()
         with listener, tempfile.TemporaryDirectory(prefix="kvist-") as folder:
             endpoint = f"ipc://{folder}/core"
@@ -99,6 +104,8 @@ class EngineServer:
             finally:
                 await self._core.stop()
                 link.close()
+                if self._tracer is not None:
+                    await asyncio.to_thread(self._tracer.close)
 
     async def _run_with(
         self, link: CoreLink, listener: socket.socket, metrics: EngineMetrics
@@ -200,6 +207,9 @@ class EngineServer:
         stop: asyncio.Task[bool],
     ) -> int:
         app = create_app(service, version("kvist"), self._config.api_key)
+        if self._tracer is not None:
+            app = traced = TraceRequests(app, self._tracer)
+            link.on_notes = traced.observe
         settings = uvicorn.Config(
             app,
             log_config=None,

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
 
-from kvist.cachesvc.worker.cost import STEP_TOKENS_MIN, Choice, CostModel
+from kvist.cachesvc.worker.cost import STEP_TOKENS_MIN, Choice, CostModel, decision_of
 from kvist.cachesvc.worker.meter import Meter
 from kvist.engine.copying import Loaded, Stored
 from kvist.engine.loading import LoadGate
@@ -82,9 +82,8 @@ class Weigher:
         self.cost.decided(choice)
         sequence.choice, sequence.found = choice, tiers[: choice.blocks]
         sequence.gate = None
-        what = "compute" if not choice.blocks else "part" if choice.skipped else "load"
-        self._decisions[what] += 1
-        self.meter.count(f"decisions.{what}", 1)
+        self._decisions[decision_of(choice)] += 1
+        self.meter.count(f"decisions.{decision_of(choice)}", 1)
         if not sequence.found:
             return
         self._estimated_load_s += choice.load_s

@@ -17,9 +17,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvist.cachesvc.api.answers import Answers, RequestInvalid, checked_hint, checked_keys
+from kvist.cachesvc.api.traced import TracedCalls
 from kvist.cachesvc.api.wire import LenientDecoding, decoded
 from kvist.cachesvc.core.beat import Beat
 from kvist.cachesvc.core.store import Store
+from kvist.cachesvc.tracer import Tracer
 from kvist.proto import cache_pb2, cache_pb2_grpc
 from kvist.proto.errors import (
     BlockCorrupt,
@@ -252,17 +254,21 @@ class Server:
         service: the handlers.
         socket: path of the Unix socket; its folder is there.
         listen: TCP host:port, "" for none; port 0 takes a free one.
+        tracer: where calls that are part of a trace are told.
 
     Attributes:
         listen: the TCP address with the port that was taken.
         calls: gRPC calls begun, by method.
     """
 
-    def __init__(self, service: CacheService, socket: Path, listen: str) -> None:
+    def __init__(
+        self, service: CacheService, socket: Path, listen: str, tracer: Tracer | None = None
+    ) -> None:
         counter = CallCounter()
         self.calls: Mapping[str, int] = counter.calls
+        tracing = () if tracer is None else (TracedCalls(SERVICE_NAME, tracer),)
         self._server = grpc.aio.server(
-            interceptors=(counter, LenientDecoding()),
+            interceptors=(counter, *tracing, LenientDecoding()),
             options=_SERVER_OPTIONS,
             maximum_concurrent_rpcs=CONCURRENT_CALLS_MAX,
         )

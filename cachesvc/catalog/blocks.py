@@ -16,7 +16,7 @@ There is none for DRAM: a long conversation may be continued although its beginn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -49,6 +49,8 @@ class Blocks:
         spaces: number of a namespace that has blocks -> its digest.
         spaces_version: grows whenever spaces changes.
         copies: tier -> number of a namespace -> its copies there; on flash those under way count.
+        on_copy: told of (row, tier, whether the block is there now), after it came or before it
+            goes; None tells nobody.
     """
 
     def __init__(self, index: IndexWriter) -> None:
@@ -66,6 +68,7 @@ class Blocks:
         self.spaces: dict[int, bytes] = {}
         self.spaces_version = 0
         self.copies: dict[str, dict[int, int]] = {"dram": {}, "flash": {}}
+        self.on_copy: Callable[[int, str, bool], None] | None = None
         self._space_ids: dict[bytes, int] = {}
         self._space_blocks: dict[int, int] = {}
         self._spaces_seen = 0
@@ -104,6 +107,10 @@ class Blocks:
             if elder != NO_ROW:
                 self._previous_sibling[elder] = row
             self.first_child[parent] = row
+        if location.dram is not None:
+            self._tell(row, "dram", True)
+        if location.flash is not None:
+            self._tell(row, "flash", True)
         return row
 
     def name(self, row: int) -> int:
@@ -161,11 +168,13 @@ class Blocks:
         assert self.index.dram(row) is None
         self.index.set_location(row, slot, self.index.flash(row))
         self._count(self.dram_children, row, 1)
+        self._tell(row, "dram", True)
 
     def lose_dram(self, row: int) -> int:
         """A block's copy in DRAM goes; returns its slot. As the last copy: no children, no sink."""
         slot, flash = self.index.dram(row), self.index.flash(row)
         assert slot is not None
+        self._tell(row, "dram", False)
         self._count(self.dram_children, row, -1)
         if flash is None:
             self._forget(row)
@@ -197,18 +206,24 @@ class Blocks:
         assert self._sinking[row]
         self._sinking[row] = 0
         self.index.set_location(row, self.index.dram(row), slot)
+        self._tell(row, "flash", True)
 
     def lose_flash(self, row: int) -> int:
         """A block's copy on flash goes; returns its slot. No child there; the last copy: none."""
         dram, slot = self.index.dram(row), self.index.flash(row)
         assert slot is not None
         assert not self.flash_children[row]
+        self._tell(row, "flash", False)
         self._count(self.flash_children, row, -1)
         if dram is None:
             self._forget(row)
         else:
             self.index.set_location(row, dram, None)
         return slot
+
+    def _tell(self, row: int, tier: str, is_there: bool) -> None:
+        if self.on_copy is not None:
+            self.on_copy(row, tier, is_there)
 
     def _count(self, children: memoryview, row: int, change: int) -> None:
         copies = self.copies["dram" if children is self.dram_children else "flash"]

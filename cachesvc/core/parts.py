@@ -15,6 +15,8 @@ from kvist.cachesvc.core.claims import Claims
 from kvist.cachesvc.core.host import Host
 from kvist.cachesvc.core.intake import Intake
 from kvist.cachesvc.core.sessions import RING_PREFIX, Sessions
+from kvist.cachesvc.events.journal import Journal
+from kvist.cachesvc.events.tiers import TierEvents
 from kvist.cachesvc.flash.budget import AdmissionMode, WearBook, WriteBudget
 from kvist.cachesvc.flash.flashio import Post
 from kvist.cachesvc.log import Log
@@ -60,6 +62,8 @@ class StoreConfig:
         eviction: policy by which blocks go from either tier.
         dram_verify, flash_verify: what of a payload is checked, see proto/verify.py.
         show_tokens: the page may show token ids of prompts.
+        journal: where what comes to the tiers and goes is written down for cachesvc.events; None:
+            nowhere.
         prefault: touch the arena's memory in the background, so that no copy waits for it.
     """
 
@@ -79,6 +83,7 @@ class StoreConfig:
     reservation_share: float = 0.25
     eviction: PolicyName = "rgg"
     show_tokens: bool = False
+    journal: Journal | None = None
     prefault: bool = True
     dram_verify: Verify = "always"
     flash_verify: Verify = "always"
@@ -168,11 +173,16 @@ class Maker:
         admission = self._admission(placement, moves)
         expiry = Expiry(placement, self._now)
         intake = Intake(placement, admission, expiry, sessions, claims, share)
-        self._begin(placement, moves, admission)
+        self._begin(placement, moves, admission, sessions)
         return Parts(index, dram, flash, placement, moves, admission, expiry, intake, claims, share)
 
-    def _begin(self, placement: Placement, moves: Moves, admission: Admission) -> None:
+    def _begin(
+        self, placement: Placement, moves: Moves, admission: Admission, sessions: Sessions
+    ) -> None:
         """Take over what is on flash, touch the arena, say what there is."""
+        if self._config.journal is not None:
+            events = TierEvents(placement, sessions, self._config.journal)
+            self._undo.callback(events.close)
         moves.start(admission.open_book)
         if placement.flash is not None and not placement.flash.failure:
             admission.open_book()
