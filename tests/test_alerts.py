@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
+from kvist.engine.definitions import DEFINITIONS, figures_of
+from kvist.engine.request import CoreStats
+from kvist.proto.exposition import exposition
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "deploy" / "prometheus"
 TESTS = sorted((FOLDER / "tests").glob("*.yml"))
@@ -99,6 +103,17 @@ def test_rules_name_metrics_that_there_are() -> None:
         known = {label for _, definition in series for label in labels_of(definition)}
         asked = set(re.findall(r'(\w+)\s*=~?"', rule["expr"])) - {"job"}
         assert asked <= known, rule
+
+
+def test_counters_of_an_engine_are_there_before_their_first_event() -> None:
+    shown = figures_of(CoreStats()) | {"finished": {}, "histograms": ()}
+    text = exposition(DEFINITIONS, shown)
+    for name, label in (
+        ("kvist_engine_missed_tokens_total", 'reason="detached"'),
+        ("kvist_engine_store_drops_total", 'reason="queue_full"'),
+        ("kvist_engine_resumed_tokens_total", 'source="computed"'),
+    ):
+        assert f"{name}{{{label}}} 0.0" in text
 
 
 def test_every_recorded_series_is_used_by_an_alert() -> None:
