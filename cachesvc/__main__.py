@@ -118,9 +118,8 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
         loop.add_signal_handler(number, stop.set)
     registry = CollectorRegistry()
     async with AsyncExitStack() as stack:
-        settings = replace(
-            store_config(config, arena_folder), journal=_open_events(config, registry, log, stack)
-        )
+        journal = _open_events(config, registry, log, stack)
+        settings = replace(store_config(config, arena_folder), journal=journal)
         store = Store(settings, loop.call_soon_threadsafe, time.monotonic, log)
         store.on_made = freeze
         store.open()

@@ -157,15 +157,18 @@ class Weigher:
         self.meter.observe(f"ttft_seconds.{tier}", seconds)
 
     def stored(self, stored: Stored) -> None:
-        """A batch of stores has ended."""
+        """A batch of stores has ended. Of one for several tenants, each has an even part of what
+        it took, and of the blocks if not all were stored.
+        """
         self.meter.observe("store_seconds", stored.seconds)
         self._store_s += stored.seconds
+        total, first, told = len(stored.pages), 0, 0
         for tenant, blocks in stored.tenants.items():
-            share = blocks / len(stored.pages)
-            self.meter.took(tenant, "store_us", stored.seconds * share)
-        if stored.result.stored == len(stored.pages):
-            for tenant, blocks in stored.tenants.items():
-                self.meter.count_for(tenant, "stored_blocks", blocks)
+            first += blocks
+            upto = round(stored.result.stored * first / total)
+            self.meter.count_for(tenant, "stored_blocks", upto - told)
+            self.meter.took(tenant, "store_us", stored.seconds * blocks / total)
+            told = upto
         if stored.result.stored == len(stored.pages):
             self.cost.stored(stored.result.stored, stored.seconds)
 

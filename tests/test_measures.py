@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from sim.stores import Bench, Worker, chain, store_settled, worker_of
 
 from kvist.cachesvc.worker.cost import CostModel
 from kvist.cachesvc.worker.meter import Meter
+from kvist.cachesvc.worker.storing import StoreResult
+from kvist.engine.copying import Stored
 from kvist.engine.request import NewRequest, SamplingParams
 from kvist.engine.sequence import Limits, Sequence
 from kvist.engine.weighing import Weigher
@@ -187,6 +190,17 @@ def test_hits_save_what_the_prefill_would_have_taken() -> None:
     assert saved["saved_us.flash"] == pytest.approx(between(4, 6), abs=2e-6)
     told = weigher.stats(Pace()).saved_s
     assert sum(told.values()) == pytest.approx(between(0, 7), abs=1e-9)
+
+
+def test_a_batch_of_stores_is_shared_by_its_tenants_and_no_block_is_lost() -> None:
+    weigher = Weigher(2, 4096, 16)
+    result = StoreResult(7, 3, {})
+    tenants = Counter({"a": 5, "b": 3, "c": 2})
+    weigher.stored(Stored(result, list(range(10)), set(), 0.5, tenants))
+    counts, by_tenant = weigher.meter.take()
+    assert sum(shown_of("store_seconds", counts).counts) == 1
+    assert [by_tenant[name]["store_us"] for name in "abc"] == [250_000, 150_000, 100_000]
+    assert sum(told["stored_blocks"] for told in by_tenant.values()) == 7
 
 
 def test_hits_save_nothing_before_a_prefill_was_measured() -> None:
