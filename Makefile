@@ -79,6 +79,9 @@ docs: $(VENV)/.dev  ## Write the pages of docs/ that follow from the code
 screenshots: $(VENV)/.dev  ## Pictures of the page into docs/, from the demo (URL=... of a running page)
 	@$(VENV)/bin/python tests/sim/screenshots.py $(if $(URL),--url $(URL))
 
+boards: $(VENV)/.engine  ## Write the Grafana boards from the lists of metrics
+	$(VENV)/bin/python deploy/grafana/boards.py
+
 bench: $(VENV)/.dev  ## The two headline benchmarks; each prints one JSON object last
 	$(VENV)/bin/python benchmarks/lookup.py --tokens 100000
 	$(VENV)/bin/python benchmarks/ttft_reuse.py --tokens 2048
