@@ -73,9 +73,14 @@ proto: $(VENV)/.dev  ## Generate code from proto/cache.proto
 
 docs: $(VENV)/.dev  ## Write the pages of docs/ that follow from the code
 	$(VENV)/bin/python docs/generate.py
+	$(VENV)/bin/python -m kvist.engine.metric_page docs/metrics.md
+	$(VENV)/bin/python -m kvist.engine.cli_page docs/cli.md
 
 screenshots: $(VENV)/.dev  ## Pictures of the page into docs/, from the demo (URL=... of a running page)
 	@$(VENV)/bin/python tests/sim/screenshots.py $(if $(URL),--url $(URL))
+
+boards: $(VENV)/.engine  ## Write the Grafana boards from the lists of metrics
+	$(VENV)/bin/python deploy/grafana/boards.py
 
 bench: $(VENV)/.dev  ## The two headline benchmarks; each prints one JSON object last
 	$(VENV)/bin/python benchmarks/lookup.py --tokens 100000

@@ -31,7 +31,7 @@ from kvist.cachesvc.events.figures import EventFigures
 from kvist.cachesvc.events.journal import Journal
 from kvist.cachesvc.events.publisher import Publisher
 from kvist.cachesvc.folders import OwnedFolder, sweep
-from kvist.cachesvc.log import Log
+from kvist.cachesvc.log import Log, debug_detail
 from kvist.cachesvc.tracer import Tracer, open_tracer
 from kvist.cachesvc.view.dashboard import Dashboard
 from kvist.cachesvc.view.metrics import Metrics
@@ -65,7 +65,7 @@ def main(
             return EXIT_OK
         if flags.clear_flash:
             return clear_flash(loaded.config)
-        return run(loaded.config)
+        return run(loaded.config, debug_detail("cachesvc", environment))
     except (ConfigInvalid, FormatRefused) as error:
         print(f"kvistd: {error}", file=sys.stderr)
         return EXIT_CONFIG
@@ -83,10 +83,14 @@ def clear_flash(config: SidecarConfig) -> int:
     return EXIT_OK
 
 
-def run(config: SidecarConfig) -> int:
-    """Take a folder in memory, serve until a signal comes, leave nothing behind."""
+def run(config: SidecarConfig, detail: int = 0) -> int:
+    """Take a folder in memory, serve until a signal comes, leave nothing behind.
+
+    Args:
+        detail: of the log, see cachesvc/log.py.
+    """
     os.umask(0o077)
-    log = Log(sys.stderr, config.log_level, config.log_format)
+    log = Log(sys.stderr, config.log_level, config.log_format, detail=detail)
     with ExitStack() as stack:
         # Several sidecars may share shm_dir: each life has a folder of its own in it.
         swept = sweep(config.shm_dir, ARENA_PREFIX)

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 from kvist.cachesvc.events.settings import KvEventsConfig, parse_kv_events
 from kvist.cachesvc.flash.budget import ADMISSIONS, AdmissionMode
@@ -152,13 +151,7 @@ SETTINGS: tuple[Setting, ...] = (
         "Address of the page, /metrics, /stats.json and /healthz; empty: none.",
         _address,
     ),
-    Setting(
-        "page_tokens",
-        "hidden",
-        "Whether the page shows token ids of the hottest prefixes: hidden, or shown. Whoever has "
-        "the tokenizer can read prompts by them.",
-        _one_of(("hidden", "shown")),
-    ),
+    Setting("page_tokens", "hidden", "Token ids on the page.", _one_of(("hidden", "shown"))),
     Setting("run_dir", _RUN_DIR, "Folder of the lock and the bell.", _path),
     Setting("shm_dir", _SHM_DIR, "Folder of arena, index and rings, in memory.", _path),
     Setting("dram_bytes", "1GiB", "Size of the DRAM tier.", _bytes_at_least(1 << 20)),
@@ -259,8 +252,7 @@ class SidecarConfig:
     between fields.
 
     Attributes:
-        listen: "" is no TCP service.
-        http_listen: "" is no page.
+        listen: "" is no TCP service. http_listen: "" is no page.
         flash_path: None is no flash tier.
         slot_bytes: None is "auto".
         kv_events_config: None is no events. otlp_endpoint: "" is no traces.
@@ -273,7 +265,7 @@ class SidecarConfig:
     socket: Path
     listen: str
     http_listen: str
-    page_tokens: Literal["hidden", "shown"]
+    page_tokens: str
     run_dir: Path
     shm_dir: Path
     dram_bytes: int

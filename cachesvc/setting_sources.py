@@ -12,7 +12,10 @@ from kvist.proto.errors import ConfigInvalid
 
 VARIABLE_PREFIX = "KVIST_"
 # Variables of the other programs of Kvist, which may stand in the same environment.
-FOREIGN_VARIABLES = ("KVIST_API_KEY",)
+FOREIGN_VARIABLES = (
+    "KVIST_API_KEY",
+    "KVIST_DEBUG",
+)
 # What Kubernetes sets in every pod for a Service whose name begins with "kvist".
 _SERVICE_LINK = re.compile(r"\w+(_SERVICE_(HOST|PORT)(_\w+)?|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvist.cachesvc.events.settings import checked_kv_events
+from kvist.cachesvc.log import FORMATS, debug_detail
 from kvist.engine.cache_address import CACHE_EMBEDDED, normal_cache
 from kvist.engine.device.flags import DEVICES, add_device_flags
 from kvist.engine.priority import INTERACTIVE, PRIORITIES
@@ -79,7 +80,8 @@ class EngineConfig:
         kv_events_config: JSON object, see cachesvc/events/settings.py; "" tells no events.
         enable_prefix_caching: reuse pages in the HBM tier; False turns all reuse off.
         api_key: what clients must send as a bearer token; None asks for nothing.
-        log_level: "debug", "info", "warning" or "error".
+        log_level: "debug", "info", "warning" or "error". log_format: "text" or "json".
+        log_detail: 0 to 3, what KVIST_DEBUG asks for; see cachesvc/log.py.
         seed: of the engine's own random draws.
         deterministic: a request without a seed gets one from its content, not from its turn.
         async_scheduling: plan a step while the one before it runs; None is up to the device.
@@ -119,6 +121,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     api_key: str | None = None
     log_level: str = "info"
+    log_format: str = "text"
+    log_detail: int = 0
     seed: int = 0
     deterministic: bool = False
     async_scheduling: bool | None = None
@@ -164,6 +168,7 @@ class EngineConfig:
         self._check_choice("--quantization", self.quantization, QUANTIZATIONS)
         self._check_choice("--kv-cache-dtype", self.kv_cache_dtype, DTYPES)
         self._check_choice("--log-level", self.log_level, LOG_LEVELS)
+        self._check_choice("--log-format", self.log_format, FORMATS)
         if self.api_key == "":
             raise ConfigInvalid("--api-key is empty; give a key or leave the flag out")
         self._check_cache()
@@ -279,6 +284,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--threads", type=whole, default=usable_cores(), help="compute (%(default)s)")
     run.add_argument("--seed", type=whole, default=0, help="of random draws (%(default)s)")
     run.add_argument("--log-level", default="info", help=f"{', '.join(LOG_LEVELS)} (%(default)s)")
+    run.add_argument("--log-format", default="text", help=f"{', '.join(FORMATS)} (%(default)s)")
     _add_schedule_flags(parser.add_argument_group("schedule"))
     kv = parser.add_argument_group("KV cache")
     _add_cache_flags(kv, whole)
@@ -385,4 +391,5 @@ def config_from_flags(flags: argparse.Namespace) -> EngineConfig:
         ConfigInvalid: a value is out of range.
     """
     names = EngineConfig.__dataclass_fields__
-    return EngineConfig(**{key: value for key, value in vars(flags).items() if key in names})
+    given = {key: value for key, value in vars(flags).items() if key in names}
+    return EngineConfig(**given, log_detail=debug_detail("engine", os.environ))

@@ -345,6 +345,7 @@ class Connector:
             payload=self._copies.source(page),
             origin=b"" if block else sequence.origin(),
             tenant="" if block else sequence.tenant,
+            request=sequence.id,
             trace="" if sequence.trace is None else str(sequence.trace.store),
         )
 

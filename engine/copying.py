@@ -179,6 +179,10 @@ class Copiers:
         self._results.put(
             Loaded(job.sequence, blocks, reason, asked_s, job.pages, job.gate, busy_s)
         )
+        self._log.detail(
+            2, "loaded", request=job.sequence.id, blocks=blocks, of=len(job.pages), seconds=asked_s,
+            layers=job.gate is not None, reason=reason or "all",
+        )  # fmt: skip
         # Last: who waits at the gate takes the result without waiting for it.
         if job.gate is not None:
             job.gate.end(not reason)
@@ -228,11 +232,21 @@ class Copiers:
                 result = StoreResult(0, 0, {"closing": len(jobs)})
             else:
                 result = self._store_batch([job.item for job in jobs])
+                self._tell(jobs, result, self._now() - began_s)
             pages, keys = [job.page for job in jobs], {job.item.key for job in jobs}
             tenants = Counter(job.tenant for job in jobs)
             traces = Counter(job.trace for job in jobs if job.trace is not None)
             seconds = self._now() - began_s
             self._results.put(Stored(result, pages, keys, seconds, tenants, began_s, traces))
+
+    def _tell(self, jobs: list[StoreJob], result: StoreResult, seconds: float) -> None:
+        if self._log.shows(2 - bool(result.dropped)):
+            requests = ",".join(dict.fromkeys(job.item.request for job in jobs))
+            self._log.debug(
+                "store incomplete" if result.dropped else "stored", request=requests,
+                blocks=len(jobs), stored=result.stored, present=result.present, seconds=seconds,
+                **result.dropped,
+            )  # fmt: skip
 
     def _take_batch(self, jobs: list[StoreJob]) -> bool:
         """Wait for a job, take those that are queued behind it; False when no more come."""

@@ -13,9 +13,11 @@ from typing import Any
 from kvist.engine.priority import PRIORITIES
 from kvist.engine.request import CoreStats
 from kvist.proto.metrics import Definition as D
-from kvist.proto.shm import NEVER, TIERS
+from kvist.proto.shm import MISS_REASONS, NEVER, TIERS
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
+STORE_DROPS = ("queue_full", "no_parent", "full", "share", "torn", "detached")
+"""Why a block is not stored: the queue's reasons, and those of StoreResult."""
 
 # vLLM's own bounds, so that its dashboards draw the same heat maps.
 _FIRST_TOKEN_S = (
@@ -216,6 +218,10 @@ def figures_of(stats: CoreStats) -> dict[str, Any]:
     is_off = stats.cache_state == "off"
     return {
         **{name: getattr(stats, name) for name in stats.__struct_fields__},
+        # From 0 on: Prometheus sees no rise in a counter that begins at its first event.
+        "misses_tokens": dict.fromkeys(MISS_REASONS, 0) | stats.misses_tokens,
+        "store_drops": dict.fromkeys(STORE_DROPS, 0) | stats.store_drops,
+        "resumed_tokens": dict.fromkeys((*TIERS, "computed"), 0) | stats.resumed_tokens,
         "hits": hits,
         "cached_tokens": cached,
         "external_hits": external,

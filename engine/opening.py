@@ -13,7 +13,7 @@ from kvist.cachesvc.client import CacheClient, open_cache
 from kvist.cachesvc.events.journal import Journal
 from kvist.cachesvc.events.publisher import Publisher
 from kvist.cachesvc.events.settings import checked_kv_events
-from kvist.cachesvc.log import LEVELS, Level, Log
+from kvist.cachesvc.log import Log
 from kvist.engine.backend import Backend, CpuBackend, Progress
 from kvist.engine.cache_address import CACHE_EMBEDDED, CACHE_OFF
 from kvist.engine.config import EngineConfig
@@ -314,8 +314,3 @@ def _open_embedded(
         journal=journal,
     )
     return open_embedded(store, namespace, name, log, page, config.model_names[0])
-
-
-def log_level(text: str) -> Level:
-    """A checked setting as the log takes it."""
-    return next(level for level in LEVELS if level == text)

@@ -28,11 +28,13 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from kvist.cachesvc.log import Log
 from kvist.cachesvc.tracer import Tracer, open_tracer
 from kvist.engine.api import create_app
 from kvist.engine.cache_address import CACHE_EMBEDDED, CACHE_OFF
 from kvist.engine.config import EngineConfig
 from kvist.engine.ipc import CoreLink
+from kvist.engine.logs import LibraryLines, open_log
 from kvist.engine.process import CoreProcess
 from kvist.engine.request import Fatal, FromCore, Loading, Ready
 from kvist.engine.service import Clock, Service
@@ -66,9 +68,7 @@ class EngineServer:
         log: for what comes after.
     """
 
-    def __init__(
-        self, config: EngineConfig, core: CoreProcess, console: Console, log: logging.Logger
-    ) -> None:
+    def __init__(self, config: EngineConfig, core: CoreProcess, console: Console, log: Log) -> None:
         self._config = config
         self._core = core
         self._console = console
@@ -240,7 +240,7 @@ class EngineServer:
         service.drain()
         if not link.live:
             return
-        self._log.info("%d requests still run; a second signal ends them now", link.live)
+        self._log.info("draining", requests=link.live, hint="a second signal ends them now")
         hurry = asyncio.create_task(self._hurry.wait())
         deadline = time.monotonic() + self._config.drain_seconds
         while link.live and not failed.done() and time.monotonic() < deadline:
@@ -255,7 +255,7 @@ class EngineServer:
             await asyncio.sleep(PACE_SECONDS)
             line = pace.line(link.stats)
             if line is not None:
-                self._log.info("%s", line)
+                self._log.info("pace", now=line)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -375,14 +375,11 @@ def serve(config: EngineConfig, core: CoreProcess) -> int:
     Raises:
         ConfigInvalid: the address cannot be listened on.
     """
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log = open_log(config)
+    logging.basicConfig(level=logging.WARNING, handlers=[LibraryLines(log)])
     console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     async def main() -> int:
-        return await EngineServer(config, core, console, logging.getLogger("kvist")).run()
+        return await EngineServer(config, core, console, log).run()
 
     return uvloop.run(main())

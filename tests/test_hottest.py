@@ -68,6 +68,29 @@ def test_the_turns_of_a_chat_are_one_prefix_and_not_many(bench: Bench) -> None:
     bench.close()
 
 
+def test_a_long_document_does_not_crowd_out_the_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hottest, "_BEST", 4)
+    worker, document, short = bench.worker(), chain(0, 40), chain(100, 2)
+    worker.put(document)
+    worker.put(short)
+    for used in (document, document, short):
+        use(bench, used)
+    assert [(each.blocks, each.uses) for each in prefixes(bench)] == [(40, 2), (2, 1)]
+    bench.close()
+
+
+def test_a_count_stays_at_its_largest(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hottest, "USES_MAX", 5)
+    blocks = chain(0, 2)
+    bench.worker().put(blocks)
+    for _ in range(9):
+        use(bench, blocks)
+    assert [each.uses for each in prefixes(bench)] == [5]
+    bench.close()
+
+
 def test_a_block_that_went_takes_its_uses_along(bench: Bench) -> None:
     worker, blocks = bench.worker(), chain(0, 3)
     worker.put(blocks)

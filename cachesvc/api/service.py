@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvist.cachesvc.api.answers import Answers, RequestInvalid, checked_hint, checked_keys
+from kvist.cachesvc.api.browsing import Browsing
 from kvist.cachesvc.api.traced import TracedCalls
 from kvist.cachesvc.api.wire import LenientDecoding, decoded
 from kvist.cachesvc.core.beat import Beat
@@ -90,6 +91,7 @@ class CacheService(cache_pb2_grpc.CacheServicer):
         self._store = store
         self._on_failure = on_failure
         self._answers = Answers(store)
+        self._browsing = Browsing(store)
         self._beat = beat
         self._ending = asyncio.Event()
 
@@ -189,6 +191,24 @@ class CacheService(cache_pb2_grpc.CacheServicer):
     ) -> cache_pb2.UnpinReply:
         """End that."""
         return await self._reply(self._answers.unpin, request, context)
+
+    async def List(self, request: cache_pb2.ListRequest, context: Context) -> cache_pb2.ListReply:
+        """A page of what is stored."""
+        return await self._reply(self._browsing.page, request, context)
+
+    async def Show(self, request: cache_pb2.ShowRequest, context: Context) -> cache_pb2.ShowReply:
+        """What is known of one block."""
+        try:
+            with self._watched():
+                return await self._browsing.show(decoded(request))
+        except KvistError as error:
+            await _refuse(context, error)
+
+    async def Evict(
+        self, request: cache_pb2.EvictRequest, context: Context
+    ) -> cache_pb2.EvictReply:
+        """Drop a block, and what stands on it."""
+        return await self._reply(self._browsing.evict, request, context)
 
     async def Read(
         self, request: cache_pb2.ReadRequest, context: Context

@@ -49,6 +49,7 @@ class Blocks:
         spaces: number of a namespace that has blocks -> its digest.
         spaces_version: grows whenever spaces changes.
         copies: tier -> number of a namespace -> its copies there; on flash those under way count.
+        block_tokens: number of a namespace -> tokens of a block, once note_tokens was told.
         on_copy: told of (row, tier, whether the block is there now), after it came or before it
             goes; None tells nobody.
     """
@@ -68,6 +69,7 @@ class Blocks:
         self.spaces: dict[int, bytes] = {}
         self.spaces_version = 0
         self.copies: dict[str, dict[int, int]] = {"dram": {}, "flash": {}}
+        self.block_tokens: dict[int, int] = {}
         self.on_copy: Callable[[int, str, bool], None] | None = None
         self._space_ids: dict[bytes, int] = {}
         self._space_blocks: dict[int, int] = {}
@@ -116,6 +118,38 @@ class Blocks:
     def name(self, row: int) -> int:
         """See name_of."""
         return name_of(self.index.key(row))
+
+    def note_tokens(self, row: int, block_tokens: int) -> None:
+        """How many tokens a block has, and so each of its namespace; for people only."""
+        self.block_tokens.setdefault(self._space[row], block_tokens)
+
+    def space(self, row: int) -> int:
+        """Number of a stored block's namespace in spaces."""
+        return self._space[row]
+
+    def spaces_of(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """The same of many."""
+        return np.asarray(self._space)[rows]
+
+    def space_blocks(self, space: int) -> int:
+        """Blocks of a namespace that has some."""
+        return self._space_blocks[space]
+
+    def tails(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Rows from start up to stop of stored blocks on which stand none, or several."""
+        child = np.asarray(self.first_child)[start:stop]
+        has_two = np.asarray(self.next_sibling)[child] != NO_ROW
+        stored = np.asarray(self._space)[start:stop] != _NO_SPACE
+        return np.flatnonzero(stored & ((child == NO_ROW) | has_two)) + start
+
+    def run(self, tail: int) -> list[int]:
+        """The blocks up to a tail that no other prompt parts from; the tail first."""
+        parent, child, sibling = self.parent, self.first_child, self.next_sibling
+        rows, row = [tail], parent[tail]
+        while row != NO_ROW and sibling[child[row]] == NO_ROW:
+            rows.append(row)
+            row = parent[row]
+        return rows
 
     def namespace(self, row: int) -> bytes:
         """Digest of a block's namespace."""
@@ -265,6 +299,7 @@ class Blocks:
         self._space_blocks[space] -= 1
         if not self._space_blocks[space]:
             del self._space_blocks[space]
+            self.block_tokens.pop(space, None)
             self.spaces_version += 1
             for copies in self.copies.values():
                 copies.pop(space, None)

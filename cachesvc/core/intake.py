@@ -221,6 +221,7 @@ class Intake:
             location = Location(slot, None)
             row = placement.insert(header.key, parent, header.namespace, location)
             placement.uses.stored(row)
+            blocks.note_tokens(row, header.shape.block_tokens)
             self._expiry.stored(row)
         elif placement.index.dram(row) is None:
             blocks.gain_dram(row, slot)

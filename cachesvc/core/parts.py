@@ -103,6 +103,7 @@ class Parts:
     intake: Intake
     claims: Claims
     reservation_limit: int
+    log: Log
 
 
 class Maker:
@@ -174,7 +175,10 @@ class Maker:
         expiry = Expiry(placement, self._now)
         intake = Intake(placement, admission, expiry, sessions, claims, share)
         self._begin(placement, moves, admission, sessions)
-        return Parts(index, dram, flash, placement, moves, admission, expiry, intake, claims, share)
+        return Parts(
+            index, dram, flash, placement, moves, admission, expiry, intake, claims, share,
+            self._log,
+        )  # fmt: skip
 
     def _begin(
         self, placement: Placement, moves: Moves, admission: Admission, sessions: Sessions

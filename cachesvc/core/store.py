@@ -187,18 +187,12 @@ class Store:
             namespace=namespace.hex()[:12], namespace_text=namespace_text,
         )  # fmt: skip
         return SessionInfo(
-            session=session.id,
-            boot_epoch=self.boot_epoch,
-            index_path=parts.index.path,
-            arena_path=parts.dram.path,
-            ring_path=session.ring.path,
-            bell_path=self.bell_path,
-            calls_path=self.calls_path,
-            slot_bytes=parts.dram.slot_bytes,
-            dram_slots=parts.dram.slots,
-            reservation_limit=parts.reservation_limit,
+            session=session.id, boot_epoch=self.boot_epoch, index_path=parts.index.path,
+            arena_path=parts.dram.path, ring_path=session.ring.path, bell_path=self.bell_path,
+            calls_path=self.calls_path, slot_bytes=parts.dram.slot_bytes,
+            dram_slots=parts.dram.slots, reservation_limit=parts.reservation_limit,
             number=session.number,
-        )
+        )  # fmt: skip
 
     def session_closed(self, session: str) -> None:
         """Its connection has ended. What it reserved comes back in the tick that finds its
@@ -230,6 +224,11 @@ class Store:
     @property
     def _made(self) -> Parts:
         assert self._parts is not None, "a session exists, so its parts do"
+        return self._parts
+
+    @property
+    def parts(self) -> Parts | None:
+        """What it is made of; None as long as the size of slots is open."""
         return self._parts
 
     # Blocks.

@@ -42,7 +42,7 @@ class Placement:
     Attributes:
         index, blocks, dram, flash: what it manages; flash is None without a flash tier.
         policy: says which block goes first.
-        uses: what is told to the policy. hottest: what is used most.
+        uses: what is told to the policy. hottest: what is used most. history: last uses, by row.
         jobs: moves under way by row; such a block is not evicted.
         unlisted: keys that left flash, to be taken out of the flash index.
         counts, measures: what happened, and how long it took.
@@ -70,7 +70,7 @@ class Placement:
         self.blocks = Blocks(index)
         self.dram = dram
         self.flash = flash
-        history = History(index.rows)
+        history = self.history = History(index.rows)
         # Every block sinks, so the larger tier holds all there is, but for what is on its way.
         flash_slots = flash.slots if flash else 0
         capacity = max(dram.slots, flash_slots)

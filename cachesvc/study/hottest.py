@@ -1,6 +1,6 @@
 """The hottest prefixes: which beginnings of prompts save most, counted block by block.
 
-Each block counts the requests that found it since it was stored, 4 bytes a row. A prefix ends where
+Each block counts the requests that found it since it was stored, 2 bytes a row. A prefix ends where
 the count falls: where prompts part, or where they end. It is worth its uses times its length, the
 tokens that nobody computed again. Of prefixes that lie in one another only those are shown that are
 used at least twice as often as the longer one, or a long chat would fill the list with its turns.
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kvist.cachesvc.catalog.blocks import Blocks
+from kvist.cachesvc.catalog.blocks import NO_ROW, Blocks
 from kvist.cachesvc.policy.eviction import Rows
 from kvist.proto.hints import Hint
 
@@ -30,6 +31,7 @@ REST_LOOKS = 4
 # Rows with the highest worth that are kept of a round: the ends of long chains come first.
 _BEST = 512
 TOKENS_SHOWN = 8
+USES_MAX = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Prefix:
     Attributes:
         key: of its last block, hex.
         blocks: of it, the last included.
-        uses: requests that found it since its last block was stored.
+        uses: requests that found it since its last block was stored, USES_MAX at most.
         dram_blocks: of its blocks, those with a copy in DRAM; flash_blocks likewise.
         namespace: first digits of the digest.
         begins: first token ids of its first block, ends: last ones of its last; both empty unless
@@ -69,7 +71,7 @@ class Hottest:
 
     def __init__(self, blocks: Blocks, rows: int) -> None:
         self._blocks = blocks
-        self._uses: Final = np.zeros(rows, np.uint32)
+        self._uses: Final = np.zeros(rows, np.uint16)
         self._best = np.zeros(0, np.int64)
         self._at = self._rest = 0
         self.prefixes: tuple[Prefix, ...] = ()
@@ -77,7 +79,7 @@ class Hottest:
 
     def found(self, rows: Rows, request: int, at: int) -> None:  # noqa: ARG002 - see Learner
         """See Learner."""
-        self._uses[rows] += 1
+        self._uses[rows] = np.minimum(self._uses[rows], USES_MAX - 1) + np.uint16(1)
 
     def stored(self, rows: Rows, request: int, at: int) -> None:  # noqa: ARG002
         """See Learner."""
@@ -94,6 +96,10 @@ class Hottest:
         """See Learner."""
         self._uses[row] = 0
 
+    def uses(self, rows: Rows) -> Rows:
+        """Requests that found each of some stored blocks since it was stored."""
+        return self._uses[rows].astype(np.int64)
+
     def look(self) -> tuple[Prefix, ...]:
         """Go over the next rows; what the last whole round found, most worth first."""
         if self._rest:
@@ -101,16 +107,24 @@ class Hottest:
             return self.prefixes
         stop = min(self._at + _SLICE_ROWS, len(self._uses))
         used = np.flatnonzero(self._uses[self._at : stop]) + self._at
-        self._best = self._top(np.concatenate([self._best, used]))
+        self._best = self._top(np.concatenate([self._best, used[~self._goes_on(used)]]))
         self._at = stop
         if stop == len(self._uses):
             self.prefixes = tuple(self._ends())
             self._at, self._best, self._rest = 0, np.zeros(0, np.int64), REST_LOOKS
         return self.prefixes
 
+    def _goes_on(self, rows: Rows) -> NDArray[np.bool_]:
+        """Whether all that used a row used its first child too: then the prefix ends further on,
+        and a long document would fill the list of the best with its rows."""
+        child = np.asarray(self._blocks.first_child)[rows]
+        same: NDArray[np.bool_] = (child != NO_ROW) & (self._uses[child] == self._uses[rows])
+        return same
+
     def _worth(self, rows: Rows) -> Rows:
         depth = np.asarray(self._blocks.depth)[rows].astype(np.int64)
-        return self._uses[rows] * (depth + 1)
+        worth: Rows = self._uses[rows].astype(np.int64) * (depth + 1)
+        return worth
 
     def _top(self, rows: Rows) -> Rows:
         if len(rows) <= _BEST:

@@ -40,6 +40,7 @@ class StoreItem:
             returns.
         origin: of a first block, see proto.keys.origin_of; b"" tells nothing.
         tenant: of a first block, see proto.keys.tenant_of.
+        request: id of the request that it is of, for the sidecar's log; "" tells nothing.
         trace: traceparent of the sidecar's part in it; "" is not traced.
     """
 
@@ -51,6 +52,7 @@ class StoreItem:
     payload: Bytes | Source
     origin: bytes = b""
     tenant: str = ""
+    request: str = ""
     trace: str = ""
 
 
@@ -69,6 +71,9 @@ class StoreResult:
     stored: int
     present: int
     dropped: Mapping[str, int]
+
+
+REQUEST_CHARS_MAX = 256
 
 
 class Storer:
@@ -151,8 +156,12 @@ class Storer:
             raise Detached("the session has ended")
         step = fates.without_orphans(step)
         names = [_name(item) for item in step]
+        told = ",".join(dict.fromkeys(item.request for item in step if item.request))
         request = cache_pb2.ReserveRequest(
-            session=life.session, blocks=names, traceparent=_trace_of(step)
+            session=life.session,
+            blocks=names,
+            request=told[:REQUEST_CHARS_MAX],
+            traceparent=_trace_of(step),
         )
         return _Asked(step, self._control.reserve(request) if step else None)
 

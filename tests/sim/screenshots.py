@@ -16,11 +16,11 @@ from sim.browser import Browser
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 # Width, and height: down to the tiers.
-SIZES = ((1280, 1290), (390, 1690))
+SIZES = ((1280, 1342), (390, 1690))
 DRAWN = "return document.querySelectorAll('.uplot canvas').length === 4"
 ASKING = "Still running"
 # So long the demo asks on before it is looked at.
-WATCH_S = 60.0
+WATCH_S = 150.0
 
 
 def take(url: str, folder: Path) -> None:
@@ -54,7 +54,7 @@ def main() -> None:
             assert demo.stdout is not None
             url = ""
             for line in demo.stdout:
-                print(line, end="")
+                print(line, end="", flush=True)
                 found = re.match(r"page +(http://\S+)", line)
                 url = found.group(1) if found else url
                 if ASKING in line:

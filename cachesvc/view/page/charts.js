@@ -123,7 +123,7 @@ export class Stack extends Chart {
       label: part.name, fill: css(part.color), stroke: css("card"), width: 1, paths: bars,
       points: { show: false },
     }));
-    const y = this.share ? { range: [0, 100] } : { range: (_u, _low, high) => [0, Math.max(1, high * 1.08)] };
+    const y = this.share ? { range: [0, 100] } : { range: (_u, _low, high) => [0, Math.max(10, high * 1.08)] };
     return {
       scales: { x: { time: true, range: () => [this.from, this.to] }, y },
       cursor: { y: false, points: { show: false }, drag: { x: false, y: false } },
@@ -203,7 +203,7 @@ export class Curve extends Chart {
     const lines = [["", this.format(point), "×" + point.multiple],
       [this.color, "leaf-LRU would hit", (100 * point.hit_ratio).toFixed(1) + " %"]];
     if (point.multiple === 1 && this.present !== null) {
-      lines.push(["ink", "this cache hits", this.present.toFixed(1) + " %"]);
+      lines.push(["ink", "this tier has hit", this.present.toFixed(1) + " %"]);
     }
     return lines;
   }

@@ -88,7 +88,7 @@ function curveInWords(points, present) {
   const at = (multiple) => points.find((point) => point.multiple === multiple);
   if (!at(1) || !at(2)) return "";
   const gain = 100 * (at(2).hit_ratio - at(1).hit_ratio), loss = 100 * (at(1).hit_ratio - at(0.5).hit_ratio);
-  const own = present === null ? "" : ` The dot is what this cache hits now: ${present.toFixed(1)} % of blocks.`;
+  const own = present === null ? "" : ` The dot is what this tier has hit since the start: ${present.toFixed(1)} % of blocks.`;
   return `Twice the size would bring ${gain.toFixed(1)} points, half would cost ${loss.toFixed(1)}.${own}`;
 }
 

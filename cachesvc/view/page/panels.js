@@ -45,14 +45,28 @@ function worthInWords(known, net, times, start, worth) {
     (own > 0 ? `. The engines’ own HBM saved another ${f.duration(own)}` : "");
 }
 
-const MARKS = { bad: "●", warn: "▲", note: "■" };
+const MARKS = { bad: "●", warn: "▲", note: "■", good: "✓" };
 
-export function showHealth({ health, advice }) {
+const line = (level, content) => element("li", {},
+  element("span", { class: "mark " + level, "aria-hidden": "true" }, MARKS[level]), content);
+
+/** What is in order, for those who look for trouble. */
+function sound(stats) {
+  const ready = stats.tiers.filter((use) => use.state === "ready").map((use) => TIERS[use.tier]);
+  const facts = [];
+  if (ready.length) facts.push(`${ready.join(" and ")} ${ready.length > 1 ? "are" : "is"} ready`);
+  const read = stats.tiers.length > 0 && !stats.advice.some((each) => each.code === "checksum-failures");
+  if (read) facts.push("every block read had its checksum");
+  if (stats.sessions) facts.push(stats.sessions === 1 ? "1 engine is attached" : `${stats.sessions} engines are attached`);
+  return facts;
+}
+
+export function showHealth(stats) {
+  const { health, advice } = stats;
   say("health-words", health);
   byId("health-words").dataset.level = advice.length ? advice[0].level : "good";
-  byId("health-brief").replaceChildren(...advice.slice(0, 2).map((each) => element("li", {},
-    element("span", { class: "mark " + each.level, "aria-hidden": "true" }, MARKS[each.level]),
-    element("a", { href: "#advice-" + each.code }, each.what))));
+  const said = advice.slice(0, 2).map((each) => line(each.level, element("a", { href: "#advice-" + each.code }, each.what)));
+  byId("health-brief").replaceChildren(...said, ...sound(stats).slice(0, 3 - said.length).map((text) => line("good", text)));
 }
 
 export function showAdvice({ advice }) {
@@ -97,6 +111,7 @@ export function showMisses(misses) {
 
 const MEAN_S = 10;
 const TENANTS_SHOWN = 20;
+const USES_MAX = 65535; // counts of uses stay there, see study/hottest.py
 
 function tank(tier, name, where, use, lines) {
   const share = use && use.slots ? use.used_slots / use.slots : 0;
@@ -137,7 +152,8 @@ export function showTiers(stats, series) {
     element("div", { class: "column" }, tank("dram", "DRAM", "shared arena", tier.dram,
       tier.dram ? held(tier.dram) : [["amount", "not made yet"], ["of", "the first worker says how large blocks are"]]), out("dram")),
     element("div", { class: "between" }, flow("rise", "left", rate("read_bytes.flash")), flow("sink", "right", rate("written_bytes.flash"))),
-    element("div", { class: "column" }, tank("flash", "Flash", "local disk", tier.flash, held(tier.flash)), out("flash")),
+    element("div", { class: "column" }, tank("flash", "Flash", "local disk", tier.flash,
+      stats.tiers.length ? held(tier.flash) : [["amount", "not made yet"], ["of", "if kvistd has a flash_path"]]), out("flash")),
     element("div", { class: "between none", "aria-hidden": "true" }),
     element("div", { class: "column" }, tank("remote", "Remote", "other stores", null, held(null)), element("div", { class: "out" })));
 }
@@ -148,20 +164,20 @@ const KINDS = [["none", "computed", "missed"], ["hbm", "from HBM", "hbm"], ["dra
 
 export function showTtft(stats) {
   const known = Object.fromEntries(stats.ttft.map((each) => [each.tier, each]));
-  const slowest = Math.max(...stats.ttft.map((each) => each.median_s), 1e-9);
+  const slowest = Math.max(...stats.ttft.map((each) => each.mean_s), 1e-9);
   const rows = KINDS.map(([tier, name, color]) => {
     const each = known[tier];
     const bar = element("div", { class: "bar " + color });
-    bar.style.width = each ? Math.max(1, (100 * each.median_s) / slowest) + "%" : "0";
-    const sooner = each && known.none && tier !== "none" ? known.none.median_s / each.median_s : 0;
+    bar.style.width = each ? Math.max(1, (100 * each.mean_s) / slowest) + "%" : "0";
+    const sooner = each && known.none && tier !== "none" ? known.none.mean_s / each.mean_s : 0;
     return element("tr", { "data-tier": tier },
       element("th", { scope: "row" }, name, element("small", {}, each ? requests(each.requests) : "no request yet")),
       element("td", { class: "track" }, bar),
-      element("td", {}, element("b", {}, each ? f.duration(each.median_s) : f.NONE),
+      element("td", {}, element("b", {}, each ? f.duration(each.mean_s) : f.NONE),
         element("small", {}, sooner >= 1.05 ? `${sooner < 9.95 ? sooner.toFixed(1) : f.count(sooner)} times sooner` : "\u00a0")));
   });
   byId("ttft").replaceChildren(element("table", { class: "ttft" },
-    element("caption", { class: "hidden" }, "Median time to first token by where the prompt came from"), element("tbody", {}, ...rows)));
+    element("caption", { class: "hidden" }, "Mean time to first token by where the prompt came from"), element("tbody", {}, ...rows)));
   say("ttft-say", movingInWords(stats.worth));
 }
 
@@ -211,7 +227,7 @@ export function showPrefixes(stats) {
     stats.prefixes.map((prefix) => cells(
       ["key", ids(prefix)],
       ["number", `${f.count(prefix.blocks * stats.block_tokens)} tokens`],
-      ["number", f.count(prefix.uses)],
+      ["number", f.count(prefix.uses) + (prefix.uses === USES_MAX ? "+" : "")],
       ["number", f.short(prefix.uses * prefix.blocks * stats.block_tokens)],
       ["number", f.bytes(prefix.blocks * slot)],
       ["", where(prefix)])),
