@@ -117,9 +117,7 @@ def open_parts(
     count = pool_pages(config, format, backend.pool_bytes)
     limits = limits_of(config, built.shape, count)
     pool = PagePool(format, count, backend.device.torch)
-    threading.Thread(
-        target=pool.prefault, args=(threading.Event(),), name="kvist-pool", daemon=True
-    ).start()
+    _prefault(pool)
     pages = Pages(count)
     runner = backend.runner(pool, limits, tell)
     copies, pinner = backend.copies(pool, log)
@@ -127,10 +125,7 @@ def open_parts(
     events = open_events(config, pages, log)
     cache = open_tiers(config, namespace, log, page, pages.journal)
     connector = Connector(cache, copies, pages, log, now)
-    connector.weigher = Weigher(
-        format.layers, format.payload_bytes, format.block_tokens, copies.run_bytes
-    )
-    connector.weigher.by_layers = config.cache_overlap
+    connector.weigher = _weigher(config, format, copies.run_bytes)
     return Parts(
         runner=runner,
         pages=pages,
@@ -157,6 +152,17 @@ def open_events(config: EngineConfig, pages: Pages, log: Log) -> Publisher | Non
         return None
     pages.journal = Journal()
     return Publisher(settings, pages.journal, log)
+
+
+def _prefault(pool: PagePool) -> None:
+    stop = threading.Event()  # never set: the process ends first
+    threading.Thread(target=pool.prefault, args=(stop,), name="kvist-pool", daemon=True).start()
+
+
+def _weigher(config: EngineConfig, format: BlockFormat, run_bytes: int) -> Weigher:
+    weigher = Weigher(format.layers, format.payload_bytes, format.block_tokens, run_bytes)
+    weigher.by_layers = config.cache_overlap
+    return weigher
 
 
 class _Built(NamedTuple):
