@@ -241,7 +241,7 @@ def stepped_copies(scheduler: Scheduler) -> Iterator[None]:
         scheduler.pause()
 
     slot_module.checksum, slot_module.pack_header = stepped_checksum, stepped_pack
-    life_module._start_prefault = lambda _: (Event(), _NoPrefault())  # type: ignore
+    life_module._start_prefault = lambda *_: (Event(), _NoPrefault())  # type: ignore
     try:
         yield
     finally:
