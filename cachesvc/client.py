@@ -23,7 +23,7 @@ from kvist.cachesvc.worker.loading import LayerLoad, load_block, stream_blocks
 from kvist.cachesvc.worker.storing import StoreItem, Storer, StoreResult
 from kvist.cachesvc.worker.trial import RETRY_S, TrialPage, run_trial
 from kvist.proto import cache_pb2
-from kvist.proto.errors import KvistError
+from kvist.proto.errors import Detached, KvistError
 from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey, Namespace
 from kvist.proto.record import Bytes, Wanted
@@ -324,7 +324,7 @@ class CacheClient:
 
         Args:
             wanted: what the block must be.
-            out: shape (wanted.payload_bytes,), uint8, writable; undefined after a miss.
+            out: as proto.slot.read_slot takes it; undefined after a miss.
             deadline: until when to wait for a block that rises from flash, in time of now.
 
         Returns:
@@ -371,6 +371,14 @@ class CacheClient:
         """
         with self._entered() as life:
             return self._storer.store(life, items, self.pace)
+
+    def clear(self) -> int:
+        """Drop this namespace's blocks; how many. For the thread that stores. Raises: Detached."""
+        with self._entered() as life:
+            if life is None:
+                raise Detached("no sidecar is attached; what it has on flash will be found again")
+            request = cache_pb2.ClearRequest(namespace=self._namespace.digest())
+            return self._control.clear(request).result().dropped_blocks
 
 
 def open_cache(

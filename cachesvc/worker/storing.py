@@ -33,7 +33,8 @@ class StoreItem:
         namespace: digest, 32 bytes.
         depth: blocks before this one.
         tokens: the block's own token ids as little-endian uint32 bytes.
-        payload: shape (payload_bytes,), uint8; must not change until store returns.
+        payload: shape (payload_bytes,), uint8, or as proto.slot.fill_slot takes it; must not
+            change until store returns.
         origin: of a first block, see proto.keys.origin_of; b"" tells nothing.
         tenant: of a first block, see proto.keys.tenant_of.
     """
