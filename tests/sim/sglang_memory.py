@@ -5,6 +5,7 @@ The real ones are compared with these in tests/under_sglang.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import types
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from enum import Enum
 from typing import Any
 
 import torch
+
+from sim.sidecar import Sidecar
 
 VERSION = "0.5.23"
 LAYOUTS = ("layer_first", "page_first", "page_first_direct", "page_head")
@@ -86,6 +89,9 @@ class HiCacheStorage:
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """Keep it."""
 
+    def on_host_pools_registered(self) -> None:
+        """Nothing."""
+
 
 @dataclass
 class HiCacheStorageConfig:
@@ -111,7 +117,7 @@ class HiCacheStorageExtraInfo:
     extra_info: dict[str, Any] | None = None
 
 
-class PoolName(str, Enum):
+class PoolName(str, Enum):  # noqa: UP042  # as SGLang's
     """Two of SGLang's."""
 
     KV = "kv"
@@ -121,7 +127,7 @@ class PoolName(str, Enum):
         return self.value
 
 
-class PoolHitPolicy(str, Enum):
+class PoolHitPolicy(str, Enum):  # noqa: UP042
     """SGLang's."""
 
     ALL_PAGES = "all_pages"
@@ -189,3 +195,49 @@ def standins() -> Iterator[None]:
     finally:
         for name in [*made, "kvist.engine.plugins.sglang.storage"]:
             sys.modules.pop(name, None)
+
+
+def filled(pool: HostPool) -> HostPool:
+    """Each page other than the next."""
+    pool.kv_buffer.copy_(torch.randn(pool.dims))
+    return pool
+
+
+def chain(name: str, pages: int) -> list[str]:
+    """Page hashes as SGLang makes them: each of its page and the hash before it."""
+    hashes, before = [], b""
+    for number in range(pages):
+        before = hashlib.sha256(before + f"{name}/{number}".encode()).digest()
+        hashes.append(before.hex())
+    return hashes
+
+
+def at(*pages: int) -> torch.Tensor:
+    """Host indices of pages."""
+    return torch.cat([torch.arange(number * PAGE, (number + 1) * PAGE) for number in pages])
+
+
+def page(pool: HostPool, number: int) -> torch.Tensor:
+    """A copy of a page."""
+    return pool.get_data_page(number * PAGE).clone()
+
+
+def make_storage(sidecar: Sidecar, pool: HostPool | None = None, **changes: Any) -> Any:
+    """The plugin, inside standins(), with its pool.
+
+    Args:
+        changes: of HiCacheStorageConfig.
+    """
+    from kvist.engine.plugins.sglang import KvistStorage
+
+    made = KvistStorage(make_config(sidecar, **changes), {})
+    if pool is not None:
+        made.register_mem_pool_host(pool)
+        made.on_host_pools_registered()
+    return made
+
+
+def make_config(sidecar: Sidecar, **changes: Any) -> HiCacheStorageConfig:
+    """What SGLang hands over."""
+    extra = {"kvist.cache": str(sidecar.socket), "kvist.model": "tiny", "interface_v1": 1}
+    return HiCacheStorageConfig(**{"extra_config": extra, **changes})

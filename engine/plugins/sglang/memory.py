@@ -119,6 +119,7 @@ def try_memory(pool: Any, memory: PageMemory) -> None:
             f"a page has {before.nbytes} bytes by get_data_page and {memory.payload_bytes} by "
             "get_page_buffer_meta"
         )
+    held = memory.page(number).copy()
     wanted = np.random.default_rng(0).integers(0, 256, before.nbytes).astype(np.uint8)
     try:
         pool.set_from_flat_data_page(start, torch.from_numpy(wanted.copy()).view(before.dtype))
@@ -127,6 +128,7 @@ def try_memory(pool: Any, memory: PageMemory) -> None:
         np.copyto(memory.page(number), taken.reshape(memory.rows, memory.row_bytes))
         restored = flat_bytes(pool.get_data_page(start, flat=True)).copy()
     finally:
+        np.copyto(memory.page(number), held)
         pool.set_from_flat_data_page(start, before)
     if not np.array_equal(taken, wanted) or not np.array_equal(restored, wanted):
         raise LayoutRefused("a page that was stored and restored is not what it was")

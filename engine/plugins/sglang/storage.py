@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sglang
@@ -34,7 +35,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 from sglang.srt.observability.metrics_collector import StorageMetrics
 
-from kvist.cachesvc.client import CacheClient, open_cache
+from kvist.cachesvc.client import open_cache
 from kvist.cachesvc.log import Log
 from kvist.engine.plugins.common import HashNames, check_version
 from kvist.engine.plugins.sglang.identity import (
@@ -123,7 +124,7 @@ class KvistStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is not there
             self._log.warning("no cache yet, serving without", address=self._settings[ADDRESS])
         tokens = host_pool.page_size if name == PoolName.KV else 0
         pages = PageStore(cache, HashNames(namespace), tokens, self._log)
-        self._pools[name] = _Pool(host_pool, memory, pages, cache)
+        self._pools[name] = _Pool(host_pool, memory, pages)
         self._log.info(
             "kvist under sglang", pool=name, layout=host_pool.layout, rows=memory.rows,
             page_bytes=memory.payload_bytes, pages=memory.count, model=namespace.model,
@@ -343,14 +344,13 @@ class KvistStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is not there
             pool.pages.close()
 
 
+@dataclass(frozen=True, slots=True)
 class _Pool:
     """A host pool of SGLang and its pages in the cache."""
 
-    def __init__(self, host: Any, memory: PageMemory, pages: PageStore, cache: CacheClient) -> None:
-        self.host = host
-        self.memory = memory
-        self.pages = pages
-        self.cache = cache
+    host: Any
+    memory: PageMemory
+    pages: PageStore
 
 
 def _usable_lengths(transfer: PoolTransfer, has: Sequence[bool]) -> set[int]:
