@@ -1,9 +1,4 @@
-"""SGLang's own objects on a machine without a GPU, over a real sidecar.
-
-SGLang is installed without what only a GPU needs. One thing stands in for that, here and nowhere
-else: the names of torchvision's compiled operators, since its wheel is for CUDA, and transformers
-only wants them to be known.
-"""
+"""SGLang's own objects on a machine without a GPU, over a real sidecar."""
 
 from __future__ import annotations
 
@@ -16,11 +11,9 @@ import pytest
 from sim.sidecar import Sidecar
 
 if importlib.util.find_spec("sglang") is not None:
-    import torch
+    from sim.sglang_cpu import declare_vision
 
-    _VISION = torch.library.Library("torchvision", "DEF")
-    for _name in ("nms", "qnms"):
-        _VISION.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    declare_vision()
 
 
 @pytest.fixture(scope="session")

@@ -143,7 +143,9 @@ def argument_words(arguments: Any | None) -> dict[str, str]:
     """SGLang's arguments that change the numbers in a page."""
     if arguments is None:
         return {}
-    return {name: str(getattr(arguments, name, None)) for name in _ARGUMENTS}
+    said = {name: str(getattr(arguments, name, None)) for name in _ARGUMENTS}
+    # Long ones would not fit into what the sidecar logs of a namespace.
+    return {name: text if len(text) <= 64 else digest_text(text) for name, text in said.items()}
 
 
 def sglang_arguments() -> Any | None:
