@@ -96,9 +96,15 @@ class HashNames:
         hasher.update(identity)
         return BlockKey(hasher.digest()[:KEY_BYTES])
 
-    def wanted(self, identity: bytes) -> Wanted:
-        """What a load must find."""
-        return Wanted(self.key(identity), self.digest, identity, self._payload_bytes)
+    def wanted(self, identity: bytes, more: bytes = b"", payload_bytes: int = 0) -> Wanted:
+        """What a load must find.
+
+        Args:
+            more: compared besides the identity, a multiple of 4 bytes; not in the key.
+            payload_bytes: 0 is that of the namespace.
+        """
+        size = payload_bytes or self._payload_bytes
+        return Wanted(self.key(identity), self.digest, identity + more, size)
 
     def item(self, identity: bytes, parent: BlockKey, depth: int, payload: Bytes) -> StoreItem:
         """What is stored.
@@ -107,9 +113,7 @@ class HashNames:
             parent: the block before, NO_KEY with depth 0. payload: see proto.slot.fill_slot.
         """
         origin = self.origin(identity) if parent == NO_KEY else b""
-        return StoreItem(
-            self.key(identity), parent, self.digest, depth, identity, payload, origin
-        )  # fmt: skip
+        return StoreItem(self.key(identity), parent, self.digest, depth, identity, payload, origin)
 
     def origin(self, identity: bytes) -> bytes:
         """By which a miss can say that the block is there under another namespace."""

@@ -32,7 +32,7 @@ def serve(model: str, socket: str) -> None:
     }  # fmt: skip
     engine = sglang.Engine(
         model_path=model, device="cpu", attention_backend="torch_native", page_size=PAGE,
-        max_total_tokens=4096, mem_fraction_static=0.05, disable_overlap_schedule=True,
+        max_total_tokens=4096, mem_fraction_static=0.6, disable_overlap_schedule=True,
         sampling_backend="pytorch", grammar_backend="none", skip_server_warmup=True,
         skip_tokenizer_init=True, log_level="warning", enable_hierarchical_cache=True,
         hicache_mem_layout="page_first_direct", hicache_io_backend="direct", hicache_ratio=1.2,

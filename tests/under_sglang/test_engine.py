@@ -7,6 +7,7 @@ The tests stand in the order in which the pages wander: DRAM, another process, f
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -27,11 +28,19 @@ DRAW = random.Random(5)
 PROMPTS = [[DRAW.randrange(100, 40000) for _ in range(length)] for length in (150, 300, 410)]
 
 
+# transformers, which makes the folder, meets the same torchvision as SGLang does.
+RUN = (
+    "import runpy, sys; from sim.sglang_cpu import declare_vision; declare_vision();"
+    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     out = ROOT / "build" / "smollm2-hf"
     script = ROOT / "benchmarks" / "peers" / "smollm2_folder.py"
-    subprocess.run([sys.executable, str(script), str(out)], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    subprocess.run([sys.executable, "-c", RUN, str(script), str(out)], check=True, env=environment)
     return out
 
 
