@@ -11,9 +11,11 @@ Everything else is SGLang's: scheduler, radix tree, cache controller, host pools
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,16 @@ _KEPT: list[Any] = []
 
 
 def declare_vision() -> None:
-    """Before SGLang is imported."""
+    """Before SGLang is imported; does nothing where torchvision's own operators load."""
+    found = importlib.util.find_spec("torchvision")
+    assert found is not None
+    assert found.origin is not None
+    try:
+        for path in Path(found.origin).parent.glob("_C*.so"):
+            torch.ops.load_library(path)
+            return
+    except OSError:
+        pass
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
