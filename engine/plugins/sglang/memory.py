@@ -38,7 +38,8 @@ class PageMemory:
 
     def page(self, number: int) -> Bytes:
         """A page in place, shape (rows, row_bytes)."""
-        return self._pages[number]
+        out: Bytes = self._pages[number]
+        return out
 
 
 def map_pool(pool: Any) -> PageMemory:
