@@ -13,6 +13,7 @@ verifies each page that it brings, against its hash and its checksum, and holds 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ import torch
 
 from kvist.engine.local import LocalSidecar
 
-_VISION = torch.library.Library("torchvision", "DEF")
+_VISION: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
 for _name in ("nms", "qnms"):  # torchvision's wheel for CUDA has none on a CPU; nobody calls them
     _VISION.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
@@ -108,7 +109,7 @@ class Rounds:
             ("get", storage.batch_get_v2, self._to),
         ):
             transfer = PoolTransfer(PoolName.KV, host_indices=indices, keys=keys)
-            done = self._time(f"{name}.{what}", lambda c=call, t=transfer: c([t], extra))
+            done = self._time(f"{name}.{what}", functools.partial(call, [transfer], extra))
             if not all(done[PoolName.KV]):
                 raise SystemExit(f"{name}: {done[PoolName.KV].count(False)} pages failed: {what}")
         for start in self._from[:: self._pool.page_size].tolist():

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvist.cachesvc.worker.storing import StoreItem
-from kvist.engine.plugins.vllm.identity import files_fingerprint
 from kvist.proto.keys import KEY_BYTES, NO_KEY, BlockKey, Namespace, origin_of
 from kvist.proto.layout import DTYPE_BYTES, BlockFormat
 from kvist.proto.record import Bytes, Wanted
@@ -63,11 +62,6 @@ def model_folder(model: str, revision: str | None) -> Path | None:
     except Exception:  # not a name of the hub, or not kept here: the name must do
         return None
     return Path(found)
-
-
-def content_fingerprint(path: Path, suffixes: Sequence[str]) -> str:
-    """Hash of the contents of a model's or an adapter's files. Raises: OSError."""
-    return files_fingerprint(path, suffixes)
 
 
 class HashNames:

@@ -9,12 +9,12 @@ import torch
 
 from kvist.engine.plugins.common import (
     IDENTITY_BYTES,
-    content_fingerprint,
     digest_text,
     model_folder,
     opaque_format,
 )
 from kvist.engine.plugins.sglang.memory import PageMemory
+from kvist.engine.plugins.vllm.identity import files_fingerprint
 from kvist.proto.keys import Namespace
 
 SUPPORTED = ("0.5.23",)
@@ -80,7 +80,7 @@ def model_name(settings: dict[str, Any], arguments: Any | None) -> str:
         )
     path = str(arguments.model_path)
     folder = model_folder(path, getattr(arguments, "revision", None))
-    weights = path if folder is None else content_fingerprint(folder, WEIGHT_SUFFIXES)
+    weights = path if folder is None else files_fingerprint(folder, WEIGHT_SUFFIXES)
     return digest_text("content", weights, *_adapters(arguments))
 
 
@@ -93,7 +93,7 @@ def _adapters(arguments: Any) -> list[str]:
     for adapter in getattr(arguments, "lora_paths", None) or []:
         name, path = str(getattr(adapter, "lora_name", "")), str(getattr(adapter, "lora_path", ""))
         folder = model_folder(path, None) if path else None
-        content = content_fingerprint(folder, ADAPTER_SUFFIXES) if folder else "unknown"
+        content = files_fingerprint(folder, ADAPTER_SUFFIXES) if folder else "unknown"
         found.append(f"{name}={path}={content}")
     return sorted(found)
 
