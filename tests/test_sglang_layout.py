@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from sim.sglang_memory import (
@@ -25,7 +24,7 @@ from sim.sglang_memory import (
     page,
     standins,
 )
-from sim.sidecar import Sidecar
+from sim.sidecar import Sidecar, wait_until
 
 from kvist.engine.plugins.common import opaque_format
 from kvist.engine.plugins.sglang.identity import model_name, namespace_of, page_identity
@@ -229,5 +228,5 @@ def test_no_descriptor_is_left_behind(sidecar: Sidecar) -> None:
     before = opened()
     for _ in range(3):
         make_storage(sidecar, filled(HostPool())).close()
-    assert opened() <= before + 1
-    assert np.isfinite(before)
+    # gRPC closes what was connected a moment later.
+    wait_until(lambda: opened() <= before + 1, "descriptors to be closed")

@@ -19,6 +19,7 @@ from typing import Any
 PAGE = 16
 MARK = "ANSWER "
 START_S = 240.0
+FLUSH_S = 30.0
 
 
 def serve(model: str, socket: str) -> None:
@@ -95,8 +96,11 @@ class SglangProcess:
         return self._ask(ask="generate", prompt=prompt)
 
     def flush(self) -> None:
-        """Empty SGLang's own caches, on the device and on the host."""
-        assert self._ask(ask="flush")["flushed"]
+        """Empty SGLang's own caches, on the device and on the host; refused while it is busy."""
+        ended = time.monotonic() + FLUSH_S
+        while not self._ask(ask="flush")["flushed"]:
+            assert time.monotonic() < ended, "SGLang does not flush its caches"
+            time.sleep(0.2)
 
     def close(self) -> None:
         """End it and all that it started."""
