@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,9 +28,12 @@ from kvist.proto.record import Bytes
 
 End = TypeVar("End")
 
-LOADERS = 2
+# One thread copies and verifies at half a memory's speed or less.
+LOADERS = max(2, min(4, (os.cpu_count() or 2) // 4))
 # How long a load may wait for objects that are still on flash.
 LOAD_PATIENCE_S = 2.0
+# Models, ranks and tenants whose digests are kept, 1 KB each.
+NAMES_MAX = 16384
 
 
 class Key(Protocol):
@@ -154,6 +158,8 @@ class ObjectStore:
                 compute=f"rank={key.kv_rank:#x} group={key.object_group_id} {self._words}",
                 salt=key.cache_salt,
             )
+            if len(self._names) >= NAMES_MAX:
+                self._names.clear()
             names = self._names[parts] = HashNames(namespace)
         return names
 
