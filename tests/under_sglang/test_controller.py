@@ -3,6 +3,7 @@ Runs with SGLang's Python only (make test-sglang)."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,23 @@ def flat_of(buffer: torch.Tensor, pools: Pools, start: int) -> torch.Tensor:
     found = page(pools, start)
     pools.host.kv_buffer = held
     return found
+
+
+@pytest.mark.parametrize(("kind", "found"), [("mla", 2), ("mha", 0)])
+def test_ranks_of_an_mla_model_share_pages_and_those_of_others_do_not(
+    sidecar: Sidecar, kind: str, found: int
+) -> None:
+    pools, keys = make_pools(kind, "page_first"), hashes(f"rank{kind}", 2)
+    made = []
+    for rank in (0, 1):
+        said = dataclasses.replace(config(sidecar, kind == "mla"), tp_rank=rank, tp_size=2)
+        made.append(StorageBackendFactory.create_backend("dynamic", said, pools.host))
+        made[-1].register_mem_pool_host(pools.host)
+    indices = pools.host.alloc(2 * PAGE)
+    assert all(made[0].batch_set_v1(keys, indices, HiCacheStorageExtraInfo([])))
+    assert made[1].batch_exists(keys) == found
+    for one in made:
+        one.close()
 
 
 def test_page_unified_is_refused_with_the_reason(sidecar: Sidecar) -> None:
