@@ -47,7 +47,6 @@ class Engine:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "2",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
         }

@@ -36,6 +36,10 @@ class Host:
             enforce_eager=True,
             max_model_len=arguments.max_model_len,
             max_num_batched_tokens=arguments.max_num_batched_tokens,
+            max_num_seqs=16,
+            enable_chunked_prefill=True,
+            # Of its own accord vLLM's CPU build takes what the process has left of a share.
+            kv_cache_memory_bytes=arguments.kv_bytes,
             num_gpu_blocks_override=arguments.blocks,
             enable_prefix_caching=not arguments.no_prefix_caching,
             kv_transfer_config=transfer,
@@ -98,6 +102,7 @@ def main() -> None:
     parser.add_argument("--transfer", default="", help="kv_transfer_config as JSON")
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--kv-bytes", type=int, default=1 << 30, help="KV memory")
     parser.add_argument("--blocks", type=int, default=None, help="KV blocks, instead of by memory")
     parser.add_argument("--no-prefix-caching", action="store_true")
     arguments = parser.parse_args()

@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HOST = ROOT / "benchmarks" / "peers" / "vllm_host.py"
 Prompt = list[int]
 
+ONE_BLOCK_STEPS = ("--max-num-batched-tokens", "128")
+"""Flags for steps that end where blocks end, whatever is cached."""
+
 
 def transfer_config(socket: Path) -> dict[str, Any]:
     """The one flag."""
@@ -73,7 +76,6 @@ class VllmProcess:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "2",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(split)),
             "PYTHONSAFEPATH": "1",
         }
@@ -106,7 +108,7 @@ class VllmProcess:
             self.send(do, **fields)
             return self._answer()
 
-    def answers(self, prompts: list[Prompt], tokens: int = 8, **fields: object) -> list[Prompt]:
+    def answers(self, prompts: list[Prompt], tokens: int = 6, **fields: object) -> list[Prompt]:
         """Greedy answers."""
         reply = self.ask("generate", prompts=prompts, max_tokens=tokens, **fields)
         found: list[Prompt] = reply["tokens"]

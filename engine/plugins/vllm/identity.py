@@ -39,8 +39,7 @@ def refusal(config: Any, kv: Any) -> str:
     """
     parallel = config.parallel_config
     for name in (
-        "tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size",
-        "prefill_context_parallel_size",
+        "pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size",
     ):  # fmt: skip
         if getattr(parallel, name) != 1:
             return f"{name}={getattr(parallel, name)} is not served yet; set 1"
@@ -70,7 +69,9 @@ def _memory_refusal(kv: Any) -> str:
     return ""
 
 
-def namespace_of(config: Any, kv: Any, layers: Sequence[Any], vllm_version: str) -> Namespace:
+def namespace_of(
+    config: Any, kv: Any, layers: Sequence[Any], vllm_version: str, rank: int
+) -> Namespace:
     """The namespace of a worker's blocks.
 
     A block's bytes are vLLM's own: how K and V lie inside it depends on its release, its attention
@@ -80,10 +81,12 @@ def namespace_of(config: Any, kv: Any, layers: Sequence[Any], vllm_version: str)
         config: VllmConfig, with which refusal found nothing wrong.
         kv: KVCacheConfig.
         layers: vLLM's attention layer objects, in the order of the placement.
+        rank: of the worker in its tensor-parallel group.
     """
     spec = kv.kv_cache_groups[0].kv_cache_spec
     backends = sorted({_backend(layer) for layer in layers})
     names = kv.kv_cache_tensors[0].layers
+    ranks = config.parallel_config.tensor_parallel_size
     words = {
         "engine": f"vllm-{vllm_version}/torch-{torch.__version__}",
         "processor": torch.backends.cpu.get_cpu_capability(),
@@ -95,7 +98,8 @@ def namespace_of(config: Any, kv: Any, layers: Sequence[Any], vllm_version: str)
         "dtype": str(config.model_config.dtype),
         "kv_dtype": str(config.cache_config.cache_dtype),
         "compiled": str(getattr(config.compilation_config.mode, "name", "NONE")),
-        "rank": "tp0of1/pp0of1",
+        "rank": f"tp{rank}of{ranks}/pp0of1",
+        "heads": head_range(config.model_config.get_total_num_kv_heads(), rank, ranks),
     }
     return Namespace(
         model=model_name(config),
@@ -106,6 +110,13 @@ def namespace_of(config: Any, kv: Any, layers: Sequence[Any], vllm_version: str)
         rope="in the model's configuration",
         compute=" ".join(f"{name}={value}" for name, value in words.items()),
     )  # fmt: skip
+
+
+def head_range(heads: int, rank: int, ranks: int) -> str:
+    """Which KV heads a rank has, like 2-3of4; with fewer heads than ranks, ranks share one."""
+    each = max(1, heads // ranks)
+    first = rank * heads // ranks
+    return f"{first}-{first + each - 1}of{heads}"
 
 
 def _backend(layer: Any) -> str:

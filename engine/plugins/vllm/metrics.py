@@ -14,6 +14,8 @@ COUNTERS = {
     "hit_tokens": ("tier", "Prompt tokens that were not computed; hbm is vLLM's own cache."),
     "miss_tokens": ("reason", "Prompt tokens that were computed, by reason."),
     "unnamed_requests": ("reason", "Requests that can be neither looked up nor stored."),
+    "rise_waits": ("", "Requests put off while their blocks rose from flash."),
+    "rise_wait_seconds": ("", "Summed over these requests."),
     "load_blocks": ("", "Blocks brought into vLLM's memory, verified."),
     "load_bytes": ("", "Bytes of these blocks."),
     "load_seconds": ("", "Summed over loads, from the step they began in."),
