@@ -75,10 +75,13 @@ class VllmProcess:
         transfer = "" if socket is None else json.dumps(transfer_config(socket))
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": "2",
+            # Two threads wait for each other by spinning: beside other work, a second a step.
+            "OMP_NUM_THREADS": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(split)),
             "PYTHONSAFEPATH": "1",
         }
+        if "--tensor-parallel-size" in flags:
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         with log.open("ab") as opened:
             self.process = subprocess.Popen(
                 [sys.executable, str(HOST), str(model), "--transfer", transfer, *flags],

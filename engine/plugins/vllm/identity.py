@@ -112,6 +112,55 @@ def namespace_of(
     )  # fmt: skip
 
 
+def tier_namespace(
+    spec: Any, row_bytes: int, model: str, vllm_version: str, device: str
+) -> Namespace:
+    """The namespace of the chunks of vLLM's own offloading, which hold the blocks of all workers.
+
+    Args:
+        spec: vLLM's OffloadingSpec. row_bytes: of a chunk.
+        model: what the user says of the model, or "". device: what computes, in words.
+
+    Raises: ValueError when it is not known what the model is, or chunks are of several sizes.
+    """
+    config = spec.config
+    name = config.model.name
+    folder = Path(name)
+    if not model and not folder.is_dir():
+        raise ValueError(
+            f'the tier cannot see what {name} is: put "model" into its configuration, words that '
+            "change when the weights do, or give vLLM the model as a folder"
+        )
+    sizes = {tokens * spec.blocks_per_chunk for tokens in spec.tokens_per_block}
+    (tokens,) = sizes if len(sizes) == 1 else (0,)
+    if not tokens or row_bytes % (4 * tokens):
+        raise ValueError(
+            f"chunks of {sorted(sizes)} tokens and {row_bytes} bytes are not served: one size for "
+            "all KV groups is, of whole bytes a token"
+        )
+    words = {
+        "engine": f"vllm-{vllm_version}/torch-{torch.__version__}",
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "device": device,
+        "dtype": config.model.dtype,
+        "groups": _digest(repr(config.groups)),
+        "layout": f"{config.kv_cache_layout}/{config.canonical_layout}/{config.replicated_layout}",
+        "ranks": repr(
+            tuple(
+                getattr(config.parallel, f"{axis}_size")
+                for axis in ("world", "tp", "pp", "pcp", "dcp")
+            )
+        ),
+    }
+    content = "" if model else _digest(files_fingerprint(folder, (*WEIGHT_SUFFIXES, ".json")))
+    return Namespace(
+        model=f"{model or content} under vLLM's offloading",
+        format=BlockFormat(1, 1, row_bytes // (4 * tokens), "bfloat16", tokens),
+        rope="in the model's configuration",
+        compute=" ".join(f"{key}={value}" for key, value in words.items()),
+    )
+
+
 def head_range(heads: int, rank: int, ranks: int) -> str:
     """Which KV heads a rank has, like 2-3of4; with fewer heads than ranks, ranks share one."""
     each = max(1, heads // ranks)
