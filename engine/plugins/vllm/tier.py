@@ -114,7 +114,7 @@ class KvistTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not ther
         self._held: Held[OffloadKey] | None = Held(self._cache) if wanted else None
 
     def _asked(self, req_context: ReqContext) -> _Asked:
-        asked = req_context.get_state(_Asked)
+        asked: _Asked | None = req_context.get_state(_Asked)
         if asked is None:
             asked = _Asked(ChunkNames(*self._names))
             req_context.set_state(asked)
