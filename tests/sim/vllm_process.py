@@ -75,13 +75,13 @@ class VllmProcess:
         transfer = "" if socket is None else json.dumps(transfer_config(socket))
         environment = {
             **os.environ,
-            # Two threads wait for each other by spinning: beside other work, a second a step.
+            # Two threads wait for each other by spinning: beside other work, a second a step. And
+            # left to itself vLLM takes one in one process and two with its split: other last bits.
             "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(split)),
             "PYTHONSAFEPATH": "1",
         }
-        if "--tensor-parallel-size" in flags:
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         with log.open("ab") as opened:
             self.process = subprocess.Popen(
                 [sys.executable, str(HOST), str(model), "--transfer", transfer, *flags],

@@ -47,9 +47,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sidecar(folder: Path) -> Iterator[Sidecar]:
-    flags = ["--dram-bytes", "3GiB", "--flash-path", str(folder / "flash"), "--flash-bytes", "4GiB"]
-    made = Sidecar(folder / "sidecar", [*flags, "--flash-admission", "always"])
+def sidecar(folder: Path, prompts: list[Prompt]) -> Iterator[Sidecar]:
+    # Of each prompt two tenants have blocks: of up to 1,800 tokens, 400 of them on average.
+    room = f"{512 + 24 * len(prompts)}MiB"
+    flash = ["--flash-path", str(folder / "flash"), "--flash-bytes", room]
+    made = Sidecar(
+        folder / "sidecar", ["--dram-bytes", room, *flash, "--flash-admission", "always"]
+    )
     made.start()
     yield made
     made.close()

@@ -252,8 +252,10 @@ class Copier:
         return False
 
     def _store(self, batch: list[tuple[Save, Bytes]]) -> None:
+        started = time.monotonic()
         counts = self._stored(batch)
         with self._lock:
+            self._counts["save_seconds"] += time.monotonic() - started
             for name, count in counts.items():
                 self._counts[name] += count
 

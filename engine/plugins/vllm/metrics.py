@@ -22,6 +22,7 @@ COUNTERS = {
     "load_failures": ("reason", "Loads that ended early; the rest was computed."),
     "save_blocks": ("", "Blocks stored."),
     "save_bytes": ("", "Bytes of these blocks."),
+    "save_seconds": ("", "Summed over batches of them, from reserving to committing."),
     "save_present": ("", "Blocks that were there already."),
     "save_drops": ("reason", "Blocks that were not stored."),
 }
