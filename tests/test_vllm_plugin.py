@@ -146,11 +146,13 @@ def test_a_request_is_put_off_while_its_blocks_rise_from_flash_and_then_takes_th
     wait_until(lambda: all(one.state == "attached" for one in engine.clients), "a new session")
     again = Request("b", list(request.all_token_ids))
     assert engine.planner.matched(again, 0) is None
+    assert engine.planner.rising
     wait_until(lambda: engine.planner.matched(again, 0) == 3 * SIZE, "blocks to rise")
     assert engine.load(again, [5, 6, 7, 8]).came == 3
     assert engine.planner.sources(again, 3 * SIZE) == {"flash": 3 * SIZE}
     counts = engine.planner.take_counts()
     assert counts["hit_tokens.flash"] == 3 * SIZE
+    assert not engine.planner.rising
     assert counts["rise_waits"] == 1
     assert 0 < counts["rise_wait_seconds"] < 10
     # When flash is too slow, what is in DRAM by then has to do: here nothing.

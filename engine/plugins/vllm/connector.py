@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,6 +47,8 @@ ATTACH_WAIT_S = 2.0
 # With no step to compute, vLLM asks again and again whether a load has ended, and takes from the
 # threads the time that they copy in.
 IDLE_WAIT_S = 0.005
+# The same while blocks rise: the processor that vLLM would ask with is the one that reads them.
+RISE_WAIT_S = 0.002
 _SOURCES = {"dram": CacheHitSource.HOST, "flash": CacheHitSource.DISK}
 
 
@@ -127,16 +130,20 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._handshake
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """A step begins: what it may overwrite has been copied out when this returns."""
+        """A step begins: what it may overwrite has been copied out when this returns.
+
+        Then its loads begin, beside its forward pass. vLLM calls start_load_kv behind the pass, and
+        a load that begins there is seen to have ended one step later.
+        """
+        assert isinstance(kv_connector_metadata, Plan)
         if self._copier is not None:
             self._copier.wait_gathered()
+            for load in self._work(kv_connector_metadata).loads:
+                self._copier.load(load)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin the step's loads; none of them is for the step itself."""
+        """The step's loads have begun already; none of them is for the step itself."""
         self._is_idle = forward_context.attn_metadata is None
-        if self._copier is not None:
-            for load in self._work().loads:
-                self._copier.load(load)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: a request runs when all its blocks are there."""
@@ -148,12 +155,16 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def wait_for_save(self) -> None:
         """The forward pass is over: begin to copy what is complete."""
-        if self._copier is not None and self._work().saves:
-            self._copier.save(self._work().saves)
+        work = self._work(self._plan())
+        if self._copier is not None and work.saves:
+            self._copier.save(work.saves)
 
-    def _work(self) -> Work:
+    def _plan(self) -> Plan:
         plan = self._get_connector_metadata()
         assert isinstance(plan, Plan)
+        return plan
+
+    def _work(self, plan: Plan) -> Work:
         return plan.works[self._rank] if plan.works else Work()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
@@ -161,6 +172,8 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._copier is None:
             return None, None
         ended = self._copier.take_ended(IDLE_WAIT_S if self._is_idle else 0.0)
+        if self._is_idle and not ended and self._plan().rising:
+            time.sleep(RISE_WAIT_S)
         for job in ended:
             self._results[job.load.request] = [(job.came, job.reason)]
             self._bad_blocks.update(job.load.blocks[job.came :])
@@ -221,7 +234,9 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> Plan:
         """See Planner.plan."""
-        return Plan() if self._planner is None else Plan(self._planner.plan(scheduler_output))
+        if self._planner is None:
+            return Plan()
+        return Plan(self._planner.plan(scheduler_output), self._planner.rising)
 
     def update_connector_output(self, connector_output: Any) -> None:
         """See Planner.loaded."""

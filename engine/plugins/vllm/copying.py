@@ -6,8 +6,9 @@ over, while vLLM samples, answers and schedules; the next step begins by waiting
 (handle_preemptions, before anything is written), which by then has long ended: 16 blocks of 3 MB
 are 6 ms. So no block is held for a store: preemption, abort and reset_prefix_cache need nothing.
 
-Loads. Two threads take blocks one by one, in order, verify each in a buffer and scatter it. A
-request's load ends once, with the number of leading blocks that came.
+Loads. Two threads take blocks one by one, in order, verify each in a buffer and scatter it, from
+the beginning of the step that planned them. A request's load ends once, with the number of leading
+blocks that came.
 """
 
 from __future__ import annotations

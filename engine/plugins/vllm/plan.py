@@ -27,9 +27,15 @@ class Handshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # vLLM is 
 
 @dataclass
 class Plan(KVConnectorMetadata):  # type: ignore[misc]
-    """Scheduler to workers: what each is to copy beside a step, by rank; empty when none is."""
+    """Scheduler to workers: what each is to copy beside a step.
+
+    Attributes:
+        works: by rank; empty when there is no cache.
+        rising: a request is put off while its blocks rise from flash.
+    """
 
     works: list[Work] = field(default_factory=list)
+    rising: bool = False
 
 
 @dataclass

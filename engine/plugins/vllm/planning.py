@@ -37,7 +37,6 @@ class _Tracked:
         end: why there are no more, a miss reason.
         risen: blocks that were on flash when they were first seen.
         rise_until: until when flash is waited for; None while nothing is.
-        put_off_s: when vLLM was first told to ask again; None while it was not.
         loading: ranks whose load is under way.
         came: leading blocks that came to each rank whose load has ended, and why no more.
         computes: a load has failed: no more from the cache.
@@ -52,7 +51,6 @@ class _Tracked:
     end: str = "no_cache"
     risen: set[int] = field(default_factory=set)
     rise_until: float | None = None
-    put_off_s: float | None = None
     loading: int = 0
     came: tuple[int, str] = (0, "")
     computes: bool = False
@@ -101,6 +99,7 @@ class Planner:
         self._size = namespaces[0].format.block_tokens
         self._adapters = Adapters()
         self._tracked: dict[str, _Tracked] = {}
+        self._put_off: dict[str, float] = {}  # request id -> since when
         self._loads: list[list[Load]] = [[] for _ in namespaces]
         self._counts: dict[str, float] = defaultdict(float)
 
@@ -155,6 +154,11 @@ class Planner:
         tiers = Counter(tracked.tier(tracked.local + at) for at in range(blocks))
         return {tier: count * self._size for tier, count in tiers.items()}
 
+    @property
+    def rising(self) -> bool:
+        """Whether a request is put off while its blocks rise from flash."""
+        return bool(self._put_off)
+
     def plan(self, output: Any) -> list[Work]:
         """What each worker shall bring in and take out beside a step.
 
@@ -185,6 +189,7 @@ class Planner:
     def finished(self, name: str) -> None:
         """A request has ended, however it did."""
         self._tracked.pop(name, None)
+        self._put_off.pop(name, None)
 
     def reset(self) -> None:
         """Nothing that is cached so far may be used by this engine any more, as after a change of
@@ -265,12 +270,12 @@ class Planner:
 
     def _count_rise(self, tracked: _Tracked, is_known: bool) -> None:
         """Account for a request that is put off, and for how long it was."""
-        if not is_known and tracked.put_off_s is None:
-            tracked.put_off_s = time.monotonic()
+        name = tracked.request.request_id
+        if not is_known and name not in self._put_off:
+            self._put_off[name] = time.monotonic()
             self._counts["rise_waits"] += 1
-        elif is_known and tracked.put_off_s is not None:
-            self._counts["rise_wait_seconds"] += time.monotonic() - tracked.put_off_s
-            tracked.put_off_s = None
+        elif is_known and name in self._put_off:
+            self._counts["rise_wait_seconds"] += time.monotonic() - self._put_off.pop(name)
 
     def _save(self, tracked: _Tracked, scheduled: int, output: Any, works: Sequence[Work]) -> None:
         """Plan to store the blocks that are full after a step and whose tokens are known.
