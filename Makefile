@@ -55,7 +55,7 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	@touch $@
 
 test-vllm: $(VLLM_VENV)/.ready  ## Nightly: the plugin inside vLLM's CPU build (PROMPTS=20 for a short run)
-	$(VLLM_VENV)/bin/python -m pytest tests/under_vllm -o filterwarnings=default \
+	$(VLLM_VENV)/bin/python -m pytest tests/under_vllm -o filterwarnings=default -o faulthandler_timeout=1800 \
 		--prompts $(PROMPTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## Only linters, types and house rules

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +16,9 @@ from sim.vllm_memory import NAMESPACE, SIZE
 
 from kvist.cachesvc.client import CacheClient
 from kvist.engine.plugins.vllm.copying import Copier
-from kvist.engine.plugins.vllm.lookups import Adapters, Load, digest_of, unnamed
+from kvist.engine.plugins.vllm.lookups import Adapters, Load, Medium, Names, digest_of, unnamed
 from kvist.engine.plugins.vllm.planning import Planner, Roles
+from kvist.proto.keys import BlockKey, block_keys
 
 
 @pytest.fixture(scope="module")
@@ -198,26 +198,44 @@ def changed(change: Callable[[Request], None]) -> bytes:
     return digest_of(NAMESPACE, request, Adapters())
 
 
-def test_salt_adapter_and_media_each_make_another_namespace(tmp_path: Path) -> None:
+def test_salt_and_adapter_each_make_another_namespace(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"lora")
     lora = SimpleNamespace(lora_path=str(tmp_path), load_inplace=False)
-
-    def media(identifier: str, offset: int) -> list[Any]:
-        where = SimpleNamespace(offset=offset, length=4)
-        return [SimpleNamespace(identifier=identifier, mm_position=where)]
-
     digests = [
         NAMESPACE.digest(),
         changed(lambda one: setattr(one, "cache_salt", "acme:1")),
         changed(lambda one: setattr(one, "lora_request", lora)),
-        changed(lambda one: setattr(one, "mm_features", media("cat", 0))),
-        changed(lambda one: setattr(one, "mm_features", media("dog", 0))),
-        changed(lambda one: setattr(one, "mm_features", media("cat", 1))),
     ]
     assert len(set(digests)) == len(digests)
     assert digest_of(NAMESPACE, Request("a", [1]), Adapters()) == digests[0]
     (tmp_path / "adapter_model.safetensors").write_bytes(b"LORA")
     assert changed(lambda one: setattr(one, "lora_request", lora)) not in digests
+
+
+def test_prompts_share_their_blocks_up_to_the_first_picture_that_differs() -> None:
+    digest, tokens = NAMESPACE.digest(), prompt(14, 6 * SIZE)
+
+    def keys(*media: Medium) -> list[BlockKey]:
+        grown = Names(digest, NAMESPACE.format, "", media)
+        for end in range(0, 6 * SIZE + 1, 5):  # as an answer grows
+            grown.keys(tokens[:end])
+        whole = Names(digest, NAMESPACE.format, "", media).keys(tokens)
+        assert grown.keys(tokens) == whole
+        assert len(whole) == len(set(whole)) == 6
+        return whole
+
+    cat, dog = Medium("cat", 2 * SIZE + 3, 8), Medium("dog", 2 * SIZE + 3, 8)
+    late, moved = Medium("owl", 4 * SIZE, 2 * SIZE), Medium("cat", 2 * SIZE + 4, 8)
+    plain = keys()
+    assert plain == block_keys(digest, tokens, SIZE)
+    variants = [keys(cat), keys(dog), keys(moved), keys(cat, Medium("dog", 2 * SIZE + 12, 2))]
+    for one in variants:
+        assert one[:2] == plain[:2]
+    assert len({key for one in (plain, *variants) for key in one[2:]}) == 5 * 4
+    assert keys(cat, late)[:4] == keys(cat)[:4]
+    assert not set(keys(cat, late)[4:]) & set(keys(cat)[4:])
+    # One that begins in the last block of a text is not in the blocks before, wherever it ends.
+    assert keys(Medium("owl", 6 * SIZE, 4)) == plain
 
 
 def test_requests_without_names_are_counted_and_neither_found_nor_saved(engine: Engine) -> None:

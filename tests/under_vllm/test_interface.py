@@ -14,7 +14,13 @@ vllm = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 from kvist.engine.plugins.vllm import KvistConnector  # noqa: E402
 from kvist.engine.plugins.vllm.identity import SUPPORTED, check_version, refusal  # noqa: E402
-from kvist.engine.plugins.vllm.lookups import Adapters, digest_of, unnamed  # noqa: E402
+from kvist.engine.plugins.vllm.lookups import (  # noqa: E402
+    Adapters,
+    Names,
+    digest_of,
+    media_of,
+    unnamed,
+)
 from kvist.engine.plugins.vllm.tier import KvistTier  # noqa: E402
 from kvist.proto.keys import Namespace  # noqa: E402
 from kvist.proto.layout import BlockFormat  # noqa: E402
@@ -184,19 +190,13 @@ def adapter(folder: Path, content: bytes, **more: Any) -> Any:
     return LoRARequest(folder.name, 1, str(folder), **more)
 
 
-def test_salt_adapter_and_media_of_vllms_requests_each_make_another_namespace(
-    tmp_path: Path,
-) -> None:
+def test_salt_and_adapter_of_vllms_requests_each_make_another_namespace(tmp_path: Path) -> None:
     adapters = Adapters()
     requests = [
         request_of(),
         request_of(cache_salt="acme:1"),
         request_of(lora_request=adapter(tmp_path / "cat", b"cat")),
         request_of(lora_request=adapter(tmp_path / "dog", b"dog")),
-        request_of(mm_features=[picture("cat", 4)]),
-        request_of(mm_features=[picture("dog", 4)]),
-        request_of(mm_features=[picture("cat", 5)]),
-        request_of(mm_features=[picture("cat", 4), picture("dog", 20)]),
     ]
     assert not any(unnamed(one, adapters) for one in requests)
     digests = [digest_of(NAMESPACE, one, adapters) for one in requests]
@@ -204,6 +204,23 @@ def test_salt_adapter_and_media_of_vllms_requests_each_make_another_namespace(
     # An adapter is its content: under another name it is the same one.
     again = request_of(lora_request=adapter(tmp_path / "tabby", b"cat"))
     assert digest_of(NAMESPACE, again, adapters) == digests[2]
+
+
+def test_pictures_of_vllms_requests_make_other_keys_from_where_they_stand() -> None:
+    def keys(*pictures: Any) -> list[bytes]:
+        request = request_of(mm_features=list(pictures))
+        assert not unnamed(request, Adapters())
+        names = Names(NAMESPACE.digest(), NAMESPACE.format, "", media_of(request))
+        return list(names.keys(request.all_token_ids))
+
+    assert keys(picture("dog", 30), picture("cat", 4)) == keys(
+        picture("cat", 4), picture("dog", 30)
+    )
+    firsts = [keys(), keys(picture("cat", 4)), keys(picture("dog", 4)), keys(picture("cat", 5))]
+    assert len({key for one in firsts for key in one}) == 2 * len(firsts)
+    later = keys(picture("cat", 4), picture("dog", 16))
+    assert later[0] == firsts[1][0]
+    assert later[1] != firsts[1][1]
 
 
 def test_vllms_requests_whose_tokens_do_not_say_what_they_are_have_no_names(

@@ -18,7 +18,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvist.cachesvc.client import CacheClient
-from kvist.engine.plugins.vllm.lookups import Adapters, Load, Names, Save, digest_of, unnamed
+from kvist.engine.plugins.vllm.lookups import (
+    Adapters,
+    Load,
+    Names,
+    Save,
+    digest_of,
+    media_of,
+    unnamed,
+)
 from kvist.proto.keys import BlockKey, Namespace
 
 # A block of 3 MB rises from a disk that is not busy in 2 to 4 ms.
@@ -222,9 +230,9 @@ class Planner:
         if reason:
             self._counts[f"unnamed_requests.{reason}"] += 1
             return ()
-        payload, salt = self._namespaces[0].format.payload_bytes, request.cache_salt or ""
+        salt, media = request.cache_salt or "", media_of(request)
         return tuple(
-            Names(digest_of(one, request, self._adapters), self._size, salt, payload)
+            Names(digest_of(one, request, self._adapters), one.format, salt, media)
             for one in self._namespaces
         )
 
