@@ -172,7 +172,7 @@ class Courier:
                 job.reasons = do(job)
             except Exception as error:  # a mistake costs one job, not the thread
                 self._log.error("job failed", chunks=len(job.chunks), error=repr(error))
-                job.reasons = ["error"] * len(job.chunks)
+                job.reasons = ["detached"] * len(job.chunks)
             job.seconds = time.monotonic() - started
             with self._changed:
                 self._under_way -= 1
@@ -194,14 +194,14 @@ class Courier:
             )
         dropped = self._cache.store(items).dropped if items else {}
         why = next(iter(dropped), "")
-        return ["unnamed" if chunk is None else why for chunk in job.chunks]
+        return ["no_cache" if chunk is None else why for chunk in job.chunks]
 
     def _is_here(self, key: BlockKey) -> bool:
         return key != NO_KEY and self._cache.lookup([key]).blocks == 1
 
     def _load(self, job: Job) -> list[str]:
         return [
-            "unnamed" if chunk is None else self._bring(chunk, row)
+            "no_cache" if chunk is None else self._bring(chunk, row)
             for chunk, row in zip(job.chunks, job.rows, strict=True)
         ]
 

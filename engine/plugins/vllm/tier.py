@@ -47,6 +47,8 @@ from kvist.engine.plugins.vllm.memory import BlockMemory, ScratchPage
 ATTACH_WAIT_S = 2.0
 # As in planning.py: for how long a request is put off while its chunks rise.
 FLASH_WAIT_S = 2.0
+# Of jobs that ended behind their requests some stay here for nobody.
+DOOMED_MAX = 10_000
 _MEDIA = {"dram": Medium.CPU, "flash": Medium.STORAGE}
 
 
@@ -180,6 +182,8 @@ class KvistTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not ther
                 for key, reason in ((key, reason) for key, reason in failed if reason):
                     self._doomed[key] = reason
                     outcomes[key] = reason, False
+                while len(self._doomed) > DOOMED_MAX:
+                    self._doomed.pop(next(iter(self._doomed)))
             results.append(
                 JobResult(
                     job.asked.job_id,
