@@ -110,7 +110,7 @@ class Engine:
 
 
 class LmcacheServer:
-    """LMCache's server in a process of its own, keeping 3 GB in memory.
+    """LMCache's server in a process of its own, keeping 2 GB in memory.
 
     Args:
         venv: with LMCache. log: file that takes what it says.
@@ -121,7 +121,7 @@ class LmcacheServer:
         self._log = log
         command = [
             str(venv / "bin" / "python"), str(venv / "bin" / "lmcache"), "server",
-            "--l1-size-gb", "3", "--eviction-policy", "LRU", "--chunk-size", "256",
+            "--l1-size-gb", "2", "--eviction-policy", "LRU", "--chunk-size", "256",
             "--port", str(self.port), "--http-host", "127.0.0.1", "--http-port", str(http),
             "--supported-transfer-mode", "auto",
         ]  # fmt: skip
@@ -194,7 +194,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self._arguments = arguments
         self._folder = folder
-        self._sidecar = LocalSidecar(folder / "sidecar", {"dram_bytes": "3GiB"})
+        self._sidecar = LocalSidecar(folder / "sidecar", {"dram_bytes": "2GiB"})
         self._transfers: dict[str, dict[str, Any] | None] = {
             "none": None,
             "kvist": {
