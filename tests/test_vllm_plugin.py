@@ -109,6 +109,10 @@ def test_a_load_that_fails_names_its_blocks_and_is_not_tried_again(engine: Engin
     engine.planner.loaded({"b": [(job.came, job.reason)]})
     assert engine.planner.matched(again, 0) == 0
     assert engine.planner.take_counts()["miss_tokens.corrupt"] == 2 * SIZE
+    # What is computed instead is stored, whatever the index still shows.
+    again.num_computed_tokens = 2 * SIZE
+    saves = step(engine.planner, again, 2 * SIZE + 1, [10, 11, 12, 13, 14])
+    assert [save.item.depth for save in saves] == [2, 3]
 
 
 def test_a_dead_sidecar_is_a_miss_and_vllm_goes_on(tmp_path: Path) -> None:

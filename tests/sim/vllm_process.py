@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,14 @@ def sidecar_metric(sidecar: Sidecar, name: str) -> float:
     lines = [line for line in sidecar.get("/metrics").splitlines() if line.startswith(name + " ")]
     assert lines, name
     return float(lines[0].rsplit(" ", 1)[1])
+
+
+def settled(sidecar: Sidecar, tier: str) -> None:
+    """Wait until no more blocks arrive in a tier."""
+    seen = -1.0
+    while (now := sidecar_metric(sidecar, f'kvist_tier_used_slots{{tier="{tier}"}}')) != seen:
+        seen = now
+        time.sleep(1.0)
 
 
 class VllmProcess:

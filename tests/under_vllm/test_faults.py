@@ -20,7 +20,14 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 from sim.sidecar import Sidecar, wait_until
-from sim.vllm_process import ONE_BLOCK_STEPS, Prompt, VllmProcess, sidecar_metric, usable_tokens
+from sim.vllm_process import (
+    ONE_BLOCK_STEPS,
+    Prompt,
+    VllmProcess,
+    settled,
+    sidecar_metric,
+    usable_tokens,
+)
 
 DRAM = 'hit_tokens{"tier": "dram"}'
 DRAW = random.Random(11)
@@ -55,16 +62,16 @@ def engine(model: Path, folder: Path, sidecar: Sidecar, split: bool) -> Iterator
 
 
 @pytest.fixture(scope="module")
-def right(engine: VllmProcess) -> list[Prompt]:
+def right(engine: VllmProcess, sidecar: Sidecar) -> list[Prompt]:
     """The answers, cold; the blocks are stored when this returns."""
     answers = engine.answers(PROMPTS)
-    comes_from_dram(engine, answers)
+    comes_from_dram(engine, sidecar, answers)
     return answers
 
 
-def comes_from_dram(engine: VllmProcess, answers: list[Prompt]) -> None:
+def comes_from_dram(engine: VllmProcess, sidecar: Sidecar, answers: list[Prompt]) -> None:
     """Ask once more; each full block must come from Kvist."""
-    time.sleep(1.0)  # stores end behind the answers
+    settled(sidecar, "dram")  # stores end behind the answers
     before = engine.count(DRAM)
     assert engine.answers(PROMPTS) == answers
     assert engine.count(DRAM) - before == usable_tokens(PROMPTS)
@@ -100,7 +107,9 @@ def test_flipped_bits_in_the_arena_are_found_and_vllm_computes_those_blocks(
     assert engine.answers(PROMPTS) == right
     assert engine.count('load_failures{"reason": "corrupt"}') - before == len(PROMPTS)
     assert engine.count('miss_tokens{"reason": "corrupt"}') > 0
-    comes_from_dram(engine, right)  # what was damaged was dropped, computed and stored anew
+    comes_from_dram(
+        engine, sidecar, right
+    )  # what was damaged was dropped, computed and stored anew
 
 
 def test_a_sidecar_that_dies_at_random_costs_hits_and_no_answer(
@@ -127,7 +136,7 @@ def test_a_sidecar_that_dies_at_random_costs_hits_and_no_answer(
     assert kills > 1
     wait_until(lambda: sidecar_metric(sidecar, "kvist_sessions") == 2, "both halves to be back")
     assert engine.answers(PROMPTS) == right  # stored anew
-    comes_from_dram(engine, right)
+    comes_from_dram(engine, sidecar, right)
     assert sidecar_metric(sidecar, "kvist_reserved_slots") == 0
 
 
@@ -145,5 +154,5 @@ def test_a_vllm_that_dies_amid_its_work_leaves_no_slot_and_the_next_one_answers(
         assert sidecar_metric(sidecar, "kvist_reserved_slots") == 0
         log = folder / f"life-{life}.log"
         victim = VllmProcess(model, sidecar.socket, log, split, *FLAGS)
-        comes_from_dram(victim, right)
+        comes_from_dram(victim, sidecar, right)
     victim.close()

@@ -14,7 +14,6 @@ wander: DRAM, flash, DRAM.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from sim.vllm_process import (
     Prompt,
     VllmProcess,
     draw_prompts,
-    sidecar_metric,
+    settled,
     usable_tokens,
 )
 
@@ -77,14 +76,6 @@ def groups(prompts: list[Prompt]) -> Iterator[slice]:
 
 def hits(engine: VllmProcess) -> float:
     return engine.count('hit_tokens{"tier": "hbm"}') + engine.count(DRAM)
-
-
-def settled(sidecar: Sidecar, tier: str) -> None:
-    """Wait until no more blocks arrive in a tier."""
-    seen = -1.0
-    while (now := sidecar_metric(sidecar, f'kvist_tier_used_slots{{tier="{tier}"}}')) != seen:
-        seen = now
-        time.sleep(1.0)
 
 
 def test_cold_own_cache_and_dram_in_one_process(

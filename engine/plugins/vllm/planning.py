@@ -191,8 +191,14 @@ class Planner:
                 tracked.loading -= len(ended)
                 tracked.came = min(tracked.came, *ended, key=lambda one: one[0])
                 if not tracked.loading:
-                    tracked.computes = bool(tracked.came[1])
-                    self._count(tracked, *tracked.came)
+                    self._end_load(tracked, *tracked.came)
+
+    def _end_load(self, tracked: _Tracked, came: int, reason: str) -> None:
+        if reason:
+            tracked.computes = True
+            # What is computed is stored, though the index may still show what could not be loaded.
+            tracked.saved = tracked.local + came
+        self._count(tracked, came, reason)
 
     def finished(self, name: str) -> None:
         """A request has ended, however it did."""
