@@ -15,7 +15,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -q
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm lint format proto bench clean
+.PHONY: help setup demo test test-vllm lint format proto docs bench clean screenshots
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -70,6 +70,17 @@ proto: $(VENV)/.dev  ## Generate code from proto/cache.proto
 		--grpc_python_out=build/ns --mypy_out=quiet:build/ns --mypy_grpc_out=quiet:build/ns \
 		--plugin=protoc-gen-mypy=$(VENV)/bin/protoc-gen-mypy \
 		--plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc kvist/proto/cache.proto
+
+docs: $(VENV)/.dev  ## Write the pages of docs/ that follow from the code
+	$(VENV)/bin/python docs/generate.py
+	$(VENV)/bin/python -m kvist.engine.metric_page docs/metrics.md
+	$(VENV)/bin/python -m kvist.engine.cli_page docs/cli.md
+
+screenshots: $(VENV)/.dev  ## Pictures of the page into docs/, from the demo (URL=... of a running page)
+	@$(VENV)/bin/python tests/sim/screenshots.py $(if $(URL),--url $(URL))
+
+boards: $(VENV)/.engine  ## Write the Grafana boards from the lists of metrics
+	$(VENV)/bin/python deploy/grafana/boards.py
 
 bench: $(VENV)/.dev  ## The two headline benchmarks; each prints one JSON object last
 	$(VENV)/bin/python benchmarks/lookup.py --tokens 100000

@@ -185,6 +185,10 @@ class Mover:
         self.io = FlashIo(self.dram, self.flash, Threads(), io_threads, self._posted.put, self)
         undo.callback(self.io.close)
 
+    def clock(self) -> float:
+        """See flashio.Owner."""
+        return time.monotonic()
+
     def risen(self, job: Rise) -> None:
         """See flashio.Owner."""
         if job.problem is not None:

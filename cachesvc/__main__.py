@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,8 +27,12 @@ from kvist.cachesvc.config import SidecarConfig, add_flags, as_toml, load_config
 from kvist.cachesvc.core.beat import Beat, call_on
 from kvist.cachesvc.core.space import check_space
 from kvist.cachesvc.core.store import Store, StoreConfig, StoreStats
+from kvist.cachesvc.events.figures import EventFigures
+from kvist.cachesvc.events.journal import Journal
+from kvist.cachesvc.events.publisher import Publisher
 from kvist.cachesvc.folders import OwnedFolder, sweep
-from kvist.cachesvc.log import Log
+from kvist.cachesvc.log import Log, debug_detail
+from kvist.cachesvc.tracer import Tracer, open_tracer
 from kvist.cachesvc.view.dashboard import Dashboard
 from kvist.cachesvc.view.metrics import Metrics
 from kvist.proto.errors import ConfigInvalid, FormatRefused, KvistError
@@ -60,7 +65,7 @@ def main(
             return EXIT_OK
         if flags.clear_flash:
             return clear_flash(loaded.config)
-        return run(loaded.config)
+        return run(loaded.config, debug_detail("cachesvc", environment))
     except (ConfigInvalid, FormatRefused) as error:
         print(f"kvistd: {error}", file=sys.stderr)
         return EXIT_CONFIG
@@ -78,10 +83,14 @@ def clear_flash(config: SidecarConfig) -> int:
     return EXIT_OK
 
 
-def run(config: SidecarConfig) -> int:
-    """Take a folder in memory, serve until a signal comes, leave nothing behind."""
+def run(config: SidecarConfig, detail: int = 0) -> int:
+    """Take a folder in memory, serve until a signal comes, leave nothing behind.
+
+    Args:
+        detail: of the log, see cachesvc/log.py.
+    """
     os.umask(0o077)
-    log = Log(sys.stderr, config.log_level, config.log_format)
+    log = Log(sys.stderr, config.log_level, config.log_format, detail=detail)
     with ExitStack() as stack:
         # Several sidecars may share shm_dir: each life has a folder of its own in it.
         swept = sweep(config.shm_dir, ARENA_PREFIX)
@@ -113,25 +122,28 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
         loop.add_signal_handler(number, stop.set)
     registry = CollectorRegistry()
     async with AsyncExitStack() as stack:
-        store = Store(
-            store_config(config, arena_folder), loop.call_soon_threadsafe, time.monotonic, log
-        )
+        journal = _open_events(config, registry, log, stack)
+        settings = replace(store_config(config, arena_folder), journal=journal)
+        store = Store(settings, loop.call_soon_threadsafe, time.monotonic, log)
         store.on_made = freeze
         store.open()
         stack.callback(store.close)
         beat = Beat(loop, store, fail)
         beat.start(store.bell_path)
         stack.callback(beat.stop)
+        tracer = _open_tracer(config, stack)
         desk = Desk(loop, Answers(store), beat, fail)
+        desk.tracer = tracer
         desk.start(store.calls_path)
         stack.callback(desk.stop)
-        server = Server(CacheService(store, beat, fail), config.socket, config.listen)
+        server = Server(CacheService(store, beat, fail), config.socket, config.listen, tracer)
         await server.start()
         stack.push_async_callback(server.stop)
-        Metrics(registry, read, {"grpc": server.calls, "packet": desk.calls}, version("kvist"))
+        calls = {"grpc": server.calls, "packet": desk.calls}
+        metrics = Metrics(registry, read, calls, version("kvist"))
         page_url = ""
         if config.http_listen:
-            page = Dashboard(config.http_listen, read, registry, version("kvist"))
+            page = Dashboard(config.http_listen, read, metrics.text, version("kvist"))
             page.start()
             # The page's threads wait for the loop, so the loop must not wait for them.
             stack.push_async_callback(asyncio.to_thread, page.close)
@@ -142,6 +154,33 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
         log.info("stopping")
     log.info("stopped")
     return EXIT_FAILED if failures else EXIT_OK
+
+
+def _open_events(
+    config: SidecarConfig, registry: CollectorRegistry, log: Log, stack: AsyncExitStack
+) -> Journal | None:
+    """The journal of a store whose events are published, ended by stack; None: events are off.
+
+    Raises: ConfigInvalid: an address cannot be bound.
+    """
+    events = config.kv_events_config
+    if events is None:
+        return None
+    journal = Journal()
+    publisher = Publisher(events, journal, log)
+    stack.callback(publisher.close)
+    EventFigures(registry, publisher)
+    replay = events.replay_endpoint or "off"
+    log.info("kv events on", endpoint=events.endpoint, replay=replay, topic=events.topic)
+    return journal
+
+
+def _open_tracer(config: SidecarConfig, stack: AsyncExitStack) -> Tracer | None:
+    """The tracer, ended by stack; None: traces are off. Raises: ConfigInvalid."""
+    tracer = open_tracer("otlp_endpoint", config.otlp_endpoint, "kvistd")
+    if tracer is not None:
+        stack.push_async_callback(asyncio.to_thread, tracer.close)
+    return tracer
 
 
 def freeze() -> None:
@@ -174,6 +213,7 @@ def store_config(config: SidecarConfig, arena_folder: Path) -> StoreConfig:
         eviction=config.eviction,
         dram_verify=config.dram_verify,
         flash_verify=config.flash_verify,
+        show_tokens=config.page_tokens == "shown",
     )
 
 

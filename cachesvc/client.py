@@ -13,11 +13,11 @@ import contextlib
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.worker.control import PROTOCOL_VERSION, Control, GrpcControl, local_address
+from kvist.cachesvc.worker.counting import Counting, account
 from kvist.cachesvc.worker.life import Claimant, Found, Life
 from kvist.cachesvc.worker.loading import LayerLoad, load_block, stream_blocks
 from kvist.cachesvc.worker.storing import StoreItem, Storer, StoreResult
@@ -27,7 +27,7 @@ from kvist.proto.errors import KvistError
 from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey, Namespace
 from kvist.proto.record import Bytes, Wanted
-from kvist.proto.shm import CLAIM, CORRUPT, EXPECT, PREFETCH, RELEASE, TOUCH
+from kvist.proto.shm import CLAIM, EXPECT, PREFETCH, RELEASE, TOUCH
 from kvist.transfer.pace import Pace
 
 __all__ = ["CacheClient", "Claimant", "Found", "open_cache"]
@@ -50,6 +50,7 @@ class CacheClient:
     Attributes:
         trial: a page of the worker, for the trial before the first hit of each session
             (cachesvc/worker/trial.py); None makes none. Set before start.
+        model: a name for people, in the sidecar's metrics. Set before start.
         pace: of copies out and in; may be set as long as nothing is copied.
         reattaches: how often a session followed an earlier one.
         bell_failures: wake-ups that the sidecar did not take; it looks by itself soon after.
@@ -66,6 +67,7 @@ class CacheClient:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.trial: TrialPage | None = None
+        self.model = ""
         self.pace = Pace()
         self.reattaches = 0
         self.bell_failures = 0
@@ -88,9 +90,7 @@ class CacheClient:
         self._stopping = threading.Event()
         self._storer = Storer(control, log, wall)
         self._thread = threading.Thread(target=self._run, name="kvist-attach", daemon=True)
-        # Guards what a request counted while no ring was there to take it.
-        self._count_lock = threading.Lock()
-        self._uncounted: Counter[str] = Counter()
+        self._counting = Counting()
 
     # The session.
 
@@ -140,6 +140,7 @@ class CacheClient:
 
         Raises: Detached, ConfigInvalid, FormatRefused, OSError when it did not come about.
         """
+        self._request.model = self.model
         reply = self._control.attach(self._request)
         try:
             life = Life(reply)
@@ -147,7 +148,7 @@ class CacheClient:
             self._control.hang_up()
             raise
         try:
-            self._settle_counts(life)
+            self._counting.settle(life)
             self._distrust = self._try(life)
             if self._distrust:
                 self._log.error("cache not used", reason=self._distrust, retry_s=RETRY_S)
@@ -246,31 +247,34 @@ class CacheClient:
                     self.bell_failures += not life.ring_bell()
 
     def count(
-        self, requested_tokens: int, hits: Mapping[str, int], misses: Mapping[str, int]
+        self,
+        requested_tokens: int,
+        hits: Mapping[str, int],
+        misses: Mapping[str, int],
+        tenant: str = "",
     ) -> None:
         """Account for one request, once; makes no call. Kept for the next session when detached.
 
         Args:
-            requested_tokens: tokens of the prompt.
+            requested_tokens: of the prompt; tenant: whose, see proto.keys.tenant_of.
             hits: tier of TIERS -> tokens. misses: reason of MISS_REASONS -> tokens.
         """
         assert requested_tokens == sum(hits.values()) + sum(misses.values()), (
             requested_tokens, hits, misses,
         )  # fmt: skip
-        counts = Counter({"lookups": 1, "requested_tokens": requested_tokens})
-        counts.update({f"hit_tokens.{tier}": tokens for tier, tokens in hits.items()})
-        counts.update({f"miss_tokens.{reason}": tokens for reason, tokens in misses.items()})
+        with self._entered() as life:
+            self._counting.add(life, tenant, requested_tokens, account(hits, misses))
+
+    def measured(
+        self, counts: Mapping[str, int], by_tenant: Mapping[str, Mapping[str, int]]
+    ) -> None:
+        """Say what was measured since the last time, by name of COUNTERS, and of each tenant by
+        name of TENANT_COUNTERS; makes no call, forgotten when detached."""
         with self._entered() as life:
             if life is not None:
                 life.add(counts)
-                return
-        with self._count_lock:
-            self._uncounted.update(counts)
-
-    def _settle_counts(self, life: Life) -> None:
-        with self._count_lock:
-            counts, self._uncounted = self._uncounted, Counter()
-        life.add(counts)
+                for tenant, own in by_tenant.items():
+                    life.add_for(tenant, 0, own)
 
     def claim(self, keys: Sequence[BlockKey]) -> None:
         """Say that these blocks are being computed here; who was granted them says claimant.
@@ -338,9 +342,8 @@ class CacheClient:
             reason = load_block(life, wanted, out, deadline, self._now)
             if reason is None:
                 life.add_one("loaded_bytes", wanted.payload_bytes)
-            elif reason == "corrupt":
-                life.push(CORRUPT, 1, wanted.key)
-                life.ring_bell()
+            else:
+                life.failed(reason, wanted.key)
             return reason
         finally:
             life.leave()
@@ -356,9 +359,8 @@ class CacheClient:
                 return 0, "detached"
             blocks, reason = stream_blocks(life, load, self.pace)
             life.add_one("loaded_bytes", sum(one.payload_bytes for one in load.wanted[:blocks]))
-            if reason == "corrupt":
-                life.push(CORRUPT, 1, load.wanted[blocks].key)
-                life.ring_bell()
+            if reason:
+                life.failed(reason, load.wanted[blocks].key)
             return blocks, reason
 
     # What needs a call.
@@ -374,18 +376,23 @@ class CacheClient:
 
 
 def open_cache(
-    address: str, namespace: Namespace, name: str, log: Log, trial: TrialPage | None = None
+    address: str,
+    namespace: Namespace,
+    name: str,
+    log: Log,
+    trial: TrialPage | None = None,
+    model: str = "",
 ) -> CacheClient:
     """Start a client of a sidecar on this host.
 
     Args:
         address: unix:PATH or PATH of the sidecar's socket.
-        trial: see CacheClient.
+        trial, model: see CacheClient.
 
     Raises:
         ConfigInvalid: the address is of another host, or none at all.
     """
     client = CacheClient(GrpcControl(local_address(address)), namespace, name, log)
-    client.trial = trial
+    client.trial, client.model = trial, model
     client.start()
     return client

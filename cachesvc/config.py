@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from kvist.cachesvc.events.settings import KvEventsConfig, parse_kv_events
 from kvist.cachesvc.flash.budget import ADMISSIONS, AdmissionMode
 from kvist.cachesvc.folders import home_folders
 from kvist.cachesvc.log import FORMATS, LEVELS, Format, Level
 from kvist.cachesvc.placing.tenancy import Limits, check_floors, parse_tenants
 from kvist.cachesvc.policy.eviction import POLICIES, PolicyName
+from kvist.cachesvc.setting_sources import VARIABLE_PREFIX, from_environment, from_file
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.record import PAGE_BYTES
 from kvist.proto.sizes import format_bytes, parse_bytes
 from kvist.proto.verify import VERIFY, Verify, checked_dram_verify
 
 DEFAULT_FILE = Path("/etc/kvist/kvistd.toml")
-VARIABLE_PREFIX = "KVIST_"
-# Variables of the other programs of Kvist, which may stand in the same environment.
-FOREIGN_VARIABLES = ("KVIST_API_KEY",)
 # sockaddr_un holds 108 bytes with the zero at its end.
 SOCKET_PATH_BYTES = 107
-# What Kubernetes sets in every pod for a Service whose name begins with "kvist".
-_SERVICE_LINK = re.compile(r"\w+(_SERVICE_(HOST|PORT)(_\w+)?|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 
 
@@ -156,6 +151,7 @@ SETTINGS: tuple[Setting, ...] = (
         "Address of the page, /metrics, /stats.json and /healthz; empty: none.",
         _address,
     ),
+    Setting("page_tokens", "hidden", "Token ids on the page.", _one_of(("hidden", "shown"))),
     Setting("run_dir", _RUN_DIR, "Folder of the lock and the bell.", _path),
     Setting("shm_dir", _SHM_DIR, "Folder of arena, index and rings, in memory.", _path),
     Setting("dram_bytes", "1GiB", "Size of the DRAM tier.", _bytes_at_least(1 << 20)),
@@ -227,6 +223,21 @@ SETTINGS: tuple[Setting, ...] = (
         _one_of(VERIFY),
     ),
     Setting("flash_verify", "always", "The same for a block read from flash.", _one_of(VERIFY)),
+    Setting(
+        "kv_events_config",
+        "",
+        "KV events for routers over ZMQ: a JSON object with vLLM's keys, like "
+        '{"endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}; empty: none. See '
+        "docs/events.md.",
+        parse_kv_events,
+    ),
+    Setting(
+        "otlp_endpoint",
+        "",
+        "Collector of OpenTelemetry traces, like http://localhost:4317; empty: none. See "
+        "docs/tracing.md.",
+        str,
+    ),
     Setting("log_level", "info", f"Least level to log: {', '.join(LEVELS)}.", _one_of(LEVELS)),
     Setting("log_format", "text", f"Form of a log line: {', '.join(FORMATS)}.", _one_of(FORMATS)),
 )
@@ -241,10 +252,10 @@ class SidecarConfig:
     between fields.
 
     Attributes:
-        listen: "" is no TCP service.
-        http_listen: "" is no page.
+        listen: "" is no TCP service. http_listen: "" is no page.
         flash_path: None is no flash tier.
         slot_bytes: None is "auto".
+        kv_events_config: None is no events. otlp_endpoint: "" is no traces.
         flash_write_bytes_per_day: None is "unlimited". flash_write_burst_bytes: None is "auto".
 
     Raises:
@@ -254,6 +265,7 @@ class SidecarConfig:
     socket: Path
     listen: str
     http_listen: str
+    page_tokens: str
     run_dir: Path
     shm_dir: Path
     dram_bytes: int
@@ -271,6 +283,8 @@ class SidecarConfig:
     pin_bytes: int | None
     dram_verify: Verify
     flash_verify: Verify
+    kv_events_config: KvEventsConfig | None
+    otlp_endpoint: str
     log_level: Level
     log_format: Format
 
@@ -332,10 +346,10 @@ def load_config(
             texts[key], sources[key] = text, source
 
     if flags.config is not None:
-        take(_from_file(Path(flags.config)))
+        take(from_file(Path(flags.config), list(texts)))
     elif default_file.exists():
-        take(_from_file(default_file))
-    take(_from_environment(environment))
+        take(from_file(default_file, list(texts)))
+    take(from_environment(environment, {each.variable: each.key for each in SETTINGS}))
     given = {setting.key: getattr(flags, setting.key) for setting in SETTINGS}
     take({k: (v, f"flag --{k.replace('_', '-')}") for k, v in given.items() if v is not None})
     values: dict[str, object] = {}
@@ -346,46 +360,6 @@ def load_config(
             raise ConfigInvalid(f"{setting.key} (from {sources[setting.key]}): {error}") from None
     assert values.keys() == {field.name for field in fields(SidecarConfig)}
     return Loaded(SidecarConfig(**values), texts, sources)  # type: ignore[arg-type]
-
-
-def _from_file(path: Path) -> dict[str, tuple[str, str]]:
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigInvalid(f"--config: cannot read {path}: {error.strerror}") from None
-    # Not all that tomllib raises says TOML: numbers of 5000 digits, brackets in brackets.
-    except (ValueError, RecursionError) as error:
-        raise ConfigInvalid(f"--config: {path} is not TOML: {error}") from None
-    known = [setting.key for setting in SETTINGS]
-    layer: dict[str, tuple[str, str]] = {}
-    for key, value in table.items():
-        if key not in known:
-            raise ConfigInvalid(f"{key} (from file {path}): no such setting{_nearest(key, known)}")
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise ConfigInvalid(f"{key} (from file {path}): give a string or a number")
-        layer[key] = (str(value), f"file {path}")
-    return layer
-
-
-def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    known = {setting.variable: setting.key for setting in SETTINGS}
-    layer: dict[str, tuple[str, str]] = {}
-    for name, text in environment.items():
-        if not name.startswith(VARIABLE_PREFIX):
-            continue
-        if name not in known:
-            if name in FOREIGN_VARIABLES or _SERVICE_LINK.fullmatch(name):
-                continue
-            raise ConfigInvalid(
-                f"{name} (from the environment): no such variable{_nearest(name, list(known))}"
-            )
-        layer[known[name]] = (text, f"environment {name}")
-    return layer
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
 
 
 def as_toml(loaded: Loaded) -> str:

@@ -182,18 +182,23 @@ def _has_room(parent: Path, wanted_bytes: int) -> bool:
 
 
 def open_embedded(
-    config: StoreConfig, namespace: Namespace, name: str, log: Log, trial: TrialPage | None = None
+    config: StoreConfig,
+    namespace: Namespace,
+    name: str,
+    log: Log,
+    trial: TrialPage | None = None,
+    model: str = "",
 ) -> CacheClient:
     """Start a cache in this process and its client; the client's close ends both.
 
     Args:
         config: sizes and flash; run_dir and shm_dir are replaced by a private folder.
-        trial: see CacheClient.
+        trial, model: see CacheClient.
 
     Raises:
         ConfigInvalid, FormatRefused: the store cannot be opened as configured.
     """
     client = CacheClient(DirectControl(config, log), namespace, name, log)
-    client.trial = trial
+    client.trial, client.model = trial, model
     client.start()
     return client

@@ -8,7 +8,6 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -27,6 +26,7 @@ from kvist.engine.openai import (
     parse,
 )
 from kvist.engine.service import Answering, Service
+from kvist.proto.exposition import CONTENT_TYPE
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics"})
 CLIENT_GONE = 499
@@ -90,8 +90,8 @@ class Api:
 
     async def metrics(self, _request: Request) -> Response:
         """GET /metrics."""
-        registry = self._service.metrics.registry
-        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
+        text = self._service.metrics.text()
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
 
 def reply(content: Mapping[str, Any]) -> Response:

@@ -75,9 +75,19 @@ class Cache(Protocol):
         ...
 
     def count(
-        self, requested_tokens: int, hits: Mapping[str, int], misses: Mapping[str, int]
+        self,
+        requested_tokens: int,
+        hits: Mapping[str, int],
+        misses: Mapping[str, int],
+        tenant: str = "",
     ) -> None:
         """Account for one request."""
+        ...
+
+    def measured(
+        self, counts: Mapping[str, int], by_tenant: Mapping[str, Mapping[str, int]]
+    ) -> None:
+        """Say what was measured since the last time; makes no call."""
         ...
 
     def close(self) -> None:

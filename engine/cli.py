@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import version
 
-from kvist.cachesvc.flash.flash_verify import add_verify_flags, run_verify
-from kvist.cachesvc.view.stats_table import add_stats_flags, run_stats
 from kvist.engine.bench.flags import (
     add_bench_latency_flags,
     add_bench_serve_flags,
     add_bench_throughput_flags,
 )
+from kvist.engine.cache_commands import CACHE, TOP
+from kvist.engine.commands import Command, Group
 from kvist.engine.config import (
     DTYPES,
     QUANTIZATIONS,
@@ -22,36 +22,13 @@ from kvist.engine.config import (
     config_from_flags,
     usable_cores,
 )
-from kvist.proto.errors import ConfigInvalid
+from kvist.proto.errors import ConfigInvalid, KvistError
 
+EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A subcommand.
-
-    Attributes:
-        name: as typed.
-        text: one line of help.
-        add_flags: adds its arguments to a parser.
-        run: does it, returns the exit code; may raise ConfigInvalid.
-    """
-
-    name: str
-    text: str
-    add_flags: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Subcommands with a name before theirs; the fields are as in Command."""
-
-    name: str
-    text: str
-    commands: tuple[Command, ...]
+# As the shell says it of a program that SIGPIPE has ended.
+EXIT_PIPE = 141
 
 
 def _serve(flags: argparse.Namespace) -> int:
@@ -92,32 +69,6 @@ def _demo(flags: argparse.Namespace) -> int:
     from kvist.engine.demo import run_demo
 
     return run_demo(flags.model, flags.keep, flags.svg)
-
-
-def _add_replay_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trace", metavar="TRACE", help="JSON lines, perhaps .xz or .gz")
-    parser.add_argument(
-        "--capacity",
-        metavar="SIZES",
-        default="1%,2%,5%,10%,25%,50%",
-        help="blocks, or percent of the trace's different blocks, with commas "
-        "(1%%,2%%,5%%,10%%,25%%,50%%)",
-    )
-    parser.add_argument(
-        "--policy", choices=("rgg", "lru"), default="rgg", help="beside lru and opt (%(default)s)"
-    )
-    parser.add_argument(
-        "--block-tokens", type=int, default=512, metavar="N", help="of a block (%(default)s)"
-    )
-    parser.add_argument("--ms", action="store_true", help="timestamps are milliseconds")
-    parser.add_argument("--seed", type=int, default=0, help="of the policy (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-
-
-def _replay(flags: argparse.Namespace) -> int:
-    from kvist.cachesvc.study.replay_table import run_replay
-
-    return run_replay(flags)
 
 
 def _add_eval_flags(parser: argparse.ArgumentParser) -> None:
@@ -190,30 +141,8 @@ COMMANDS = (
     Command("demo", "one sidecar, two engines, and what the cache saves", _add_demo_flags, _demo),
     Command("eval", "how far each dtype and quantization is from float32", _add_eval_flags, _eval),
     BENCH,
-    Group(
-        "cache",
-        "look at a cache, or at what one would do",
-        (
-            Command(
-                "replay",
-                "what a cache of some size would hit on a trace of requests",
-                _add_replay_flags,
-                _replay,
-            ),
-            Command(
-                "stats",
-                "what a running kvistd holds and serves, and from which length loading pays",
-                add_stats_flags,
-                run_stats,
-            ),
-            Command(
-                "verify",
-                "check a flash folder that no kvistd uses; exit code 1 when something is wrong",
-                add_verify_flags,
-                run_verify,
-            ),
-        ),
-    ),
+    CACHE,
+    TOP,
 )
 
 
@@ -244,25 +173,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Returns:
-        its exit code; 2 for a bad setting, 130 after Ctrl-C.
+        its exit code; 1 when what it asked for is not there, 2 for a bad setting, 130 after
+        Ctrl-C, 141 when whoever read its output has gone.
     """
     flags = build_parser().parse_args(arguments)
+    name = f"kvist {flags.command} {getattr(flags, 'subcommand', '')}".rstrip()
     try:
         code: int = flags.run(flags)
+        sys.stdout.flush()  # here, where a reader that has gone is no error yet
     except ConfigInvalid as error:
-        print(f"kvist {flags.command}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except KvistError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except ModuleNotFoundError as error:
         if not error.name or error.name.split(".")[0] == "kvist":
             raise
         print(
-            f"kvist {flags.command}: error: {error.name} is not installed; "
+            f"{name}: error: {error.name} is not installed; "
             "install the engine: pip install 'kvist[engine]'",
             file=sys.stderr,
         )
         return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # What is left in the buffer goes nowhere; without this Python complains at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     return code
 
 

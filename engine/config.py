@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvist.cachesvc.events.settings import checked_kv_events
+from kvist.cachesvc.log import FORMATS, debug_detail
 from kvist.engine.priority import INTERACTIVE, PRIORITIES
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.sizes import format_bytes, parse_bytes
@@ -70,14 +72,17 @@ class EngineConfig:
         cache_overlap: load beside the computation, layer by layer, where that is shorter.
         cache_load_bytes_per_s: cap of copies out of the cache; 0 is none.
         cache_store_bytes_per_s: cap of copies into it; 0 is none.
+        kv_events_config: JSON object, see cachesvc/events/settings.py; "" tells no events.
         enable_prefix_caching: reuse pages in the HBM tier; False turns all reuse off.
         api_key: what clients must send as a bearer token; None asks for nothing.
-        log_level: "debug", "info", "warning" or "error".
+        log_level: "debug", "info", "warning" or "error". log_format: "text" or "json".
+        log_detail: 0 to 3, what KVIST_DEBUG asks for; see cachesvc/log.py.
         seed: of the engine's own random draws.
         deterministic: a request without a seed gets one from its content, not from its turn.
         async_scheduling: plan a step while the one before it runs; None is up to the device.
         default_priority: class of requests that name none, see priority.
         priority_aging_seconds: waiting that raises a request by a class.
+        otlp_traces_endpoint: of an OpenTelemetry collector; "" traces nothing.
         drain_seconds: how long running requests may go on after SIGTERM.
 
     Raises:
@@ -104,14 +109,18 @@ class EngineConfig:
     cache_overlap: bool = True
     cache_load_bytes_per_s: int = 0
     cache_store_bytes_per_s: int = 0
+    kv_events_config: str = ""
     enable_prefix_caching: bool = True
     api_key: str | None = None
     log_level: str = "info"
+    log_format: str = "text"
+    log_detail: int = 0
     seed: int = 0
     deterministic: bool = False
     async_scheduling: bool | None = None
     default_priority: str = PRIORITIES[INTERACTIVE]
     priority_aging_seconds: float = 30.0
+    otlp_traces_endpoint: str = ""
     drain_seconds: float = 30.0
 
     def __post_init__(self) -> None:
@@ -145,11 +154,13 @@ class EngineConfig:
         self._check_choice("--quantization", self.quantization, QUANTIZATIONS)
         self._check_choice("--kv-cache-dtype", self.kv_cache_dtype, DTYPES)
         self._check_choice("--log-level", self.log_level, LOG_LEVELS)
+        self._check_choice("--log-format", self.log_format, FORMATS)
         if self.api_key == "":
             raise ConfigInvalid("--api-key is empty; give a key or leave the flag out")
         self._check_cache()
 
     def _check_cache(self) -> None:
+        checked_kv_events(self.kv_events_config)
         object.__setattr__(self, "cache", normal_cache(self.cache))
         for flag, cap in (
             ("--cache-load-bandwidth", self.cache_load_bytes_per_s),
@@ -249,6 +260,12 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         help="let running requests go on this long after SIGTERM (%(default)s)",
     )
+    http.add_argument(
+        "--otlp-traces-endpoint",
+        default="",
+        metavar="URL",
+        help="collector of OpenTelemetry traces, like http://localhost:4317; see docs/tracing.md",
+    )
     run = parser.add_argument_group("model")
     run.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)} (%(default)s)")
     run.add_argument(
@@ -265,6 +282,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--threads", type=whole, default=usable_cores(), help="compute (%(default)s)")
     run.add_argument("--seed", type=whole, default=0, help="of random draws (%(default)s)")
     run.add_argument("--log-level", default="info", help=f"{', '.join(LOG_LEVELS)} (%(default)s)")
+    run.add_argument("--log-format", default="text", help=f"{', '.join(FORMATS)} (%(default)s)")
     _add_schedule_flags(parser.add_argument_group("schedule"))
     kv = parser.add_argument_group("KV cache")
     _add_cache_flags(kv, whole)
@@ -339,7 +357,14 @@ def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float])
 
 
 def _add_copy_flags(kv: argparse._ArgumentGroup) -> None:
-    """How blocks move."""
+    """How blocks move, and who is told."""
+    kv.add_argument(
+        "--kv-events-config",
+        default="",
+        metavar="JSON",
+        help="KV events for routers over ZMQ, with vLLM's keys, like "
+        '{"endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}; see docs/events.md',
+    )
     kv.add_argument(
         "--cache-overlap",
         action=argparse.BooleanOptionalAction,
@@ -364,4 +389,5 @@ def config_from_flags(flags: argparse.Namespace) -> EngineConfig:
         ConfigInvalid: a value is out of range.
     """
     names = EngineConfig.__dataclass_fields__
-    return EngineConfig(**{key: value for key, value in vars(flags).items() if key in names})
+    given = {key: value for key, value in vars(flags).items() if key in names}
+    return EngineConfig(**given, log_detail=debug_detail("engine", os.environ))

@@ -24,9 +24,10 @@ from kvist.engine.sequence import Sequence, State
 from kvist.engine.step import Work
 from kvist.engine.tally import Tally, outcome
 from kvist.engine.weighing import Weigher
-from kvist.proto.keys import BlockKey, tenant_of
+from kvist.proto.keys import BlockKey
 from kvist.proto.record import Bytes
 from kvist.proto.shm import STORABLE
+from kvist.proto.trace import SpanNote
 
 # Pages pinned by stores are lost to requests meanwhile: a quarter of the pool at most.
 STORE_QUEUE_BLOCKS = 256
@@ -51,6 +52,7 @@ class Connector:
         store_drops: reason -> blocks not stored.
         load_seconds: summed over loads.
         copying: jobs under way; their results come by poll.
+        notes: of traces, for whoever sends them on and clears them.
         weigher: chooses what is loaded and how; None loads all, before the computation. Set once.
     """
 
@@ -72,9 +74,10 @@ class Connector:
         self.store_drops: Counter[str] = Counter()
         self.load_seconds = 0.0
         self.copying = 0
+        self.notes: list[SpanNote] = []
         self._storing: set[BlockKey] = set()
         self.weigher: Weigher | None = None
-        self._shown_s = now()
+        self._shown_s = self._told_s = now()
         self._flights = None if cache is None else Flights(cache, now)
         self._rising = None if cache is None else Rising(cache, now, self._rose)
         self._copiers = None if cache is None else Copiers(cache, page_bytes, log, now)
@@ -134,8 +137,11 @@ class Connector:
         if sequence.request.cache == CACHE_BYPASS:
             return
         sequence.found_end = "no_cache"
+        began_s = self._now() if sequence.trace is not None else 0.0
         if self._cache is not None and sequence.reuses:
             self._find(self._cache, sequence, blocks)
+        if sequence.trace is not None:
+            sequence.trace.looked(sequence, began_s, self._now())
         if not sequence.found:
             self._count(sequence, 0, "")
             if self._flights is not None and sequence.reuses:
@@ -150,6 +156,8 @@ class Connector:
         self.copying += 1
         self._prefetch(sequence.keys()[first : first + count], sequence.found)
         job = LoadJob(sequence, first, pages, self._now())
+        if sequence.trace is not None:
+            sequence.trace.asked_s = job.started_s
         if self.weigher is not None:
             job.gate, job.cuts = sequence.gate, self.weigher.cuts
         if self._flights is not None:
@@ -178,7 +186,10 @@ class Connector:
             self._store_room -= 1
             self.copying += 1
             self._storing.add(sequence.keys()[block])
-            self._copiers.store(StoreJob(self._item(sequence, block, page), page))
+            if sequence.trace is not None:
+                sequence.trace.stores()
+            item = self._item(sequence, block, page)
+            self._copiers.store(StoreJob(item, page, sequence.tenant, sequence.trace))
         if sequence.reuses:
             self._flights.computing(sequence)
 
@@ -210,11 +221,15 @@ class Connector:
                 self.copying -= 1
                 if self.weigher is not None:
                     self.weigher.loaded(result)
+                if result.sequence.trace is not None:
+                    result.sequence.trace.loaded(result)
                 self.load_seconds += result.seconds
                 if _waits(result):
                     self._count(result.sequence, result.blocks, result.reason)
                     loads.append(result)
             else:
+                for trace, blocks in result.traces.items():
+                    self.notes += trace.stored(result.began_s, result.seconds, blocks)
                 self._storing -= result.keys
                 self.copying -= len(result.pages)
                 if self.weigher is not None:
@@ -222,7 +237,17 @@ class Connector:
                 self._store_room += len(result.pages)
                 self.stored_blocks += result.result.stored
                 self.store_drops.update(result.result.dropped)
+        self._tell()
         return loads
+
+    def _tell(self) -> None:
+        """Tell the sidecar what was measured, at most twice a second."""
+        if self.weigher is None or self._cache is None or not self.weigher.meter:
+            return
+        now = self._now()
+        if now - self._told_s >= SHOW_EVERY_S:
+            self._told_s = now
+            self._cache.measured(*self.weigher.meter.take())
 
     def beside(self, running: int) -> None:
         """So many requests compute when the next step is scheduled."""
@@ -238,6 +263,11 @@ class Connector:
         if now - self._shown_s >= SHOW_EVERY_S:
             self._shown_s = now
             self._cache.show_rates(self.weigher.look())
+
+    def began(self, sequence: Sequence, now_s: float) -> None:
+        """A sequence has its first token."""
+        if self.weigher is not None:
+            self.weigher.began(sequence, now_s - sequence.arrived_s)
 
     def load_stats(self) -> LoadStats:
         """See there."""
@@ -255,6 +285,8 @@ class Connector:
         if self._cache is None or self._copiers is None:
             return
         self._copiers.close()
+        if self.weigher is not None:
+            self._cache.measured(*self.weigher.meter.take())
         self._cache.close()
 
     # On the core's thread.
@@ -269,7 +301,10 @@ class Connector:
         keys = sequence.keys()[: sequence.usable_blocks]
         known = 1 if blocks else 0
         asked = keys[blocks - known :]
+        began_s = self._now()
         found = cache.lookup(asked, None if known else self._first(sequence))
+        if self.weigher is not None:
+            self.weigher.meter.observe("lookup_seconds", self._now() - began_s)
         sequence.found = cache.tiers(asked[: found.blocks])[known:]
         # Should a found block be gone before its tier was read, it was evicted in between.
         sequence.found_end = found.reason or "evicted"
@@ -309,7 +344,9 @@ class Connector:
             tokens=sequence.block_tokens_bytes(block),
             payload=self._page_bytes(page),
             origin=b"" if block else sequence.origin(),
-            tenant="" if block else tenant_of(sequence.request.cache_salt),
+            tenant="" if block else sequence.tenant,
+            request=sequence.id,
+            trace="" if sequence.trace is None else str(sequence.trace.store),
         )
 
     def _count(self, sequence: Sequence, loaded: int, reason: str) -> None:
@@ -318,9 +355,13 @@ class Connector:
             return
         lookup = outcome(sequence, loaded, reason)
         sequence.counted, sequence.cached = True, lookup.cached
+        if sequence.trace is not None:
+            sequence.trace.counted(lookup)
         self.tally.add(lookup)
         if self._cache is not None:
-            self._cache.count(lookup.requested, lookup.hits, lookup.misses)
+            self._cache.count(lookup.requested, lookup.hits, lookup.misses, sequence.tenant)
+            if self.weigher is not None:
+                self.weigher.saved(sequence, loaded)
             blocks = sequence.registered + loaded
             self._cache.touch(sequence.keys(), blocks, sequence.request.hint)
 

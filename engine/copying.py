@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.worker.loading import LayerLoad
@@ -14,6 +14,7 @@ from kvist.cachesvc.worker.storing import StoreItem, StoreResult
 from kvist.engine.cache import Cache
 from kvist.engine.loading import LoadGate, LoadJob
 from kvist.engine.sequence import Sequence, State
+from kvist.engine.sequence_trace import SequenceTrace
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import Bytes, Wanted
 
@@ -52,20 +53,30 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A batch of stores has ended, in so many seconds."""
+    """A batch of stores has ended, in so many seconds.
+
+    Attributes:
+        tenants: blocks that were whose. traces: of traced requests, their blocks.
+    """
 
     result: StoreResult
     pages: list[int]
     keys: set[BlockKey]
     seconds: float
+    tenants: Counter[str]
+    began_s: float = 0.0
+    traces: Mapping[SequenceTrace, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class StoreJob:
-    """A block to store, and the page that it is copied from."""
+    """A block to store, the page that it is copied from, whose it is, and whose trace tells of
+    it."""
 
     item: StoreItem
     page: int
+    tenant: str
+    trace: SequenceTrace | None = None
 
 
 class Copiers:
@@ -166,6 +177,10 @@ class Copiers:
         self._results.put(
             Loaded(job.sequence, blocks, reason, asked_s, job.pages, job.gate, busy_s)
         )
+        self._log.detail(
+            2, "loaded", request=job.sequence.id, blocks=blocks, of=len(job.pages), seconds=asked_s,
+            layers=job.gate is not None, reason=reason or "all",
+        )  # fmt: skip
         # Last: who waits at the gate takes the result without waiting for it.
         if job.gate is not None:
             job.gate.end(not reason)
@@ -214,8 +229,21 @@ class Copiers:
                 result = StoreResult(0, 0, {"closing": len(jobs)})
             else:
                 result = self._store_batch([job.item for job in jobs])
+                self._tell(jobs, result, self._now() - began_s)
             pages, keys = [job.page for job in jobs], {job.item.key for job in jobs}
-            self._results.put(Stored(result, pages, keys, self._now() - began_s))
+            tenants = Counter(job.tenant for job in jobs)
+            traces = Counter(job.trace for job in jobs if job.trace is not None)
+            seconds = self._now() - began_s
+            self._results.put(Stored(result, pages, keys, seconds, tenants, began_s, traces))
+
+    def _tell(self, jobs: list[StoreJob], result: StoreResult, seconds: float) -> None:
+        if self._log.shows(2 - bool(result.dropped)):
+            requests = ",".join(dict.fromkeys(job.item.request for job in jobs))
+            self._log.debug(
+                "store incomplete" if result.dropped else "stored", request=requests,
+                blocks=len(jobs), stored=result.stored, present=result.present, seconds=seconds,
+                **result.dropped,
+            )  # fmt: skip
 
     def _take_batch(self, jobs: list[StoreJob]) -> bool:
         """Wait for a job, take those that are queued behind it; False when no more come."""

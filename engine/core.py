@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +15,8 @@ import torch
 from kvist.cachesvc.log import Log
 from kvist.engine.config import EngineConfig
 from kvist.engine.ipc import ApiLink
-from kvist.engine.opening import Parts, log_level, open_parts
+from kvist.engine.logs import open_log, tell_request
+from kvist.engine.opening import Parts, open_parts
 from kvist.engine.priority import priority_of
 from kvist.engine.request import (
     CACHE_BYPASS,
@@ -236,6 +236,13 @@ class Core:
             self._connector.computed(step.work, self._landed_s - began_s)
             self._steps += 1
             self._step_tokens = step.tokens
+            self._log.detail(
+                3,
+                "step",
+                tokens=step.tokens,
+                requests=len(step.work),
+                seconds=self._landed_s - began_s,
+            )
             if any(work.sequence.gate is not None for work in step.work):
                 self._take_loads()
             self._settle(step, sampled)
@@ -265,6 +272,7 @@ class Core:
         delta = Delta(sequence.id, [sampled.token], logprobs, sequence.finish_reason)
         if sequence.first_token_s is None:
             sequence.first_token_s = self._now()
+            self._connector.began(sequence, sequence.first_token_s)
             assert sequence.scheduled_s is not None
             delta = Delta(
                 sequence.id,
@@ -296,14 +304,17 @@ class Core:
 
     def _end(self, sequence: Sequence, last: Delta) -> None:
         del self._live[sequence.id]
+        tell_request(self._log, sequence, last, self._now())
+        if sequence.trace is not None:
+            self._connector.notes += sequence.trace.end(sequence, self._now())
         self._scheduler.finish(sequence)
         self._deltas.append(last)
 
     def _send(self) -> None:
         stats = self._stats()
-        if self._deltas or stats != self._sent:
-            self._link.send(Outputs(self._deltas, stats))
-            self._deltas, self._sent = [], stats
+        if self._deltas or stats != self._sent or self._connector.notes:
+            self._link.send(Outputs(self._deltas, stats, self._connector.notes))
+            self._deltas, self._sent, self._connector.notes = [], stats, []
 
     def _stats(self) -> CoreStats:
         scheduler, connector, pages = self._scheduler, self._connector, self._parts.pages
@@ -364,7 +375,7 @@ def run_core(config: EngineConfig, endpoint: str) -> None:
         CoreFailed: step after step fails.
     """
     torch.set_num_threads(config.threads)
-    log = Log(sys.stderr, log_level(config.log_level))
+    log = open_log(config)
     link = ApiLink(endpoint)
     try:
         parts = open_parts(config, log, time.monotonic, loading_sender(link.send))
@@ -376,6 +387,6 @@ def run_core(config: EngineConfig, endpoint: str) -> None:
             with torch.inference_mode():
                 Core(link, parts, config, log, time.monotonic).run(threading.Event())
         finally:
-            parts.connector.close()
+            parts.close()
     finally:
         link.close()

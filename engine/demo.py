@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -23,10 +24,13 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 
 from kvist.engine.demo_text import CHATS, SYSTEM_PROMPT
+from kvist.engine.demo_visitors import visitors
 from kvist.engine.local import Answer, LocalEngine, LocalSidecar, ask
 
 ANSWER_TOKENS = 32
 WAIT_SECONDS = 60.0
+# One question in so many seconds leaves the cores to whoever chats beside it.
+KEEP_PAUSE_S = 2.0
 PICTURE_COLUMNS = 84
 LIKE_TOKENS = 64
 TIERS = ("hbm", "dram", "flash")
@@ -70,7 +74,8 @@ class Demo:
         # Two engines on a small machine: one compute thread each for every two cores.
         threads = max(1, len(os.sched_getaffinity(0)) // 2)
         flags = ["--cache", str(self.sidecar.socket), "--threads", str(threads)]
-        flags += ["--kv-cache-memory-bytes", "512MiB", "--served-model-name", "demo"]
+        # Room for 8,700 tokens: what visitors ask for after the chats does not fit it all.
+        flags += ["--kv-cache-memory-bytes", "192MiB", "--served-model-name", "demo"]
         self.engines = [
             LocalEngine(model, folder / f"engine-{number}.log", flags) for number in (1, 2)
         ]
@@ -104,7 +109,7 @@ class Demo:
             for process in (self.sidecar, *self.engines):
                 process.wait_ready()
             self._wait("the engines to attach", self._all_attached)
-        self.console.print(f"sidecar  [link]{self.sidecar.url}/[/link]  (page), /metrics beside it")
+        self.console.print(f"page     [link]{self.sidecar.url}/[/link]  open it now and watch")
         for number, engine in enumerate(self.engines, 1):
             self.console.print(f"engine {number} {engine.url}/v1  (OpenAI API)")
 
@@ -183,6 +188,13 @@ class Demo:
                 progress.advance(bar)
         self._without_cache("the same without a cache", turns)
         return turns
+
+    def keep_asking(self) -> None:
+        """Ask on, one request each few seconds, each engine in turn, until interrupted."""
+        for number, body in visitors(seed=1):
+            with contextlib.suppress(httpx.HTTPError, RuntimeError):  # what was stopped by hand
+                ask(self.engines[number % len(self.engines)].url, body)
+            time.sleep(KEEP_PAUSE_S)
 
     def _ask(self, turn: Turn, cache: str) -> Answer:
         body: dict[str, Any] = {"model": "demo", "messages": turn.messages, "temperature": 0}
@@ -343,11 +355,14 @@ def run_demo(model: str, keep: bool, svg: str | None) -> int:
 
 
 def _linger(console: Console, demo: Demo) -> None:
-    console.print("\nStill running; Ctrl-C here stops everything.")
-    console.print(f"Page:    {demo.sidecar.url}/")
+    pause = f"{KEEP_PAUSE_S:.0f} s"
+    console.print(f"\nStill running, a question every {pause}; Ctrl-C here stops everything.")
+    console.print(
+        f"Page:    [bold]{demo.sidecar.url}/[/]  hit rate, misses by reason, is it worth it"
+    )
     console.print(f"Metrics: {demo.sidecar.url}/metrics and {demo.engines[0].url}/metrics")
     console.print(f"Chat:    kvist chat --url {demo.engines[0].url}")
     try:
-        threading.Event().wait()
+        demo.keep_asking()
     except KeyboardInterrupt:
         console.print("stopping")

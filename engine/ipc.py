@@ -17,6 +17,7 @@ import zmq.asyncio
 
 from kvist.engine.request import Abort, CoreStats, Delta, FromCore, NewRequest, Outputs, ToCore
 from kvist.proto.errors import KvistError
+from kvist.proto.trace import SpanNote
 
 # Fatal is the last thing a dying core says; one second is ample for a local socket.
 LINGER_MS = 1000
@@ -150,6 +151,9 @@ class CoreLink:
     Args:
         endpoint: `ipc://` address whose two sockets are bound here.
         on_outputs: called with every step's outputs before the deltas are handed on.
+
+    Attributes:
+        on_notes: called with spans of traced requests, at the same time; None drops them.
     """
 
     def __init__(self, endpoint: str, on_outputs: Callable[[Outputs], None]) -> None:
@@ -165,6 +169,7 @@ class CoreLink:
         self._streams: dict[str, TokenStream] = {}
         self.stats = CoreStats()
         self.failure = ""
+        self.on_notes: Callable[[Sequence[SpanNote]], None] | None = None
 
     @property
     def live(self) -> int:
@@ -181,6 +186,8 @@ class CoreLink:
         if isinstance(message, Outputs):
             self.stats = message.stats
             self._on_outputs(message)
+            if message.notes and self.on_notes is not None:
+                self.on_notes(message.notes)
             for delta in message.deltas:
                 stream = self._streams.get(delta.id)
                 if stream is not None:

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvist.cachesvc.client import CacheClient, open_cache
-from kvist.cachesvc.log import LEVELS, Level, Log
+from kvist.cachesvc.events.journal import Journal
+from kvist.cachesvc.events.publisher import Publisher
+from kvist.cachesvc.events.settings import checked_kv_events
+from kvist.cachesvc.log import Log
 from kvist.engine.config import CACHE_EMBEDDED, CACHE_OFF, EngineConfig
 from kvist.engine.connector import Connector
 from kvist.engine.models.base import ModelConfig
@@ -49,6 +52,7 @@ class Parts:
         digests: namespaces by tenant.
         dtype: what is computed in.
         kernels: what computes, for people.
+        events: tells routers what the tiers hold, None when that is off; to be closed last.
     """
 
     runner: Runner
@@ -59,6 +63,13 @@ class Parts:
     digests: Digests
     dtype: str
     kernels: str = ""
+    events: Publisher | None = None
+
+    def close(self) -> None:
+        """Let the cache go, and then tell routers so."""
+        self.connector.close()
+        if self.events is not None:
+            self.events.close()
 
     def ready(self) -> Ready:
         """What the API process needs to know."""
@@ -106,14 +117,28 @@ def open_parts(
         target=pool.prefault, args=(threading.Event(),), name="kvist-pool", daemon=True
     ).start()
     pages = Pages(count)
-    cache = open_tiers(config, namespace, log)
+    events = open_events(config, pages, log)
+    cache = open_tiers(config, namespace, log, pages.journal)
     connector = Connector(cache, pool.page_bytes, pages, log, now)
     format = namespace.format
     connector.weigher = Weigher(format.layers, format.payload_bytes, format.block_tokens)
     connector.weigher.by_layers = config.cache_overlap
     runner = Runner(model, pool.tensor, Sampler(config.seed))
     digests, kernels = Digests(namespace), kernels_of(model, loaded)
-    return Parts(runner, pages, connector, limits, format, digests, loaded.dtype, kernels)
+    return Parts(runner, pages, connector, limits, format, digests, loaded.dtype, kernels, events)
+
+
+def open_events(config: EngineConfig, pages: Pages, log: Log) -> Publisher | None:
+    """The publisher of KV events, with a journal that pages writes to; None when it is off.
+
+    Raises:
+        ConfigInvalid: an address cannot be bound.
+    """
+    settings = checked_kv_events(config.kv_events_config)
+    if settings is None or not config.enable_prefix_caching:
+        return None
+    pages.journal = Journal()
+    return Publisher(settings, pages.journal, log)
 
 
 def namespace_of(loaded: LoadedModel, block_tokens: int, kv_dtype: str) -> Namespace:
@@ -176,8 +201,13 @@ def limits_of(config: EngineConfig, model: ModelConfig, pages: int) -> Limits:
     return Limits(longest, config.block_tokens, model.eos_token_ids)
 
 
-def open_tiers(config: EngineConfig, namespace: Namespace, log: Log) -> CacheClient | None:
+def open_tiers(
+    config: EngineConfig, namespace: Namespace, log: Log, journal: Journal | None = None
+) -> CacheClient | None:
     """Open the cache beyond the pool; None when it is off.
+
+    Args:
+        journal: where an embedded cache writes what its tiers hold.
 
     Raises:
         ConfigInvalid: the address cannot be used, or the embedded cache has no room.
@@ -186,16 +216,19 @@ def open_tiers(config: EngineConfig, namespace: Namespace, log: Log) -> CacheCli
         return None
     name = f"kvist-{os.getpid()}"
     if config.cache == CACHE_EMBEDDED:
-        client = _open_embedded(config, namespace, name, log)
+        client = _open_embedded(config, namespace, name, log, journal)
     else:
-        client = open_cache(config.cache, namespace, name, log, PoolPage(namespace.format))
+        page = PoolPage(namespace.format)
+        client = open_cache(config.cache, namespace, name, log, page, config.model_names[0])
     client.pace = Pace(config.cache_load_bytes_per_s, config.cache_store_bytes_per_s)
     # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
     client.wait_attached(ATTACH_WAIT_S)
     return client
 
 
-def _open_embedded(config: EngineConfig, namespace: Namespace, name: str, log: Log) -> CacheClient:
+def _open_embedded(
+    config: EngineConfig, namespace: Namespace, name: str, log: Log, journal: Journal | None
+) -> CacheClient:
     # Here and not at the top: an engine with a sidecar needs no store in its own process.
     from kvist.cachesvc.embedded import StoreConfig, open_embedded
 
@@ -207,8 +240,11 @@ def _open_embedded(config: EngineConfig, namespace: Namespace, name: str, log: L
         flash_path=flash,
         flash_bytes=config.cache_flash_bytes,
         slot_bytes=None,
+        journal=journal,
     )
-    return open_embedded(store, namespace, name, log, PoolPage(namespace.format))
+    return open_embedded(
+        store, namespace, name, log, PoolPage(namespace.format), config.model_names[0]
+    )
 
 
 def free_memory_bytes() -> int:
@@ -224,8 +260,3 @@ def free_memory_bytes() -> int:
     except (OSError, ValueError):
         pass
     return free
-
-
-def log_level(text: str) -> Level:
-    """A checked setting as the log takes it."""
-    return next(level for level in LEVELS if level == text)

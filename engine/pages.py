@@ -5,7 +5,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 
+from kvist.cachesvc.events.journal import Journal
 from kvist.proto.keys import NO_KEY, BlockKey
+from kvist.proto.kv_events import GPU
 
 
 class Pages:
@@ -19,10 +21,13 @@ class Pages:
 
     Attributes:
         total: pages of the pool.
+        journal: where pages that become complete or are evicted are told, see cachesvc.events;
+            None tells nobody.
     """
 
     def __init__(self, total: int) -> None:
         self.total = total
+        self.journal: Journal | None = None
         self._free = list(range(total - 1, -1, -1))
         self._holders = [0] * total
         self._keys: list[BlockKey | None] = [None] * total
@@ -203,4 +208,6 @@ class Pages:
         key = self._keys[page]
         assert key is not None
         del self._by_key[key]
+        if self.journal is not None:
+            self.journal.removed(key, GPU)
         self._keys[page] = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from kvist.proto.hints import NO_HINT, Hint
+from kvist.proto.trace import SpanNote, TraceContext
 
 CACHE_ON = "on"
 CACHE_BYPASS = "bypass"
@@ -49,6 +50,8 @@ class NewRequest(msgspec.Struct, frozen=True, tag="new"):
         cache: CACHE_ON, or CACHE_BYPASS to neither read nor write any tier (HBM included).
         priority: class, see priority; None is the server's default.
         hint: what the sender says of what comes after it.
+        trace: place of its span, None when it is not traced; submitted_s: when it was sent, of
+            CLOCK_MONOTONIC, if it is.
     """
 
     id: str
@@ -58,6 +61,8 @@ class NewRequest(msgspec.Struct, frozen=True, tag="new"):
     cache: str = CACHE_ON
     priority: int | None = None
     hint: Hint = NO_HINT
+    trace: TraceContext | None = None
+    submitted_s: float = 0.0
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -150,6 +155,10 @@ class LoadStats(msgspec.Struct, frozen=True):
         store_yields: store copies that let loads go first.
         throttled_s: direction -> time that copies waited for its cap.
         rates: what was measured, by name of proto.shm.RATES.
+        loaded_bytes: tier -> bytes that were brought in.
+        saved_s, moved_s: tier -> prefill that its hits did not take, and what it took to bring them
+            in; see cachesvc.core.accounts.worth_s.
+        store_s: what stores took.
     """
 
     decisions: dict[str, int] = {}
@@ -163,6 +172,10 @@ class LoadStats(msgspec.Struct, frozen=True):
     store_yields: int = 0
     throttled_s: dict[str, float] = {}
     rates: dict[str, int] = {}
+    loaded_bytes: dict[str, int] = {}
+    saved_s: dict[str, float] = {}
+    moved_s: dict[str, float] = {}
+    store_s: float = 0.0
 
 
 class CoreStats(msgspec.Struct, frozen=True):
@@ -225,10 +238,15 @@ class CoreStats(msgspec.Struct, frozen=True):
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
-    """What one step produced, with the core's figures after it."""
+    """What one step produced, with the core's figures after it.
+
+    Attributes:
+        notes: spans of traced requests that have ended.
+    """
 
     deltas: list[Delta]
     stats: CoreStats
+    notes: list[SpanNote] = []
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):

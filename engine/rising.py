@@ -77,6 +77,8 @@ class Rising:
         now = self._now()
         until_s = now + PATIENCE_BASE_S + PATIENCE * estimate_s
         self._rises[sequence] = _Rise(last, blocks, now, until_s, now)
+        if sequence.trace is not None:
+            sequence.trace.rises(now, blocks)
 
     def waits(self, sequence: Sequence) -> bool:
         """Whether a request that could be admitted shall wait; asked again in each step."""
@@ -88,6 +90,9 @@ class Rising:
             rise.looked_s = now
             return True
         self.late += is_rising
+        sequence.rise_s = now - rise.began_s
+        if sequence.trace is not None:
+            sequence.trace.rose(now, is_rising)
         # Between two looks lies a step: what came during a long one may have come at its beginning.
         if now - rise.looked_s <= LOOK_SHARE * (now - rise.began_s):
             self._rose(rise.blocks, now - rise.began_s)

@@ -19,6 +19,7 @@ from kvist.engine.pages import Pages
 from kvist.engine.sequence import Sequence, State
 from kvist.engine.step import PREEMPTIONS, Bounds, Finder, Step, Work
 from kvist.engine.waiting import Waiting
+from kvist.proto.kv_events import GPU
 
 RESERVE_SHARE = 32
 """One page in this many stays free at an admission (one per running request at most), so that
@@ -355,6 +356,8 @@ class Scheduler:
             own = sequence.pages[block]
             self._pages.pin((own,))
             page = self._pages.register(own, keys[block], sequence.parent(block), block)
+            if page == own and self._pages.journal is not None:
+                self._pages.journal.stored(keys[block], GPU, sequence.facts(block))
             if page != own and self._flies(sequence):
                 self._under_way[-1].kept.append(own)  # a step under way reads it
             else:

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvist.cachesvc.events.journal import Facts
 from kvist.cachesvc.worker.cost import Choice
 from kvist.engine.loading import LoadGate
 from kvist.engine.priority import INTERACTIVE
 from kvist.engine.request import CachedTokens, LoadCost, NewRequest
-from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of
+from kvist.engine.sequence_trace import SequenceTrace
+from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of, tenant_of
+from kvist.proto.kv_events import space_name
 
 if TYPE_CHECKING:  # the schedule needs no torch, and so its tests need none
     from kvist.engine.sampler import DrawState
@@ -93,6 +96,7 @@ class Sequence:
         rose: numbers of blocks that were on flash when the request arrived; hits of flash, wherever
             they are found then.
         found_end: why the cache had no more, a miss reason.
+        rise_s: how long it was passed over while they rose.
         choice: what of that is loaded and what is not, and what it was estimated to cost.
         cost: what its load was estimated to cost and what it did, once it has ended.
         gate: of a load that is under way while the sequence computes. As long as there is one, what
@@ -101,9 +105,11 @@ class Sequence:
         counted: its lookup was counted.
         store_stopped: a block of it was dropped; those after it would have no parent in the cache.
         cached: prompt tokens that were not computed, by tier.
+        trace: what is noted of it; None when it is not traced.
         finish_reason: "stop" or "length" once its last token is there.
         scheduled_s: when its first step began.
         first_token_s: when it had its first token.
+        tenant: whose it is, see proto.keys.tenant_of.
     """
 
     request: NewRequest
@@ -128,6 +134,7 @@ class Sequence:
     found: tuple[str, ...] = ()
     found_end: str = ""
     rose: frozenset[int] = frozenset()
+    rise_s: float = 0.0
     choice: Choice | None = None
     gate: LoadGate | None = None
     cost: LoadCost | None = None
@@ -135,16 +142,21 @@ class Sequence:
     counted: bool = False
     store_stopped: bool = False
     cached: CachedTokens = field(default_factory=CachedTokens)
+    trace: SequenceTrace | None = None
     finish_reason: str | None = None
     scheduled_s: float | None = None
     first_token_s: float | None = None
+    tenant: str = ""
     _chain: KeyChain | None = None
     _hashed: int = 0
     _stops: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.tenant = tenant_of(self.request.cache_salt)
         self.rank, self.since_s = self.priority, self.arrived_s
+        if self.request.trace is not None:
+            self.trace = SequenceTrace(self.request.trace, self.request.submitted_s)
         if self.digest is not None:
             self._chain = KeyChain(self.digest, self.limits.block_tokens)
         params = self.request.params
@@ -234,6 +246,12 @@ class Sequence:
     def origin(self) -> bytes:
         """Of its first block, which is full; see proto.keys.origin_of."""
         return origin_of(self.request.cache_salt, self.block_tokens_bytes(0))
+
+    def facts(self, block: int) -> Facts:
+        """What routers are told of a full block of it."""
+        assert self.digest is not None
+        space = space_name(self.digest) if self.request.cache_salt else ""
+        return Facts(self.parent(block), self.block_tokens_bytes(block), space)
 
     def append(self, token: int) -> None:
         """Take a generated token; sets finish_reason if it is the last."""

@@ -28,14 +28,18 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from kvist.cachesvc.log import Log
+from kvist.cachesvc.tracer import Tracer, open_tracer
 from kvist.engine.api import create_app
 from kvist.engine.config import CACHE_EMBEDDED, CACHE_OFF, EngineConfig
 from kvist.engine.ipc import CoreLink
+from kvist.engine.logs import LibraryLines, open_log
 from kvist.engine.process import CoreProcess
 from kvist.engine.request import Fatal, FromCore, Loading, Ready
 from kvist.engine.service import Clock, Service
 from kvist.engine.stats import EngineMetrics, Pace
 from kvist.engine.tokenizer import Tokenizer, load_tokenizer
+from kvist.engine.tracing import TraceRequests
 from kvist.proto.errors import ConfigInvalid, KvistError
 from kvist.proto.sizes import format_bytes
 
@@ -63,15 +67,14 @@ class EngineServer:
         log: for what comes after.
     """
 
-    def __init__(
-        self, config: EngineConfig, core: CoreProcess, console: Console, log: logging.Logger
-    ) -> None:
+    def __init__(self, config: EngineConfig, core: CoreProcess, console: Console, log: Log) -> None:
         self._config = config
         self._core = core
         self._console = console
         self._log = log
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._tracer: Tracer | None = None
 
     async def run(self) -> int:
         """Serve until a signal comes or the core dies.
@@ -87,7 +90,9 @@ class EngineServer:
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self._on_signal)
         metrics = EngineMetrics(CollectorRegistry(), self._config.model_names[0], time.monotonic)
-        ProcessCollector(registry=metrics.registry)
+        ProcessCollector(registry=metrics.others)
+        endpoint = self._config.otlp_traces_endpoint
+        self._tracer = open_tracer("--otlp-traces-endpoint", endpoint, "kvist")
         self._announce()
         with listener, tempfile.TemporaryDirectory(prefix="kvist-") as folder:
             endpoint = f"ipc://{folder}/core"
@@ -99,6 +104,8 @@ class EngineServer:
             finally:
                 await self._core.stop()
                 link.close()
+                if self._tracer is not None:
+                    await asyncio.to_thread(self._tracer.close)
 
     async def _run_with(
         self, link: CoreLink, listener: socket.socket, metrics: EngineMetrics
@@ -200,6 +207,9 @@ class EngineServer:
         stop: asyncio.Task[bool],
     ) -> int:
         app = create_app(service, version("kvist"), self._config.api_key)
+        if self._tracer is not None:
+            app = traced = TraceRequests(app, self._tracer)
+            link.on_notes = traced.observe
         settings = uvicorn.Config(
             app,
             log_config=None,
@@ -229,7 +239,7 @@ class EngineServer:
         service.drain()
         if not link.live:
             return
-        self._log.info("%d requests still run; a second signal ends them now", link.live)
+        self._log.info("draining", requests=link.live, hint="a second signal ends them now")
         hurry = asyncio.create_task(self._hurry.wait())
         deadline = time.monotonic() + self._config.drain_seconds
         while link.live and not failed.done() and time.monotonic() < deadline:
@@ -244,7 +254,7 @@ class EngineServer:
             await asyncio.sleep(PACE_SECONDS)
             line = pace.line(link.stats)
             if line is not None:
-                self._log.info("%s", line)
+                self._log.info("pace", now=line)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -351,14 +361,11 @@ def serve(config: EngineConfig, core: CoreProcess) -> int:
     Raises:
         ConfigInvalid: the address cannot be listened on.
     """
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log = open_log(config)
+    logging.basicConfig(level=logging.WARNING, handlers=[LibraryLines(log)])
     console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     async def main() -> int:
-        return await EngineServer(config, core, console, logging.getLogger("kvist")).run()
+        return await EngineServer(config, core, console, log).run()
 
     return uvloop.run(main())

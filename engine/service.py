@@ -23,6 +23,7 @@ from kvist.engine.replies import ChatFormat, CompletionFormat, Head, ReplyFormat
 from kvist.engine.request import NewRequest, Ready
 from kvist.engine.stats import EngineMetrics
 from kvist.engine.tokenizer import Tokenizer
+from kvist.engine.tracing import SCOPE, RequestTrace
 
 # Longer texts are tokenized off the event loop: 16k characters take about 5 ms, and a step of
 # other requests' tokens should not wait longer than that.
@@ -217,7 +218,7 @@ class Service:
                 )
                 decoder = self._tokenizer.detokenizer(prompt[-CONTEXT_IDS:])
                 stops = StopStrings(request.stop_strings)
-                timer = self.metrics.start_timer(len(prompt))
+                timer = self.metrics.start_timer(len(prompt), limit, request.choices)
                 answers.append(Answer(index, asked, decoder, stops, timer))
         return answers
 
@@ -314,12 +315,15 @@ class Answering:
         self._form = form
         self._shape = shape
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, whole or as a stream.
 
         Raises:
             CoreGone: before anything was sent; a stream that has begun ends with an error event.
         """
+        trace: RequestTrace | None = scope.get(SCOPE)
+        if trace is not None:
+            trace.submit(self._answers)
         work = self._send_stream(send) if self._shape.stream else self._send_whole(send)
         await while_connected(receive, work)
 

@@ -29,6 +29,12 @@ class Lookup:
         return CachedTokens(self.hits["hbm"], self.hits["dram"], self.hits["flash"])
 
 
+def hit_tiers(sequence: Sequence, loaded: int) -> tuple[str, ...]:
+    """Where the first blocks of `found` were when their request arrived, "dram" or "flash"."""
+    found = enumerate(sequence.found[:loaded], sequence.registered)
+    return tuple("flash" if block in sequence.rose else tier for block, tier in found)
+
+
 def outcome(sequence: Sequence, loaded: int, reason: str) -> Lookup:
     """Say what became of each token of a prompt that has just been admitted.
 
@@ -40,8 +46,8 @@ def outcome(sequence: Sequence, loaded: int, reason: str) -> Lookup:
     size = sequence.limits.block_tokens
     usable, found = sequence.usable_blocks, sequence.found
     hits = Counter({"hbm": sequence.registered * size})
-    for block, tier in enumerate(found[:loaded], sequence.registered):
-        hits["flash" if block in sequence.rose else tier] += size
+    for tier in hit_tiers(sequence, loaded):
+        hits[tier] += size
     misses = Counter({"tail": sequence.prompt_tokens - usable * size})
     misses[reason] += (len(found) - loaded) * size
     skipped = sequence.choice.skipped if sequence.choice is not None else 0

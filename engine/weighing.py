@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import groupby
 
-from kvist.cachesvc.worker.cost import Choice, CostModel
+from kvist.cachesvc.worker.cost import STEP_TOKENS_MIN, Choice, CostModel, decision_of
+from kvist.cachesvc.worker.meter import Meter
 from kvist.engine.copying import Loaded, Stored
 from kvist.engine.loading import LoadGate
 from kvist.engine.request import LoadCost, LoadStats
 from kvist.engine.sequence import Sequence
 from kvist.engine.step import Work
+from kvist.engine.tally import hit_tiers
+from kvist.proto.shm import MOVED_TIERS, TIERS
 from kvist.transfer.pace import Pace
 from kvist.transfer.pipeline import layer_cuts
 
@@ -32,6 +36,7 @@ class Weigher:
         beside: requests that are computing; the core says it before each step.
         queued: blocks of loads under way.
         rates: what was measured, by name of proto.shm.RATES, as of the last look.
+        meter: the rest of what was measured, for the sidecar.
     """
 
     def __init__(self, layers: int, block_bytes: int, block_tokens: int) -> None:
@@ -41,6 +46,8 @@ class Weigher:
         self.beside = 0
         self.queued = 0
         self.rates: dict[str, int] = {}
+        self.meter = Meter()
+        self._block_bytes = block_bytes
         self._block_tokens = block_tokens
         self._decisions: Counter[str] = Counter(load=0, part=0, compute=0)
         self._ways: Counter[str] = Counter(layers=0, blocks=0)
@@ -50,6 +57,10 @@ class Weigher:
         self._load_s = 0.0
         self._gate_wait_s = 0.0
         self._gate_waits = 0
+        self._loaded_bytes = dict.fromkeys(MOVED_TIERS, 0)
+        self._moved_s = dict.fromkeys(MOVED_TIERS, 0.0)
+        self._saved_s = dict.fromkeys(TIERS, 0.0)
+        self._store_s = 0.0
 
     def weigh(self, sequence: Sequence, first_block: int, tiers: tuple[str, ...]) -> Choice:
         """What would be chosen now; see choose."""
@@ -71,8 +82,8 @@ class Weigher:
         self.cost.decided(choice)
         sequence.choice, sequence.found = choice, tiers[: choice.blocks]
         sequence.gate = None
-        what = "compute" if not choice.blocks else "part" if choice.skipped else "load"
-        self._decisions[what] += 1
+        self._decisions[decision_of(choice)] += 1
+        self.meter.count(f"decisions.{decision_of(choice)}", 1)
         if not sequence.found:
             return
         self._estimated_load_s += choice.load_s
@@ -91,15 +102,73 @@ class Weigher:
             self._gate_wait_s += gate.waited_s
             self._gate_waits += gate.waits
             self._undone += not gate.sound
+        self._note_load(loaded)
         if loaded.reason or sequence.choice is None or len(sequence.found) != len(loaded.pages):
             return
         self._load_s += loaded.busy_s
         self.cost.loaded(sequence.found, loaded.busy_s)
         choice = sequence.choice
         sequence.cost = LoadCost(choice.load_s, choice.compute_s, loaded.busy_s, choice.skipped)
+        if choice.load_s > 0:  # the estimate is of all of it, the wait for other loads included
+            tier = "flash" if "flash" in sequence.found else "dram"
+            self.meter.observe(f"load_estimate_ratio.{tier}", loaded.seconds / choice.load_s)
+
+    def _note_load(self, loaded: Loaded) -> None:
+        """Time goes to the slower of the tiers that the blocks came from, as in CostModel.loaded,
+        and bytes to each."""
+        sequence = loaded.sequence
+        tiers = hit_tiers(sequence, len(loaded.pages))
+        rose = "flash" in tiers
+        tier, seconds = (
+            ("flash", loaded.busy_s + sequence.rise_s) if rose else ("dram", loaded.busy_s)
+        )
+        self.meter.observe(f"load_seconds.{tier}", seconds)
+        self.meter.took(sequence.tenant, f"load_us.{tier}", seconds)
+        self._moved_s[tier] += seconds
+        for name, blocks in Counter(tiers[: loaded.blocks]).items():
+            moved = blocks * self._block_bytes
+            self.meter.count_for(sequence.tenant, f"load_bytes.{name}", moved)
+            self._loaded_bytes[name] += moved
+        sequence.rise_s = 0.0
+
+    def saved(self, sequence: Sequence, loaded: int) -> None:
+        """A lookup has been counted, of whose found blocks so many came: what its hits save.
+
+        See cachesvc.core.accounts.worth_s; nothing until a prefill was measured here.
+        """
+        if not self.cost.prefill.steps:
+            return
+        _, a, b = self.cost.prefill.coefficients
+        start, size = 0, self._block_tokens
+        tiers = ("hbm",) * sequence.registered + hit_tiers(sequence, loaded)
+        for tier, run in groupby(tiers):
+            end = start + size * sum(1 for _ in run)
+            seconds = a * (end - start) + b * (end**2 - start**2) / 2
+            self.meter.took(sequence.tenant, f"saved_us.{tier}", seconds)
+            self._saved_s[tier] += seconds
+            start = end
+
+    def began(self, sequence: Sequence, seconds: float) -> None:
+        """A sequence has its first token, so long after it arrived; see proto/histograms."""
+        cached = sequence.cached
+        tokens = {"hbm": cached.hbm, "dram": cached.dram, "flash": cached.flash}
+        half = 2 * sum(tokens.values()) >= sequence.prompt_tokens
+        tier = max(tokens, key=lambda each: tokens[each]) if half else "none"
+        self.meter.observe(f"ttft_seconds.{tier}", seconds)
 
     def stored(self, stored: Stored) -> None:
-        """A batch of stores has ended."""
+        """A batch of stores has ended. Of one for several tenants, each has an even part of what
+        it took, and of the blocks if not all were stored.
+        """
+        self.meter.observe("store_seconds", stored.seconds)
+        self._store_s += stored.seconds
+        total, first, told = len(stored.pages), 0, 0
+        for tenant, blocks in stored.tenants.items():
+            first += blocks
+            upto = round(stored.result.stored * first / total)
+            self.meter.count_for(tenant, "stored_blocks", upto - told)
+            self.meter.took(tenant, "store_us", stored.seconds * blocks / total)
+            told = upto
         if stored.result.stored == len(stored.pages):
             self.cost.stored(stored.result.stored, stored.seconds)
 
@@ -111,6 +180,9 @@ class Weigher:
             positions += work.count * (work.start + (work.count - 1) / 2)
             if work.sequence.gate is not None:
                 seconds -= work.sequence.gate.waited_s
+        if tokens >= STEP_TOKENS_MIN and self.cost.prefill.steps and seconds > 0:
+            estimate = float(self.cost.prefill.seconds(tokens, positions))
+            self.meter.observe("prefill_estimate_ratio", seconds / estimate)
         self.cost.prefill.observe(tokens, positions, seconds)
 
     def look(self) -> dict[str, int]:
@@ -132,4 +204,8 @@ class Weigher:
             store_yields=pace.yields,
             throttled_s=pace.throttled_s,
             rates=self.rates,
+            loaded_bytes=dict(self._loaded_bytes),
+            saved_s=dict(self._saved_s),
+            moved_s=dict(self._moved_s),
+            store_s=self._store_s,
         )

@@ -35,6 +35,7 @@ class AttachRequest(_message.Message):
     NAMESPACE_TEXT_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
     BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """PROTOCOL_VERSION of the client"""
     client: _builtins.str
@@ -49,6 +50,8 @@ class AttachRequest(_message.Message):
     """bytes of KV in a block"""
     block_tokens: _builtins.int
     """tokens in a block"""
+    model: _builtins.str
+    """a name for people, in metrics; may be left out"""
     def __init__(
         self,
         *,
@@ -59,10 +62,11 @@ class AttachRequest(_message.Message):
         namespace_text: _builtins.str = ...,
         payload_bytes: _builtins.int = ...,
         block_tokens: _builtins.int = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "client", b"client", "namespace", b"namespace", "namespace_text", b"namespace_text", "payload_bytes", b"payload_bytes", "pid", b"pid", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "client", b"client", "model", b"model", "namespace", b"namespace", "namespace_text", b"namespace_text", "payload_bytes", b"payload_bytes", "pid", b"pid", "protocol_version", b"protocol_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -182,7 +186,15 @@ class ReserveRequest(_message.Message):
 
     SESSION_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     session: _builtins.str
+    request: _builtins.str
+    """ids of the requests that the blocks are of, with commas, for logs;"""
+    traceparent: _builtins.str
+    """at most 256 bytes, longer ones are cut
+    W3C trace context, see proto/trace.py; empty: not traced
+    """
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockName]:
         """first block first"""
@@ -192,10 +204,12 @@ class ReserveRequest(_message.Message):
         *,
         session: _builtins.str = ...,
         blocks: _abc.Iterable[Global___BlockName] | None = ...,
+        request: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "request", b"request", "session", b"session", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -337,7 +351,10 @@ class CommitRequest(_message.Message):
 
     SESSION_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     session: _builtins.str
+    traceparent: _builtins.str
+    """as in ReserveRequest"""
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -345,10 +362,11 @@ class CommitRequest(_message.Message):
         *,
         session: _builtins.str = ...,
         slots: _abc.Iterable[_builtins.int] | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "slots", b"slots", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -902,6 +920,394 @@ class UnpinReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnpinReply: _TypeAlias = UnpinReply  # noqa: Y015
+
+@_typing.final
+class ListRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    MIN_USES_FIELD_NUMBER: _builtins.int
+    page_token: _builtins.int
+    """next_page_token of the page before; 0: the first page"""
+    limit: _builtins.int
+    """runs in a page, at most 128; 0: 128"""
+    namespace: _builtins.str
+    """only those whose digest begins with these hex digits"""
+    tenant: _builtins.str
+    """only those of this tenant; empty: of all"""
+    key: _builtins.str
+    """blocks whose key begins with these hex digits, each by itself"""
+    min_uses: _builtins.int
+    """only those used so often"""
+    def __init__(
+        self,
+        *,
+        page_token: _builtins.int = ...,
+        limit: _builtins.int = ...,
+        namespace: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        key: _builtins.str = ...,
+        min_uses: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "limit", b"limit", "min_uses", b"min_uses", "namespace", b"namespace", "page_token", b"page_token", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRequest: _TypeAlias = ListRequest  # noqa: Y015
+
+@_typing.final
+class ListReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    NAMESPACES_FIELD_NUMBER: _builtins.int
+    SLOT_BYTES_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.int
+    """0: this was the last page"""
+    rows: _builtins.int
+    """page tokens are below this: how far it is"""
+    slot_bytes: _builtins.int
+    """of a copy of a block in DRAM or on flash"""
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Run]: ...
+    @_builtins.property
+    def namespaces(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamespaceInfo]:
+        """that have blocks; with the first page only"""
+
+    def __init__(
+        self,
+        *,
+        runs: _abc.Iterable[Global___Run] | None = ...,
+        next_page_token: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        namespaces: _abc.Iterable[Global___NamespaceInfo] | None = ...,
+        slot_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespaces", b"namespaces", "next_page_token", b"next_page_token", "rows", b"rows", "runs", b"runs", "slot_bytes", b"slot_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListReply: _TypeAlias = ListReply  # noqa: Y015
+
+@_typing.final
+class Run(_message.Message):
+    """Blocks of a prompt without a fork between them. The first stands on a block that others stand
+    on too, or on none; on the last stand none, or several.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    DRAM_BLOCKS_FIELD_NUMBER: _builtins.int
+    FLASH_BLOCKS_FIELD_NUMBER: _builtins.int
+    PINNED_BLOCKS_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    IDLE_S_FIELD_NUMBER: _builtins.int
+    BRANCHES_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    """of its last block: it names the whole prefix"""
+    namespace: _builtins.bytes
+    """digest"""
+    depth: _builtins.int
+    """blocks of the prompt up to its last one"""
+    blocks: _builtins.int
+    """of the run alone, as all that follows"""
+    dram_blocks: _builtins.int
+    """that have a copy there"""
+    flash_blocks: _builtins.int
+    pinned_blocks: _builtins.int
+    uses: _builtins.int
+    """requests that found its last block since it was stored"""
+    idle_s: _builtins.float
+    """since the last of them"""
+    branches: _builtins.int
+    """runs that go on from it; counted up to 1000"""
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        namespace: _builtins.bytes = ...,
+        depth: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+        dram_blocks: _builtins.int = ...,
+        flash_blocks: _builtins.int = ...,
+        pinned_blocks: _builtins.int = ...,
+        uses: _builtins.int = ...,
+        idle_s: _builtins.float = ...,
+        branches: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "branches", b"branches", "depth", b"depth", "dram_blocks", b"dram_blocks", "flash_blocks", b"flash_blocks", "idle_s", b"idle_s", "key", b"key", "namespace", b"namespace", "pinned_blocks", b"pinned_blocks", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Run: _TypeAlias = Run  # noqa: Y015
+
+@_typing.final
+class NamespaceInfo(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    DRAM_BLOCKS_FIELD_NUMBER: _builtins.int
+    FLASH_BLOCKS_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.bytes
+    """digest"""
+    tenant: _builtins.str
+    """as workers told it; empty: the common pool, or not told yet"""
+    block_tokens: _builtins.int
+    """tokens of a block"""
+    blocks: _builtins.int
+    dram_blocks: _builtins.int
+    """that have a copy there"""
+    flash_blocks: _builtins.int
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.bytes = ...,
+        tenant: _builtins.str = ...,
+        block_tokens: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+        dram_blocks: _builtins.int = ...,
+        flash_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "blocks", b"blocks", "dram_blocks", b"dram_blocks", "flash_blocks", b"flash_blocks", "namespace", b"namespace", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NamespaceInfo: _TypeAlias = NamespaceInfo  # noqa: Y015
+
+@_typing.final
+class ShowRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    VERIFY_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    """16 bytes"""
+    tokens: _builtins.bool
+    """show its token ids"""
+    verify: _builtins.bool
+    """read what is on flash, too, and compare checksums"""
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        tokens: _builtins.bool = ...,
+        verify: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "tokens", b"tokens", "verify", b"verify"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShowRequest: _TypeAlias = ShowRequest  # noqa: Y015
+
+@_typing.final
+class ShowReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class PinLivesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    CHAIN_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    IDLE_S_FIELD_NUMBER: _builtins.int
+    CHILDREN_FIELD_NUMBER: _builtins.int
+    PINNED_S_FIELD_NUMBER: _builtins.int
+    PIN_LIVES_FIELD_NUMBER: _builtins.int
+    EXPIRES_S_FIELD_NUMBER: _builtins.int
+    CREATED_S_FIELD_NUMBER: _builtins.int
+    PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    depth: _builtins.int
+    """blocks before it"""
+    uses: _builtins.int
+    """as in Run"""
+    idle_s: _builtins.float
+    children: _builtins.int
+    """blocks that stand on it; counted up to 1000"""
+    pinned_s: _builtins.float
+    """seconds that its pin still holds; 0: not pinned"""
+    expires_s: _builtins.float
+    """seconds until its tenant's TTL is over; none: it has none"""
+    created_s: _builtins.int
+    """unix time of its commit; 0: in no copy that was read"""
+    payload_bytes: _builtins.int
+    """likewise"""
+    @_builtins.property
+    def name(self) -> Global___BlockName:
+        """key and parent"""
+
+    @_builtins.property
+    def namespace(self) -> Global___NamespaceInfo: ...
+    @_builtins.property
+    def chain(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """keys of the prompt's blocks up to this one, first block first"""
+
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Copy]: ...
+    @_builtins.property
+    def pin_lives(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """tier -> how often it is still passed over"""
+
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """token ids"""
+
+    def __init__(
+        self,
+        *,
+        name: Global___BlockName | None = ...,
+        namespace: Global___NamespaceInfo | None = ...,
+        depth: _builtins.int = ...,
+        chain: _abc.Iterable[_builtins.bytes] | None = ...,
+        copies: _abc.Iterable[Global___Copy] | None = ...,
+        uses: _builtins.int = ...,
+        idle_s: _builtins.float = ...,
+        children: _builtins.int = ...,
+        pinned_s: _builtins.float = ...,
+        pin_lives: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        expires_s: _builtins.float | None = ...,
+        created_s: _builtins.int = ...,
+        payload_bytes: _builtins.int = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expires_s", b"_expires_s", "expires_s", b"expires_s", "name", b"name", "namespace", b"namespace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expires_s", b"_expires_s", "chain", b"chain", "children", b"children", "copies", b"copies", "created_s", b"created_s", "depth", b"depth", "expires_s", b"expires_s", "idle_s", b"idle_s", "name", b"name", "namespace", b"namespace", "payload_bytes", b"payload_bytes", "pin_lives", b"pin_lives", "pinned_s", b"pinned_s", "tokens", b"tokens", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expires_s: _TypeAlias = _typing.Literal["expires_s"]  # noqa: Y015
+    _WhichOneofArgType__expires_s: _TypeAlias = _typing.Literal["_expires_s", b"_expires_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expires_s) -> _WhichOneofReturnType__expires_s | None: ...
+
+Global___ShowReply: _TypeAlias = ShowReply  # noqa: Y015
+
+@_typing.final
+class Copy(_message.Message):
+    """A copy of a block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    slot: _builtins.int
+    state: _builtins.str
+    """"ready", "sinking" or "rising"; "failed" etc. as its tier's"""
+    generation: _builtins.int
+    """of the slot, in DRAM"""
+    checksum: _builtins.str
+    """"right", "wrong", "not summed" or "not read" """
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        slot: _builtins.int = ...,
+        state: _builtins.str = ...,
+        generation: _builtins.int | None = ...,
+        checksum: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_generation", b"_generation", "generation", b"generation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generation", b"_generation", "checksum", b"checksum", "generation", b"generation", "slot", b"slot", "state", b"state", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__generation: _TypeAlias = _typing.Literal["generation"]  # noqa: Y015
+    _WhichOneofArgType__generation: _TypeAlias = _typing.Literal["_generation", b"_generation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__generation) -> _WhichOneofReturnType__generation | None: ...
+
+Global___Copy: _TypeAlias = Copy  # noqa: Y015
+
+@_typing.final
+class EvictRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    DESCENDANTS_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    """16 bytes"""
+    descendants: _builtins.bool
+    """what stands on it too; without it such a block is refused"""
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        descendants: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["descendants", b"descendants", "key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictRequest: _TypeAlias = EvictRequest  # noqa: Y015
+
+@_typing.final
+class EvictReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DROPPED_BLOCKS_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    dropped_blocks: _builtins.int
+    more: _builtins.bool
+    """call again: the limit of a call came first"""
+    def __init__(
+        self,
+        *,
+        dropped_blocks: _builtins.int = ...,
+        more: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_blocks", b"dropped_blocks", "more", b"more"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictReply: _TypeAlias = EvictReply  # noqa: Y015
 
 @_typing.final
 class ReadRequest(_message.Message):

@@ -84,6 +84,21 @@ class CacheStub:
                 request_serializer=kvist_dot_proto_dot_cache__pb2.UnpinRequest.SerializeToString,
                 response_deserializer=kvist_dot_proto_dot_cache__pb2.UnpinReply.FromString,
                 _registered_method=True)
+        self.List = channel.unary_unary(
+                '/kvist.v1.Cache/List',
+                request_serializer=kvist_dot_proto_dot_cache__pb2.ListRequest.SerializeToString,
+                response_deserializer=kvist_dot_proto_dot_cache__pb2.ListReply.FromString,
+                _registered_method=True)
+        self.Show = channel.unary_unary(
+                '/kvist.v1.Cache/Show',
+                request_serializer=kvist_dot_proto_dot_cache__pb2.ShowRequest.SerializeToString,
+                response_deserializer=kvist_dot_proto_dot_cache__pb2.ShowReply.FromString,
+                _registered_method=True)
+        self.Evict = channel.unary_unary(
+                '/kvist.v1.Cache/Evict',
+                request_serializer=kvist_dot_proto_dot_cache__pb2.EvictRequest.SerializeToString,
+                response_deserializer=kvist_dot_proto_dot_cache__pb2.EvictReply.FromString,
+                _registered_method=True)
         self.Read = channel.unary_stream(
                 '/kvist.v1.Cache/Read',
                 request_serializer=kvist_dot_proto_dot_cache__pb2.ReadRequest.SerializeToString,
@@ -171,6 +186,30 @@ class CacheServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def List(self, request, context):
+        """What is stored, a page at a time: runs of blocks between the forks of the tree of prompts.
+        A call looks at a bounded number of blocks, so that it holds nobody up; blocks that come, go
+        or fork between two pages may be listed twice or not at all.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Show(self, request, context):
+        """What is known of one block. Nobody is told that it was looked at.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Evict(self, request, context):
+        """Drops a block, from all tiers; with descendants also what stands on it, a bounded number of
+        blocks in a call, leaves first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Read(self, request, context):
         """Blocks as a stream of chunks, for clients that cannot share memory.
         """
@@ -237,6 +276,21 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.Unpin,
                     request_deserializer=kvist_dot_proto_dot_cache__pb2.UnpinRequest.FromString,
                     response_serializer=kvist_dot_proto_dot_cache__pb2.UnpinReply.SerializeToString,
+            ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=kvist_dot_proto_dot_cache__pb2.ListRequest.FromString,
+                    response_serializer=kvist_dot_proto_dot_cache__pb2.ListReply.SerializeToString,
+            ),
+            'Show': grpc.unary_unary_rpc_method_handler(
+                    servicer.Show,
+                    request_deserializer=kvist_dot_proto_dot_cache__pb2.ShowRequest.FromString,
+                    response_serializer=kvist_dot_proto_dot_cache__pb2.ShowReply.SerializeToString,
+            ),
+            'Evict': grpc.unary_unary_rpc_method_handler(
+                    servicer.Evict,
+                    request_deserializer=kvist_dot_proto_dot_cache__pb2.EvictRequest.FromString,
+                    response_serializer=kvist_dot_proto_dot_cache__pb2.EvictReply.SerializeToString,
             ),
             'Read': grpc.unary_stream_rpc_method_handler(
                     servicer.Read,
@@ -519,6 +573,87 @@ class Cache:
             '/kvist.v1.Cache/Unpin',
             kvist_dot_proto_dot_cache__pb2.UnpinRequest.SerializeToString,
             kvist_dot_proto_dot_cache__pb2.UnpinReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvist.v1.Cache/List',
+            kvist_dot_proto_dot_cache__pb2.ListRequest.SerializeToString,
+            kvist_dot_proto_dot_cache__pb2.ListReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Show(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvist.v1.Cache/Show',
+            kvist_dot_proto_dot_cache__pb2.ShowRequest.SerializeToString,
+            kvist_dot_proto_dot_cache__pb2.ShowReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvist.v1.Cache/Evict',
+            kvist_dot_proto_dot_cache__pb2.EvictRequest.SerializeToString,
+            kvist_dot_proto_dot_cache__pb2.EvictReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,6 +60,17 @@ class CacheStub:
     """
     Unpin: _grpc.UnaryUnaryMultiCallable[_cache_pb2.UnpinRequest, _cache_pb2.UnpinReply]
     """Ends the pins of a prompt's blocks."""
+    List: _grpc.UnaryUnaryMultiCallable[_cache_pb2.ListRequest, _cache_pb2.ListReply]
+    """What is stored, a page at a time: runs of blocks between the forks of the tree of prompts.
+    A call looks at a bounded number of blocks, so that it holds nobody up; blocks that come, go
+    or fork between two pages may be listed twice or not at all.
+    """
+    Show: _grpc.UnaryUnaryMultiCallable[_cache_pb2.ShowRequest, _cache_pb2.ShowReply]
+    """What is known of one block. Nobody is told that it was looked at."""
+    Evict: _grpc.UnaryUnaryMultiCallable[_cache_pb2.EvictRequest, _cache_pb2.EvictReply]
+    """Drops a block, from all tiers; with descendants also what stands on it, a bounded number of
+    blocks in a call, leaves first.
+    """
     Read: _grpc.UnaryStreamMultiCallable[_cache_pb2.ReadRequest, _cache_pb2.Chunk]
     """Blocks as a stream of chunks, for clients that cannot share memory."""
     Write: _grpc.StreamUnaryMultiCallable[_cache_pb2.Chunk, _cache_pb2.WriteReply]
@@ -92,6 +103,17 @@ class CacheAsyncStub(CacheStub):
     """
     Unpin: _aio.UnaryUnaryMultiCallable[_cache_pb2.UnpinRequest, _cache_pb2.UnpinReply]  # type: ignore[assignment]
     """Ends the pins of a prompt's blocks."""
+    List: _aio.UnaryUnaryMultiCallable[_cache_pb2.ListRequest, _cache_pb2.ListReply]  # type: ignore[assignment]
+    """What is stored, a page at a time: runs of blocks between the forks of the tree of prompts.
+    A call looks at a bounded number of blocks, so that it holds nobody up; blocks that come, go
+    or fork between two pages may be listed twice or not at all.
+    """
+    Show: _aio.UnaryUnaryMultiCallable[_cache_pb2.ShowRequest, _cache_pb2.ShowReply]  # type: ignore[assignment]
+    """What is known of one block. Nobody is told that it was looked at."""
+    Evict: _aio.UnaryUnaryMultiCallable[_cache_pb2.EvictRequest, _cache_pb2.EvictReply]  # type: ignore[assignment]
+    """Drops a block, from all tiers; with descendants also what stands on it, a bounded number of
+    blocks in a call, leaves first.
+    """
     Read: _aio.UnaryStreamMultiCallable[_cache_pb2.ReadRequest, _cache_pb2.Chunk]  # type: ignore[assignment]
     """Blocks as a stream of chunks, for clients that cannot share memory."""
     Write: _aio.StreamUnaryMultiCallable[_cache_pb2.Chunk, _cache_pb2.WriteReply]  # type: ignore[assignment]
@@ -181,6 +203,35 @@ class CacheServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cache_pb2.UnpinReply, _abc.Awaitable[_cache_pb2.UnpinReply]]:
         """Ends the pins of a prompt's blocks."""
+
+    @_abc_1.abstractmethod
+    def List(
+        self,
+        request: _cache_pb2.ListRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cache_pb2.ListReply, _abc.Awaitable[_cache_pb2.ListReply]]:
+        """What is stored, a page at a time: runs of blocks between the forks of the tree of prompts.
+        A call looks at a bounded number of blocks, so that it holds nobody up; blocks that come, go
+        or fork between two pages may be listed twice or not at all.
+        """
+
+    @_abc_1.abstractmethod
+    def Show(
+        self,
+        request: _cache_pb2.ShowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cache_pb2.ShowReply, _abc.Awaitable[_cache_pb2.ShowReply]]:
+        """What is known of one block. Nobody is told that it was looked at."""
+
+    @_abc_1.abstractmethod
+    def Evict(
+        self,
+        request: _cache_pb2.EvictRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cache_pb2.EvictReply, _abc.Awaitable[_cache_pb2.EvictReply]]:
+        """Drops a block, from all tiers; with descendants also what stands on it, a bounded number of
+        blocks in a call, leaves first.
+        """
 
     @_abc_1.abstractmethod
     def Read(

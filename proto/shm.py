@@ -45,7 +45,7 @@ number of its session (8, AttachReply.number; 0 is a free entry), zeros (8). The
 first 8 bytes modulo CLAIM_BUCKETS. The number is written last when an entry is filled and first
 when it is freed.
 
-Ring file: a header of 4096 bytes, then entries of 64 bytes.
+Ring file: a header of 4096 bytes, then 64 tenant rows of 512 bytes, then entries of 64 bytes.
 
     offset  bytes  header field
          0      8  magic          "KVISTRNG"
@@ -53,9 +53,17 @@ Ring file: a header of 4096 bytes, then entries of 64 bytes.
         12      4  entries        a power of two
         64      8  head           entries ever written, by the worker
        128      8  tail           entries ever taken, by the sidecar
-       512   8*64 counters        running totals, by the worker; the order is COUNTERS
+       512  8*192 counters        running totals, by the worker; the order is COUNTERS
       2048   8*16 rates           what it measured last, by the worker; the order is RATES; 0 is
                                   not measured
+
+    offset  bytes  tenant row field
+         0      8  name_bytes     bytes of the name + 1, written after it; 0 is a free row
+         8    128  name           of the tenant, UTF-8, see proto/keys.py; none is the common pool
+       136   8*47 counters        running totals of its requests; the order is TENANT_COUNTERS
+
+Row 0 is of all tenants that have no row of their own, and has no name. A row never gets another
+name, so that its totals only grow.
 
     offset  bytes  entry field
          0      4  kind           TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE or EXPECT
@@ -71,7 +79,9 @@ from __future__ import annotations
 
 import struct
 
-SHM_VERSION = 5
+from kvist.proto.histograms import WORKER_HISTOGRAMS, words_of
+
+SHM_VERSION = 6
 HEADER_BYTES = 4096
 
 INDEX_MAGIC = b"KVISTIDX"
@@ -104,6 +114,13 @@ HEAD_OFFSET = 64
 TAIL_OFFSET = 128
 COUNTERS_OFFSET = 512
 RATES_OFFSET = 2048
+TENANTS_OFFSET = HEADER_BYTES
+TENANT_ROWS = 64
+TENANT_ROW_BYTES = 512
+TENANT_NAME_OFFSET = 8
+TENANT_NAME_BYTES = 128
+TENANT_COUNTERS_OFFSET = 136
+ENTRIES_OFFSET = TENANTS_OFFSET + TENANT_ROWS * TENANT_ROW_BYTES
 ENTRY_BYTES = 64
 ENTRY = struct.Struct("<II16sQIbB")
 TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE, EXPECT = range(1, 7)
@@ -141,19 +158,37 @@ MISS_REASONS = (
 STORABLE = frozenset(("never_stored", "namespace", *DEPARTURES[1:]))
 """Reasons which say that the block is in no tier, so that to store it now is worth while."""
 
-COUNTERS = (
+MOVED_TIERS = TIERS[1:]
+"""Tiers whose blocks are copied before they are used; those of HBM lie where they are used."""
+
+TENANT_COUNTERS = (
     "lookups",
-    "requested_tokens",
     *(f"hit_tokens.{tier}" for tier in TIERS),
     *(f"miss_tokens.{reason}" for reason in MISS_REASONS),
+    *(f"saved_us.{tier}" for tier in TIERS),  # it would have taken to compute the hits
+    *(f"load_us.{tier}" for tier in MOVED_TIERS),  # it took to bring them in
+    *(f"load_bytes.{tier}" for tier in MOVED_TIERS),
+    "store_us",  # it took to copy blocks out
+    "stored_blocks",
+)
+"""A worker's running totals of one tenant, in the order of the words of its row. Every lookup is in
+one row, so the sum over the rows is the whole; tokens asked for are the sum of hits and misses."""
+
+COUNTERS = (
     "loaded_bytes",
     "stored_bytes",
     "ring_drops",
     "flights_got",
     "flights_lost",
     "flight_tokens",
+    "decisions.load",  # all that was found
+    "decisions.part",
+    "decisions.compute",  # although it was there
+    "failed_reads.corrupt",
+    "failed_reads.torn",
+    *(word for name in WORKER_HISTOGRAMS for word in words_of(name)),
 )
-"""A worker's running totals, in the order of their words in the ring file."""
+"""A worker's other running totals, in the order of their words in the ring file."""
 
 RATES = (
     "load_bytes_per_s.dram",

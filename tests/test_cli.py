@@ -108,6 +108,27 @@ def test_the_api_process_never_imports_torch() -> None:
     assert subprocess.run([sys.executable, "-P", "-c", code], timeout=60).returncode == 0
 
 
+def test_the_tools_of_operators_need_none_of_the_engines_packages() -> None:
+    code = """
+import sys
+for name in ("torch", "httpx", "starlette", "uvicorn", "tokenizers", "safetensors", "gguf",
+             "jinja2", "numba"):
+    sys.modules[name] = None
+from kvist.engine.cli import main
+for words in (["cache", "ls"], ["cache", "warm", "/nowhere"], ["cache", "show", "00"],
+              ["top", "--once", "--url", "http://127.0.0.1:9"]):
+    assert main([*words, "--socket", "/nowhere.sock"]) == 2, words
+assert main(["cache", "doctor", "--socket", "/nowhere.sock", "--http-listen", ""]) in (0, 1)
+import kvist.cachesvc.study.replay_table, kvist.cachesvc.tools.top.live
+assert main(["chat"]) == 2
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'kvist[engine]'" in done.stderr
+
+
 def test_version_and_help_are_there() -> None:
     assert kvist("--version").stdout.startswith("kvist ")
     assert "serve" in kvist("--help").stdout

@@ -24,7 +24,7 @@ from kvist.engine.openai import CompletionRequest, parse
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.hints import NO_HINT, PAUSE_MAX_S, Hint
 from kvist.proto.keys import BlockKey
-from kvist.proto.shm import ENTRY, EXPECT, HEADER_BYTES, TOUCH
+from kvist.proto.shm import ENTRIES_OFFSET, ENTRY, EXPECT, TOUCH
 
 END = Hint(session_end=True)
 
@@ -59,7 +59,7 @@ def test_ring_carries_hints_and_drops_those_that_cannot_be(tmp_path: Path) -> No
         writer.push(TOUCH, 1, key, hint)
     writer.push(TOUCH, 1, key)
     with path.open("r+b") as file:
-        file.seek(HEADER_BYTES + 4 * 64)
+        file.seek(ENTRIES_OFFSET + 4 * 64)
         file.write(ENTRY.pack(TOUCH, 1, key, 7, 0, 100, 9))
     assert [entry.hint for entry in reader.drain(9)] == [*hints, NO_HINT]
     writer.close()

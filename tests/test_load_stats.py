@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 from prometheus_client import CollectorRegistry
+from sim.scrape import sample
 
 from kvist.engine.replies import usage
 from kvist.engine.request import CachedTokens, CoreStats, LoadCost, LoadStats, Outputs
@@ -12,8 +13,7 @@ from kvist.proto.shm import NEVER
 
 
 def test_decisions_waits_caps_and_rates_are_shown() -> None:
-    registry = CollectorRegistry()
-    metrics = EngineMetrics(registry, "m", lambda: 0.0)
+    metrics = EngineMetrics(CollectorRegistry(), "m", lambda: 0.0)
     loads = LoadStats(
         decisions={"load": 3, "part": 1, "compute": 2},
         ways={"layers": 3, "blocks": 1},
@@ -26,14 +26,14 @@ def test_decisions_waits_caps_and_rates_are_shown() -> None:
     metrics.observe_outputs(Outputs([], CoreStats(loads=loads)))
 
     def shown(name: str, **labels: str) -> float | None:
-        return registry.get_sample_value(f"kvist_engine_{name}", labels)
+        return sample(metrics, f"kvist_engine_{name}", labels)
 
     assert shown("load_decisions_total", decision="part") == 1
     assert shown("loads_total", way="layers") == 3
     assert shown("loads_undone_total") == 1
     assert shown("load_wait_seconds_total") == 0.25
     assert shown("throttled_seconds_total", direction="load") == 1.5
-    assert shown("load_bytes_per_s", tier="dram") == 5
+    assert shown("load_bytes_per_second", tier="dram") == 5
     assert shown("break_even_tokens", tier="flash") == float("inf")
     assert shown("break_even_tokens", tier="dram") is None
 

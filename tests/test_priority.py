@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry
 from sim.machine import SIZE, Machine, alone, prompt
+from sim.scrape import sample
 
 from kvist.engine.openai import CompletionRequest, parse
 from kvist.engine.priority import BATCH, INTERACTIVE, PRIORITIES, REALTIME, priority_of
@@ -162,8 +163,7 @@ def test_a_running_prompt_grows_older_too() -> None:
 
 
 def test_metrics_split_those_that_wait_by_reason_and_class_and_preemptions_by_kind() -> None:
-    registry = CollectorRegistry()
-    metrics = EngineMetrics(registry, "m", lambda: 0.0)
+    metrics = EngineMetrics(CollectorRegistry(), "m", lambda: 0.0)
     stats = CoreStats(
         waiting=5,
         waiting_deferred=2,
@@ -176,7 +176,7 @@ def test_metrics_split_those_that_wait_by_reason_and_class_and_preemptions_by_ki
     vllm = {"engine": "0", "model_name": "m"}
 
     def value(name: str, **labels: str) -> float | None:
-        return registry.get_sample_value(name, labels)
+        return sample(metrics, name, labels)
 
     waiting = [
         value("vllm:num_requests_waiting_by_reason", **vllm, reason=one)

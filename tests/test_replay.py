@@ -166,4 +166,4 @@ def test_command_says_what_is_wrong(tmp_path: Path, capsys: Capture) -> None:
     path = write_trace(tmp_path / "chats.jsonl", chat_lines(5, seed=2))
     for arguments in (["no such file"], [str(path), "--capacity", "much"]):
         assert main(["cache", "replay", *arguments]) == 2
-        assert "kvist cache: error: " in capsys.readouterr().err
+        assert "kvist cache replay: error: " in capsys.readouterr().err

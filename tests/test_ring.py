@@ -91,7 +91,7 @@ def test_lock_goes_with_a_killed_process_and_its_counters_stay(
         "import sys, pathlib, time\n"
         "from kvist.cachesvc.worker.ring import RingWriter\n"
         "ring = RingWriter(pathlib.Path(sys.argv[1]))\n"
-        "ring.add('lookups', 3)\n"
+        "ring.add('stored_bytes', 3)\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -104,7 +104,7 @@ def test_lock_goes_with_a_killed_process_and_its_counters_stay(
         assert not reader.worker_is_gone()
         child.kill()
     assert reader.worker_is_gone()
-    assert reader.counters()["lookups"] == 3
+    assert reader.counters()["stored_bytes"] == 3
 
 
 def test_file_that_is_no_ring_is_refused(path: Path) -> None:

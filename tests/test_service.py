@@ -91,6 +91,7 @@ def test_every_error_of_the_tree_has_a_status() -> None:
         ("client", ""),
         ("namespace", b"short"),
         ("namespace_text", "x" * 4097),
+        ("model", "x" * 257),
         ("pid", 0),
         ("payload_bytes", 0),
         ("payload_bytes", 1 << 40),
@@ -110,7 +111,8 @@ def test_attach_refuses_a_field_out_of_its_limits(
 def test_attach_of_another_protocol_version_is_refused_with_both_versions(
     stub: CacheStub,
 ) -> None:
-    with pytest.raises(grpc.RpcError, match="the client speaks 99, this sidecar 2") as caught:
+    said = f"the client speaks 99, this sidecar {PROTOCOL_VERSION}"
+    with pytest.raises(grpc.RpcError, match=said) as caught:
         next(stub.Attach(attach_request(protocol_version=99), timeout=5.0))
     assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
 

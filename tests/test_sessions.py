@@ -26,7 +26,7 @@ from kvist.cachesvc.worker.ring import RingWriter
 from kvist.transfer.shm import ArenaMap
 ring = RingWriter(pathlib.Path(sys.argv[1]))
 arena = ArenaMap(pathlib.Path(sys.argv[2]), {SLOT_BYTES}, 16)
-ring.add("lookups", 5)
+ring.add_for("", 0, {{"lookups": 5}})
 print("ready", flush=True)
 sys.stdin.readline()
 time.sleep(60)
@@ -226,9 +226,7 @@ def test_session_names_differ_from_life_to_life(bench: Bench, store: Store) -> N
 def test_every_counter_of_every_session_is_in_the_totals(bench: Bench, worker: Worker) -> None:
     other = bench.worker()
     for ring in (worker.ring, other.ring):
-        ring.add("requested_tokens", 100)
-        ring.add("hit_tokens.dram", 60)
-        ring.add("miss_tokens.never_stored", 40)
+        ring.add_for("", 100, {"hit_tokens.dram": 60, "miss_tokens.never_stored": 40})
     stats = bench.store.stats()
     assert stats.requested_tokens == 200
     assert stats.hit_tokens["dram"] == 120

@@ -31,7 +31,7 @@ def sources(*folders: str) -> list[Path]:
 
 
 PRODUCT = sources(*ROOMS)
-EVERYTHING = PRODUCT + sources("tests", "benchmarks")
+EVERYTHING = PRODUCT + sources("tests", "benchmarks", "docs", "deploy")
 
 
 def ident(path: Path) -> str:
@@ -73,8 +73,8 @@ def test_types_are_strict_and_hold(namespace: Path) -> None:
     run(sys.executable, "-m", "mypy", "-p", "kvist", MYPYPATH=str(namespace))
 
 
-def test_benchmarks_are_typed(namespace: Path) -> None:
-    files = [ident(path) for path in sources("benchmarks")]
+def test_scripts_are_typed(namespace: Path) -> None:
+    files = [ident(path) for path in sources("benchmarks", "docs", "deploy")]
     run(sys.executable, "-m", "mypy", *files, MYPYPATH=str(namespace))
 
 
@@ -105,7 +105,7 @@ def test_file_says_what_lives_there_and_fits_in_one_sitting(path: Path) -> None:
     assert text.count("\n") <= FILE_LINES_MAX
 
 
-@pytest.mark.parametrize("path", PRODUCT + sources("benchmarks"), ids=ident)
+@pytest.mark.parametrize("path", PRODUCT + sources("benchmarks", "docs", "deploy"), ids=ident)
 def test_functions_fit_on_a_screen(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -121,7 +121,8 @@ def test_no_committed_file_names_a_path_of_a_machine() -> None:
     bad = [
         name
         for name in listed.stdout.split()
-        if (ROOT / name).suffix in {".py", ".md", ".toml", ".json", ".html", ".sh", ""}
+        if (ROOT / name).suffix
+        in {".py", ".md", ".toml", ".json", ".yaml", ".yml", ".html", ".sh", ""}
         and (ROOT / name).is_file()
         and pattern.search((ROOT / name).read_text(errors="ignore"))
     ]

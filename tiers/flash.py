@@ -315,6 +315,11 @@ class FlashTier(Quarantine):
         self._check_untouched(slot, generation)
         return header
 
+    def header(self, slot: int) -> BlockHeader | None:
+        """What a slot says that it holds, if that is sound; for any thread. Raises: TierOffline."""
+        with self._io.buffer() as buffer, self._device:
+            return self._io.header(slot, buffer)
+
     def _check_untouched(self, slot: int, generation: int) -> None:
         if self._generations[slot] != generation:
             raise BlockTorn("the slot was given to another block while it was read")
@@ -322,8 +327,7 @@ class FlashTier(Quarantine):
     def index_put(self, entries: Sequence[FlashEntry]) -> None:
         """Make written blocks findable after a restart; after the data, for any thread.
 
-        Raises:
-            TierOffline: the device failed or the directory vanished.
+        Raises: TierOffline: the device failed or the directory vanished.
         """
         with self._device:
             self._lock.check()
@@ -332,8 +336,7 @@ class FlashTier(Quarantine):
     def index_delete(self, keys: Sequence[BlockKey]) -> None:
         """Take blocks out of the index; before their slots get other data, for any thread.
 
-        Raises:
-            TierOffline: the device failed or the directory vanished.
+        Raises: TierOffline: the device failed or the directory vanished.
         """
         with self._device:
             self._lock.check()
@@ -353,14 +356,10 @@ class FlashTier(Quarantine):
         """Find the blocks again from the records' headers and rebuild the index; for one thread.
 
         An entry is in the index when it is yielded; a payload is not looked at. At the end the
-        state is "ready". A scan that is stopped is begun anew by the next one, here or in the
+        state is "ready". A scan that stop ended is begun anew by the next one, here or in the
         next life.
 
-        Args:
-            stop: ends the scan early.
-
-        Raises:
-            TierOffline: the device failed.
+        Raises: TierOffline: the device failed.
         """
         seen: set[BlockKey] = set()
         batch: list[FlashEntry] = []
@@ -384,8 +383,7 @@ class FlashTier(Quarantine):
     def clear(self) -> None:
         """Drop every block, from the disk too; end a need to rebuild. No call may be under way.
 
-        Raises:
-            TierOffline: the device failed.
+        Raises: TierOffline: the device failed.
         """
         with self._device:
             self._index.reset()

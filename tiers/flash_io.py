@@ -118,6 +118,17 @@ class RecordIo:
         return header
 
     def entry(self, slot: int, memory: memoryview) -> FlashEntry | None:
+        """What the header in a slot says for the index; otherwise as header."""
+        header = self.header(slot, memory)
+        if header is None:
+            return None
+        entry = FlashEntry(
+            slot, header.key, header.parent, header.namespace, header.depth,
+            header.payload_bytes, header.shape.block_tokens,
+        )  # fmt: skip
+        return entry if self.segments.fits(slot, entry.record_bytes) else None
+
+    def header(self, slot: int, memory: memoryview) -> BlockHeader | None:
         """What the header in a slot says, payload unread; None when none is there or it is damaged.
 
         Args:
@@ -133,14 +144,9 @@ class RecordIo:
         if memory[_MAGIC] == MAGIC and is_long:
             self.segments.read(slot, [memory[:header_bytes]])
         try:
-            header = unpack_header(memory)
+            return unpack_header(memory)
         except (BlockCorrupt, FormatRefused):
             return None
-        entry = FlashEntry(
-            slot, header.key, header.parent, header.namespace, header.depth,
-            header.payload_bytes, header.shape.block_tokens,
-        )  # fmt: skip
-        return entry if self.segments.fits(slot, entry.record_bytes) else None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from kvist.cachesvc.api.call_lines import tell_committed, tell_prefetched, tell_reserved
 from kvist.cachesvc.core.sessions import First
 from kvist.cachesvc.core.store import Store
 from kvist.cachesvc.placing.pins import STRENGTH_DEFAULT, STRENGTH_MAX, TTL_DEFAULT_S, TTL_MAX_S
@@ -57,6 +58,7 @@ class Answers:
         _check_length(
             "namespace_text", request.namespace_text.encode(), 0, NAMESPACE_TEXT_BYTES_MAX
         )
+        _check_length("model", request.model.encode(), 0, NAME_BYTES_MAX)
         _check_range("pid", request.pid, 1, 1 << 31)
         _check_range("payload_bytes", request.payload_bytes, 1, PAYLOAD_BYTES_MAX)
         _check_range("block_tokens", request.block_tokens, 1, BLOCK_TOKENS_MAX)
@@ -66,6 +68,7 @@ class Answers:
             request.namespace,
             request.namespace_text,
             RecordShape(request.payload_bytes, request.block_tokens),
+            request.model,
         )
         return cache_pb2.AttachReply(
             session=info.session,
@@ -99,7 +102,9 @@ class Answers:
             if block.HasField("first"):
                 firsts[BlockKey(block.key)] = _checked_first(block.first)
         reply = cache_pb2.ReserveReply()
-        for answer in self._store.reserve(request.session, names, firsts):
+        answers = self._store.reserve(request.session, names, firsts)
+        tell_reserved(self._store, request, answers)
+        for answer in answers:
             reply.reservations.add(
                 outcome=_OUTCOMES[answer.outcome], slot=answer.slot or 0, reason=answer.reason
             )
@@ -110,6 +115,7 @@ class Answers:
         _check_length("session", request.session.encode(), 1, SESSION_BYTES_MAX)
         _check_count("slots", len(request.slots), SLOTS_MAX)
         committed = self._store.commit(request.session, list(request.slots))
+        tell_committed(self._store, request, committed)
         return cache_pb2.CommitReply(committed=committed)
 
     def abort(self, request: cache_pb2.AbortRequest) -> cache_pb2.AbortReply:
@@ -123,6 +129,7 @@ class Answers:
         """Have blocks rise from flash."""
         keys = checked_keys(request.keys)
         rising = self._store.prefetch(keys, checked_hint(request.hint))
+        tell_prefetched(self._store, keys, rising)
         return cache_pb2.PrefetchReply(rising=rising)
 
     def clear(self, request: cache_pb2.ClearRequest) -> cache_pb2.ClearReply:

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from google.protobuf.message import DecodeError, Message
 
 from kvist.cachesvc.api.answers import Answers, RequestInvalid
 from kvist.cachesvc.api.calls import CLEAR, COMMIT, PACKET_BYTES_MAX, RESERVE, pack_error
+from kvist.cachesvc.api.traced import traced
 from kvist.cachesvc.core.beat import Beat
+from kvist.cachesvc.tracer import Tracer
 from kvist.proto import cache_pb2
 from kvist.proto.errors import ConfigInvalid, Detached, KvistError, TierFull
 
@@ -35,6 +38,7 @@ class Desk:
 
     Attributes:
         calls: calls answered, by method.
+        tracer: where calls that are part of a trace are told; None: nowhere.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Desk:
         on_failure: Callable[[Exception], None],
     ) -> None:
         self.calls: Counter[str] = Counter()
+        self.tracer: Tracer | None = None
         self._loop = loop
         self._answers = answers
         self._beat = beat
@@ -112,6 +117,8 @@ class Desk:
         method, body = packet[0], packet[1:]
         self.calls[_NAMES.get(method, "unknown")] += 1
         try:
+            if self.tracer is not None:
+                return b"\0" + self._traced(self.tracer, method, body).SerializeToString()
             return b"\0" + self._call(method, body).SerializeToString()
         except RequestInvalid as error:
             return pack_error(ConfigInvalid(str(error)))
@@ -122,6 +129,20 @@ class Desk:
         except Exception as error:
             self._on_failure(error)
             return pack_error(Detached("the sidecar failed"))
+
+    def _traced(self, tracer: Tracer, method: int, body: bytes) -> Message:
+        """Raises: KvistError."""
+        header, blocks = "", 0
+        with suppress(DecodeError):  # answering it will say so
+            if method == RESERVE:
+                reserve = cache_pb2.ReserveRequest.FromString(body)
+                header, blocks = reserve.traceparent, len(reserve.blocks)
+            elif method == COMMIT:
+                commit = cache_pb2.CommitRequest.FromString(body)
+                header, blocks = commit.traceparent, len(commit.slots)
+        with traced(tracer, f"kvistd.{_NAMES.get(method)}", header) as attributes:
+            attributes["kvist.blocks"] = blocks
+            return self._call(method, body)
 
     def _call(self, method: int, body: bytes) -> Message:
         """Raises: KvistError."""

@@ -17,9 +17,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvist.cachesvc.api.answers import Answers, RequestInvalid, checked_hint, checked_keys
+from kvist.cachesvc.api.browsing import Browsing
+from kvist.cachesvc.api.traced import TracedCalls
 from kvist.cachesvc.api.wire import LenientDecoding, decoded
 from kvist.cachesvc.core.beat import Beat
 from kvist.cachesvc.core.store import Store
+from kvist.cachesvc.tracer import Tracer
 from kvist.proto import cache_pb2, cache_pb2_grpc
 from kvist.proto.errors import (
     BlockCorrupt,
@@ -88,6 +91,7 @@ class CacheService(cache_pb2_grpc.CacheServicer):
         self._store = store
         self._on_failure = on_failure
         self._answers = Answers(store)
+        self._browsing = Browsing(store)
         self._beat = beat
         self._ending = asyncio.Event()
 
@@ -188,6 +192,24 @@ class CacheService(cache_pb2_grpc.CacheServicer):
         """End that."""
         return await self._reply(self._answers.unpin, request, context)
 
+    async def List(self, request: cache_pb2.ListRequest, context: Context) -> cache_pb2.ListReply:
+        """A page of what is stored."""
+        return await self._reply(self._browsing.page, request, context)
+
+    async def Show(self, request: cache_pb2.ShowRequest, context: Context) -> cache_pb2.ShowReply:
+        """What is known of one block."""
+        try:
+            with self._watched():
+                return await self._browsing.show(decoded(request))
+        except KvistError as error:
+            await _refuse(context, error)
+
+    async def Evict(
+        self, request: cache_pb2.EvictRequest, context: Context
+    ) -> cache_pb2.EvictReply:
+        """Drop a block, and what stands on it."""
+        return await self._reply(self._browsing.evict, request, context)
+
     async def Read(
         self, request: cache_pb2.ReadRequest, context: Context
     ) -> AsyncIterator[cache_pb2.Chunk]:
@@ -252,17 +274,21 @@ class Server:
         service: the handlers.
         socket: path of the Unix socket; its folder is there.
         listen: TCP host:port, "" for none; port 0 takes a free one.
+        tracer: where calls that are part of a trace are told.
 
     Attributes:
         listen: the TCP address with the port that was taken.
         calls: gRPC calls begun, by method.
     """
 
-    def __init__(self, service: CacheService, socket: Path, listen: str) -> None:
+    def __init__(
+        self, service: CacheService, socket: Path, listen: str, tracer: Tracer | None = None
+    ) -> None:
         counter = CallCounter()
         self.calls: Mapping[str, int] = counter.calls
+        tracing = () if tracer is None else (TracedCalls(SERVICE_NAME, tracer),)
         self._server = grpc.aio.server(
-            interceptors=(counter, LenientDecoding()),
+            interceptors=(counter, *tracing, LenientDecoding()),
             options=_SERVER_OPTIONS,
             maximum_concurrent_rpcs=CONCURRENT_CALLS_MAX,
         )

@@ -16,7 +16,7 @@ There is none for DRAM: a long conversation may be continued although its beginn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -49,6 +49,9 @@ class Blocks:
         spaces: number of a namespace that has blocks -> its digest.
         spaces_version: grows whenever spaces changes.
         copies: tier -> number of a namespace -> its copies there; on flash those under way count.
+        block_tokens: number of a namespace -> tokens of a block, once note_tokens was told.
+        on_copy: told of (row, tier, whether the block is there now), after it came or before it
+            goes; None tells nobody.
     """
 
     def __init__(self, index: IndexWriter) -> None:
@@ -66,6 +69,8 @@ class Blocks:
         self.spaces: dict[int, bytes] = {}
         self.spaces_version = 0
         self.copies: dict[str, dict[int, int]] = {"dram": {}, "flash": {}}
+        self.block_tokens: dict[int, int] = {}
+        self.on_copy: Callable[[int, str, bool], None] | None = None
         self._space_ids: dict[bytes, int] = {}
         self._space_blocks: dict[int, int] = {}
         self._spaces_seen = 0
@@ -104,15 +109,55 @@ class Blocks:
             if elder != NO_ROW:
                 self._previous_sibling[elder] = row
             self.first_child[parent] = row
+        if location.dram is not None:
+            self._tell(row, "dram", True)
+        if location.flash is not None:
+            self._tell(row, "flash", True)
         return row
 
     def name(self, row: int) -> int:
         """See name_of."""
         return name_of(self.index.key(row))
 
+    def note_tokens(self, row: int, block_tokens: int) -> None:
+        """How many tokens a block has, and so each of its namespace; for people only."""
+        self.block_tokens.setdefault(self._space[row], block_tokens)
+
+    def space(self, row: int) -> int:
+        """Number of a stored block's namespace in spaces."""
+        return self._space[row]
+
+    def spaces_of(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """The same of many."""
+        return np.asarray(self._space)[rows]
+
+    def space_blocks(self, space: int) -> int:
+        """Blocks of a namespace that has some."""
+        return self._space_blocks[space]
+
+    def tails(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Rows from start up to stop of stored blocks on which stand none, or several."""
+        child = np.asarray(self.first_child)[start:stop]
+        has_two = np.asarray(self.next_sibling)[child] != NO_ROW
+        stored = np.asarray(self._space)[start:stop] != _NO_SPACE
+        return np.flatnonzero(stored & ((child == NO_ROW) | has_two)) + start
+
+    def run(self, tail: int) -> list[int]:
+        """The blocks up to a tail that no other prompt parts from; the tail first."""
+        parent, child, sibling = self.parent, self.first_child, self.next_sibling
+        rows, row = [tail], parent[tail]
+        while row != NO_ROW and sibling[child[row]] == NO_ROW:
+            rows.append(row)
+            row = parent[row]
+        return rows
+
     def namespace(self, row: int) -> bytes:
         """Digest of a block's namespace."""
         return self.spaces[self._space[row]]
+
+    def held(self, namespace: bytes, tier: str) -> int:
+        """Copies of a namespace's blocks in a tier."""
+        return self.copies[tier].get(self._space_ids.get(namespace, _NO_SPACE), 0)
 
     def namespaces(self) -> list[bytes]:
         """Digests of the namespaces that have blocks."""
@@ -157,11 +202,13 @@ class Blocks:
         assert self.index.dram(row) is None
         self.index.set_location(row, slot, self.index.flash(row))
         self._count(self.dram_children, row, 1)
+        self._tell(row, "dram", True)
 
     def lose_dram(self, row: int) -> int:
         """A block's copy in DRAM goes; returns its slot. As the last copy: no children, no sink."""
         slot, flash = self.index.dram(row), self.index.flash(row)
         assert slot is not None
+        self._tell(row, "dram", False)
         self._count(self.dram_children, row, -1)
         if flash is None:
             self._forget(row)
@@ -193,18 +240,24 @@ class Blocks:
         assert self._sinking[row]
         self._sinking[row] = 0
         self.index.set_location(row, self.index.dram(row), slot)
+        self._tell(row, "flash", True)
 
     def lose_flash(self, row: int) -> int:
         """A block's copy on flash goes; returns its slot. No child there; the last copy: none."""
         dram, slot = self.index.dram(row), self.index.flash(row)
         assert slot is not None
         assert not self.flash_children[row]
+        self._tell(row, "flash", False)
         self._count(self.flash_children, row, -1)
         if dram is None:
             self._forget(row)
         else:
             self.index.set_location(row, dram, None)
         return slot
+
+    def _tell(self, row: int, tier: str, is_there: bool) -> None:
+        if self.on_copy is not None:
+            self.on_copy(row, tier, is_there)
 
     def _count(self, children: memoryview, row: int, change: int) -> None:
         copies = self.copies["dram" if children is self.dram_children else "flash"]
@@ -246,6 +299,7 @@ class Blocks:
         self._space_blocks[space] -= 1
         if not self._space_blocks[space]:
             del self._space_blocks[space]
+            self.block_tokens.pop(space, None)
             self.spaces_version += 1
             for copies in self.copies.values():
                 copies.pop(space, None)

@@ -7,6 +7,7 @@ and committed only on top of one that is stored.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -83,6 +84,7 @@ class Intake:
         """
         for told in firsts.values():
             self._tenancy.introduce(told.namespace, told.tenant)
+            self._sessions.accounts.introduce(told.namespace, session.label, told.tenant)
         groups: dict[BlockKey, Group | None] = {}
         answers = []
         for key, parent in blocks:
@@ -92,7 +94,17 @@ class Intake:
             origin = b"" if first is None else first.origin
             wanted = Reservation(key, parent, -1, origin, groups[key])
             answers.append(self._reserve_one(session, wanted))
+        self._count(answers)
         return answers
+
+    def _count(self, answers: Sequence[Reserved]) -> None:
+        counts = self._placement.counts
+        fates = Counter(one.reason or one.outcome for one in answers)
+        counts.offers_reserved += fates["reserved"]
+        counts.offers_present += fates["present"]
+        counts.offers_full += fates["full"]
+        counts.offers_share += fates["share"]
+        counts.offers_no_parent += fates["no_parent"]
 
     def _group(
         self, groups: Mapping[BlockKey, Group | None], parent: BlockKey, namespace: bytes
@@ -209,6 +221,7 @@ class Intake:
             location = Location(slot, None)
             row = placement.insert(header.key, parent, header.namespace, location)
             placement.uses.stored(row)
+            blocks.note_tokens(row, header.shape.block_tokens)
             self._expiry.stored(row)
         elif placement.index.dram(row) is None:
             blocks.gain_dram(row, slot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -14,6 +15,8 @@ from kvist.cachesvc.core.claims import Claims
 from kvist.cachesvc.core.host import Host
 from kvist.cachesvc.core.intake import Intake
 from kvist.cachesvc.core.sessions import RING_PREFIX, Sessions
+from kvist.cachesvc.events.journal import Journal
+from kvist.cachesvc.events.tiers import TierEvents
 from kvist.cachesvc.flash.budget import AdmissionMode, WearBook, WriteBudget
 from kvist.cachesvc.flash.flashio import Post
 from kvist.cachesvc.log import Log
@@ -26,7 +29,7 @@ from kvist.cachesvc.placing.tenancy import Limits, Tenancy
 from kvist.cachesvc.placing.wards import Rules
 from kvist.cachesvc.policy.eviction import History, Policy, PolicyName, Tree
 from kvist.cachesvc.policy.rgg import make_policy
-from kvist.proto.errors import TierOffline
+from kvist.proto.errors import KvistError, TierOffline
 from kvist.proto.verify import Verify
 from kvist.tiers.dram import DramTier
 from kvist.tiers.flash import FlashTier
@@ -58,6 +61,9 @@ class StoreConfig:
         reservation_share: of the DRAM slots, that one session may hold reserved.
         eviction: policy by which blocks go from either tier.
         dram_verify, flash_verify: what of a payload is checked, see proto/verify.py.
+        show_tokens: the page may show token ids of prompts.
+        journal: where what comes to the tiers and goes is written down for cachesvc.events; None:
+            nowhere.
         prefault: touch the arena's memory in the background, so that no copy waits for it.
     """
 
@@ -76,6 +82,8 @@ class StoreConfig:
     pin_bytes: int | None = None
     reservation_share: float = 0.25
     eviction: PolicyName = "rgg"
+    show_tokens: bool = False
+    journal: Journal | None = None
     prefault: bool = True
     dram_verify: Verify = "always"
     flash_verify: Verify = "always"
@@ -95,6 +103,7 @@ class Parts:
     intake: Intake
     claims: Claims
     reservation_limit: int
+    log: Log
 
 
 class Maker:
@@ -157,17 +166,27 @@ class Maker:
         undo.callback(index.close)
         index.set_dram_verify(config.dram_verify)
         placement = self._placement(index, dram, flash, sessions)
+        if config.show_tokens:
+            placement.hottest.tokens_of = partial(_tokens_of, index, dram)
         moves = self._moves(placement)
         share = max(1, int(slots * config.reservation_share))
         claims = Claims(index.claims)
         admission = self._admission(placement, moves)
         expiry = Expiry(placement, self._now)
         intake = Intake(placement, admission, expiry, sessions, claims, share)
-        self._begin(placement, moves, admission)
-        return Parts(index, dram, flash, placement, moves, admission, expiry, intake, claims, share)
+        self._begin(placement, moves, admission, sessions)
+        return Parts(
+            index, dram, flash, placement, moves, admission, expiry, intake, claims, share,
+            self._log,
+        )  # fmt: skip
 
-    def _begin(self, placement: Placement, moves: Moves, admission: Admission) -> None:
+    def _begin(
+        self, placement: Placement, moves: Moves, admission: Admission, sessions: Sessions
+    ) -> None:
         """Take over what is on flash, touch the arena, say what there is."""
+        if self._config.journal is not None:
+            events = TierEvents(placement, sessions, self._config.journal)
+            self._undo.callback(events.close)
         moves.start(admission.open_book)
         if placement.flash is not None and not placement.flash.failure:
             admission.open_book()
@@ -255,6 +274,18 @@ class Maker:
         thread.start()
         self._undo.callback(thread.join)
         self._undo.callback(stop.set)
+
+
+def _tokens_of(index: IndexWriter, dram: DramTier, row: int) -> tuple[int, ...]:
+    """Token ids of the block in a row; () when it is not in DRAM."""
+    slot = index.dram(row)
+    if slot is None:
+        return ()
+    try:
+        tokens = dram.header(slot).tokens
+    except KvistError:
+        return ()
+    return struct.unpack(f"<{len(tokens) // 4}I", tokens)
 
 
 def sweep(folder: Path) -> None:

@@ -82,7 +82,7 @@ class Store:
         self._log = log
         self._host = host
         self._opened_s = now()
-        self._sessions = Sessions(config.shm_dir, self.boot_epoch.hex()[:12])
+        self._sessions = Sessions(config.shm_dir, self.boot_epoch.hex()[:12], now)
         self._parts: Parts | None = None
         self._undo = ExitStack()
         self._flash_failure = ""
@@ -164,6 +164,7 @@ class Store:
         namespace: bytes,
         namespace_text: str,
         shape: RecordShape,
+        model: str = "",
     ) -> SessionInfo:
         """Open a session.
 
@@ -171,13 +172,14 @@ class Store:
             client: a name for people. pid: the process that will hold the ring's lock.
             namespace: digest. namespace_text: the same in words, for the log.
             shape: of the records that it stores.
+            model: a name for people, in metrics.
 
         Raises:
             ConfigInvalid: its records are larger than the slots, or the tiers cannot be made.
             FormatRefused: as open.
         """
         parts = self._parts_for(shape.record_bytes)
-        session = self._sessions.open(client, pid, namespace)
+        session = self._sessions.open(client, pid, namespace, model, namespace_text)
         parts.placement.policy.block_tokens = shape.block_tokens
         parts.index.set_sessions(len(self._sessions))
         self._log.info(
@@ -185,18 +187,12 @@ class Store:
             namespace=namespace.hex()[:12], namespace_text=namespace_text,
         )  # fmt: skip
         return SessionInfo(
-            session=session.id,
-            boot_epoch=self.boot_epoch,
-            index_path=parts.index.path,
-            arena_path=parts.dram.path,
-            ring_path=session.ring.path,
-            bell_path=self.bell_path,
-            calls_path=self.calls_path,
-            slot_bytes=parts.dram.slot_bytes,
-            dram_slots=parts.dram.slots,
-            reservation_limit=parts.reservation_limit,
+            session=session.id, boot_epoch=self.boot_epoch, index_path=parts.index.path,
+            arena_path=parts.dram.path, ring_path=session.ring.path, bell_path=self.bell_path,
+            calls_path=self.calls_path, slot_bytes=parts.dram.slot_bytes,
+            dram_slots=parts.dram.slots, reservation_limit=parts.reservation_limit,
             number=session.number,
-        )
+        )  # fmt: skip
 
     def session_closed(self, session: str) -> None:
         """Its connection has ended. What it reserved comes back in the tick that finds its
@@ -228,6 +224,11 @@ class Store:
     @property
     def _made(self) -> Parts:
         assert self._parts is not None, "a session exists, so its parts do"
+        return self._parts
+
+    @property
+    def parts(self) -> Parts | None:
+        """What it is made of; None as long as the size of slots is open."""
         return self._parts
 
     # Blocks.

@@ -31,6 +31,7 @@ class WriteBudget:
     def __init__(
         self, bytes_per_day: int | None, burst_bytes: int | None, now: Callable[[], float]
     ) -> None:
+        self.bytes_per_day = bytes_per_day
         self._rate = None if bytes_per_day is None else bytes_per_day / DAY_S
         self._burst = float(burst_bytes or (bytes_per_day or 0) // BURST_SHARE)
         self._now = now
@@ -64,11 +65,13 @@ class Wear:
     Attributes:
         written_bytes: in this life. folder_bytes: in all lives of the folder.
         left_bytes: what the budget allows now; None without a limit.
+        bytes_per_day: that it allows; None without a limit.
     """
 
     written_bytes: int
     folder_bytes: int
     left_bytes: int | None
+    bytes_per_day: int | None = None
 
 
 class WearBook:

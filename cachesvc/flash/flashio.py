@@ -42,6 +42,7 @@ class Sink:
 
     Attributes:
         problem: why this block alone could not be written.
+        queued_s, began_s, ended_s: when it was queued, and when a thread took it up and was done.
     """
 
     row: int
@@ -50,6 +51,9 @@ class Sink:
     flash_slot: int
     cancelled: bool = False
     problem: KvistError | None = None
+    queued_s: float = 0.0
+    began_s: float = 0.0
+    ended_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +64,7 @@ class Rise:
         waiters: get the record when it is there, or an error.
         header: what the record said, when it was read.
         problem: why it was not.
+        queued_s, began_s, ended_s: see Sink.
     """
 
     row: int
@@ -70,6 +75,9 @@ class Rise:
     cancelled: bool = False
     header: BlockHeader | None = None
     problem: KvistError | None = None
+    queued_s: float = 0.0
+    began_s: float = 0.0
+    ended_s: float = 0.0
 
 
 def give(waiters: list[Record], dram: DramTier, slot: int) -> None:
@@ -103,6 +111,10 @@ def _bare(error: KvistError) -> KvistError:
 
 class Owner(Protocol):
     """Who is told how jobs ended, on the service's thread."""
+
+    def clock(self) -> float:
+        """Seconds; asked by any thread."""
+        ...
 
     def risen(self, job: Rise) -> None:
         """A rise has ended."""
@@ -153,6 +165,7 @@ class FlashIo:
 
     def rise(self, job: Rise) -> None:
         """Queue a read."""
+        job.queued_s = self._owner.clock()
         self._run(partial(self._rise, job))
 
     def probe(self, done: Callable[[bool], None]) -> None:
@@ -161,6 +174,7 @@ class FlashIo:
 
     def sink(self, job: Sink) -> None:
         """Queue a write; after those queued before."""
+        job.queued_s = self._owner.clock()
         with self._wake:
             self._sinks.append(job)
             self._wake.notify()
@@ -217,6 +231,7 @@ class FlashIo:
         return None
 
     def _rise(self, job: Rise) -> None:
+        job.began_s = self._owner.clock()
         if not job.cancelled:
             try:
                 into = self._dram.slot_view(job.dram_slot)
@@ -225,6 +240,7 @@ class FlashIo:
                 job.problem = _bare(error)
             except Exception as error:  # our mistake; it must not end the thread for good
                 job.problem = TierOffline(f"reading failed: {error!r}")
+        job.ended_s = self._owner.clock()
         self._post(partial(self._owner.risen, job))
 
     def _probe(self, done: Callable[[bool], None]) -> None:
@@ -243,9 +259,11 @@ class FlashIo:
             self._delete_queued()
             while (job := self._next_sink(len(jobs))) is not None:
                 jobs.append(job)
+                job.began_s = self._owner.clock()
                 # What was evicted to make room for this job was queued before it.
                 self._delete_queued()
                 written += self._write(job)
+                job.ended_s = self._owner.clock()
             self._put(written)
         except TierOffline as error:
             offline = str(error)

@@ -176,6 +176,7 @@ class Restore:
         except TierFull:
             self._flash.free(entry.slot)
             return None
+        blocks.note_tokens(row, entry.block_tokens)
         placement.uses.restored(row)
         return row
 

@@ -55,7 +55,8 @@ class Admission:
     def wear(self) -> Wear:
         """What was written, and what still may be."""
         earlier = self._book.earlier_bytes if self._book else 0
-        return Wear(self.written_bytes, earlier + self.written_bytes, self._budget.left_bytes)
+        budget, folder_bytes = self._budget, earlier + self.written_bytes
+        return Wear(self.written_bytes, folder_bytes, budget.left_bytes, budget.bytes_per_day)
 
     def open_book(self) -> None:
         """The flash folder is open: go on with what earlier lives wrote into it."""
@@ -119,6 +120,7 @@ class Admission:
             begun = sum(blocks.reaches_flash(each) for each in missing[-paid:])
             self._budget.spend(begun * slot_bytes)
             self.written_bytes += begun * slot_bytes
+            counts.sinks_begun += begun
         if paid < len(missing):
             counts.sinks_over_budget += 1
         elif not blocks.reaches_flash(row):

@@ -40,6 +40,14 @@ class Expiry:
         if len(self._stored_s):
             self._stored_s[row] = int(self._now() - self._began_s)
 
+    def left_s(self, row: int) -> float | None:
+        """Seconds until a block is dropped; None: its tenant has no TTL."""
+        group = self._placement.group(row)
+        if group is None or group.limits.ttl is None or not len(self._stored_s):
+            return None
+        age_s = self._now() - self._began_s - float(self._stored_s[row])
+        return max(0.0, group.limits.ttl - age_s)
+
     def tick(self, now_s: float) -> None:
         """Once a second, drop what is over its time, at most EXPIRED_MAX blocks and their trees."""
         if not len(self._stored_s) or now_s < self._look_at_s:

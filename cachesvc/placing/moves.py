@@ -71,6 +71,15 @@ class Moves:
         """What workers are told about flash."""
         return self._watch.state if self._watch is not None else "off"
 
+    @property
+    def queued(self) -> dict[str, int]:
+        """Blocks that wait or are under way, "read" from flash and "write" to it."""
+        return {"read": len(self._wishes) + self._rising, "write": len(self._sinking)}
+
+    def clock(self) -> float:
+        """See flashio.Owner."""
+        return self._placement.now()
+
     def start(self, opened: Callable[[], None]) -> None:
         """Take over what the last life left on flash, now or when its folder can be opened.
 
@@ -168,6 +177,7 @@ class Moves:
                 del placement.jobs[job.row]
                 placement.blocks.finish_sink(job.row, job.flash_slot)
                 placement.counts.flash_written += 1
+                placement.measures.sunk(job, self.clock())
                 placement.offer(job.row)
                 placement.offer(placement.blocks.parent[job.row])
         if offline:
@@ -311,6 +321,7 @@ class Moves:
             placement.gain_dram(job.row, slot)
             placement.counts.dram_written += 1
         placement.counts.flash_read += 1
+        placement.measures.risen(job, self.clock())
         placement.offer(job.row)
         self._give(slot, job.waiters)
 

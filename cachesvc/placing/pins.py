@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 TTL_DEFAULT_S = 3600
 TTL_MAX_S = 30 * 86400
@@ -98,6 +99,19 @@ class Pins:
             return False
         lives[row] -= 1
         return True
+
+    def are_pinned(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of some rows are pinned now."""
+        if not self.count:
+            return np.zeros(len(rows), np.bool_)
+        return self._until_s[rows] > self._elapsed_s()
+
+    def pin_of(self, row: int) -> tuple[float, dict[str, int]]:
+        """Seconds that a block's pin still holds, 0 without one; and its lives left, by tier."""
+        left_s = int(self._until_s[row]) - self._elapsed_s() if self.count else 0
+        if left_s <= 0:
+            return 0.0, {}
+        return float(left_s), {tier: lives[row] for tier, lives in self._lives.items()}
 
     def _elapsed_s(self) -> int:
         return int(self._now() - self._began_s)

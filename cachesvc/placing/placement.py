@@ -14,17 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
 from kvist.cachesvc.catalog.blocks import NO_ROW, Blocks
 from kvist.cachesvc.catalog.index import IndexWriter, Location
 from kvist.cachesvc.flash.flashio import Rise, Sink
+from kvist.cachesvc.placing.counts import Counts
+from kvist.cachesvc.placing.measures import Measures
 from kvist.cachesvc.placing.tenancy import Group
 from kvist.cachesvc.placing.wards import Rules, Wards
 from kvist.cachesvc.policy.eviction import History, Policy, Tree
 from kvist.cachesvc.policy.shadow import Shadow
 from kvist.cachesvc.policy.uses import Uses
+from kvist.cachesvc.study.hottest import Hottest
 from kvist.cachesvc.study.whatif import Estimate, WhatIf
 from kvist.proto.errors import KvistError, TierFull
 from kvist.proto.keys import BlockKey
@@ -34,61 +36,17 @@ from kvist.tiers.dram import DramTier
 from kvist.tiers.flash import FlashTier
 
 
-@dataclass(slots=True)
-class Counts:
-    """What happened to blocks in this life; each only grows.
-
-    Attributes:
-        dram_written: committed or risen into DRAM.
-        dram_read: read from DRAM by the sidecar itself; workers' reads are in their counters.
-        dram_evicted: copies dropped to make room; flash_evicted likewise.
-        flash_written, flash_read: sunk and risen.
-        sinks_dropped: not queued to sink: no room in the queue or on flash, or flash not ready.
-        sinks_first_use: not queued, used once only; sinks_over_budget: over the write budget.
-        sinks_failed, rises_failed: begun, but not ended well.
-        rises_refused: no room in DRAM but that of blocks used after it.
-        dram_corrupt, flash_corrupt: copies found damaged and dropped.
-        flash_let_go: forgotten with a flash folder that stayed failed; it is read again later.
-        orphans_dropped: found on flash at the start without the block before them.
-        index_refused: no room in the index.
-        flash_rebuilds: times that the flash index was missing or wrong and was made anew.
-        expired: blocks dropped because their time was over; slots_wiped: overwritten when freed.
-        commits_refused: the record was not what had been reserved, or its parent was gone.
-    """
-
-    dram_written: int = 0
-    dram_read: int = 0
-    dram_evicted: int = 0
-    flash_written: int = 0
-    flash_read: int = 0
-    flash_evicted: int = 0
-    sinks_dropped: int = 0
-    sinks_first_use: int = 0
-    sinks_over_budget: int = 0
-    sinks_failed: int = 0
-    rises_failed: int = 0
-    rises_refused: int = 0
-    dram_corrupt: int = 0
-    flash_corrupt: int = 0
-    flash_let_go: int = 0
-    orphans_dropped: int = 0
-    index_refused: int = 0
-    commits_refused: int = 0
-    expired: int = 0
-    slots_wiped: int = 0
-    flash_rebuilds: int = 0
-
-
 class Placement:
     """The tiers' slots and the blocks in them. One thread.
 
     Attributes:
         index, blocks, dram, flash: what it manages; flash is None without a flash tier.
         policy: says which block goes first.
-        uses: what is told to the policy.
+        uses: what is told to the policy. hottest: what is used most. history: last uses, by row.
         jobs: moves under way by row; such a block is not evicted.
         unlisted: keys that left flash, to be taken out of the flash index.
-        counts: what happened.
+        counts, measures: what happened, and how long it took.
+        now: seconds, of a clock that does not jump.
         passed_over: by row, 1 when flash did not take a block that was offered to it.
 
     Args:
@@ -112,14 +70,18 @@ class Placement:
         self.blocks = Blocks(index)
         self.dram = dram
         self.flash = flash
-        history = History(index.rows)
+        history = self.history = History(index.rows)
         # Every block sinks, so the larger tier holds all there is, but for what is on its way.
         flash_slots = flash.slots if flash else 0
         capacity = max(dram.slots, flash_slots)
         self.policy = make_policy(self.blocks, history, capacity)
         sizes = [dram.slots, capacity] if flash else [dram.slots]
         self._what_if = WhatIf(self.blocks, index.rows, sizes)
-        self.uses = Uses(self.blocks, history, (self.policy, self._what_if), now)
+        self.now = now
+        self.measures = Measures(history, index.rows)
+        self.hottest = Hottest(self.blocks, index.rows)
+        learners = (self.policy, self._what_if, self.measures, self.hottest)
+        self.uses = Uses(self.blocks, history, learners, now)
         self.jobs: dict[int, Sink | Rise] = {}
         self.unlisted: list[BlockKey] = []
         self.counts = Counts()
@@ -199,6 +161,7 @@ class Placement:
             if row == NO_ROW:
                 raise TierFull("nothing in DRAM may go")
             self.counts.dram_evicted += 1
+            self.measures.evicted("dram", row, self.uses.clock())
             self.drop_dram(row, "not_admitted" if self.passed_over[row] else "evicted")
 
     def allocate_flash(self, group: Group | None) -> int:
@@ -214,6 +177,7 @@ class Placement:
             if row == NO_ROW:
                 raise TierFull("nothing on flash may go")
             self.counts.flash_evicted += 1
+            self.measures.evicted("flash", row, self.uses.clock())
             self.drop_flash(row)
         return self.flash.allocate()
 

@@ -149,12 +149,17 @@ class Tenancy:
 
     def introduce(self, namespace: bytes, tenant: str) -> None:
         """A worker says whose a namespace is."""
-        if self.rules and self._tenants.get(namespace) != tenant:
+        if self._tenants.get(namespace) != tenant:
             self._tenants[namespace] = tenant
             if len(self._tenants) > NAMESPACES_MAX:
                 self._tenants.popitem(last=False)
-            self.version += 1
-            self._known.clear()
+            if self.rules:
+                self.version += 1
+                self._known.clear()
+
+    def tenant(self, namespace: bytes) -> str:
+        """Whose a namespace is, as workers said; "" for the common pool, or when none said it."""
+        return self._tenants.get(namespace, "")
 
     def group(self, namespace: bytes) -> Group | None:
         """What limits a namespace; None when nothing does."""

@@ -29,6 +29,15 @@ def run_replay(flags: argparse.Namespace) -> int:
         raise ConfigInvalid("--block-tokens: give 1 or more")
     parse_capacities(flags.capacity, 1)  # before the long part
     progress = Progress()
+    try:
+        return _replay(flags, progress)
+    except KeyboardInterrupt:
+        progress.end()
+        print(f"interrupted: {progress.where}", file=sys.stderr)
+        raise
+
+
+def _replay(flags: argparse.Namespace, progress: Progress) -> int:
     trace = read_trace(Path(flags.trace), flags.ms, progress.say)
     rows = []
     for capacity in parse_capacities(flags.capacity, trace.distinct):
@@ -134,6 +143,7 @@ class Progress:
         self._shown_s = 0.0
         self._what = ""
         self._of = 1
+        self._done = 0
         self._is_shown = sys.stderr.isatty()
 
     def say(self, text: str) -> None:
@@ -144,11 +154,17 @@ class Progress:
 
     def begin(self, what: str, of: int) -> None:
         """A long piece of work begins."""
-        self._what, self._of = what, of
+        self._what, self._of, self._done = what, of, 0
+
+    @property
+    def where(self) -> str:
+        """What was under way, and how far."""
+        return f"{self._what}: {100 * self._done // self._of} %" if self._what else "reading"
 
     def at(self, done: int) -> None:
         """So far."""
-        self.say(f"{self._what}: {100 * done // self._of} %")
+        self._done = done
+        self.say(self.where)
 
     def end(self) -> None:
         """Remove the line."""

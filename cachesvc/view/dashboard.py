@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import socket
 import socketserver
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
-
 from kvist.cachesvc.core.store import StoreStats
+from kvist.cachesvc.view.history import STEPS_S, History, Recorder
+from kvist.cachesvc.view.summary import summary
 from kvist.proto.errors import ConfigInvalid, KvistError
+from kvist.proto.exposition import CONTENT_TYPE
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 # A client that sends nothing holds a thread; so long.
 CLIENT_TIMEOUT_S = 5.0
 # How long close may take at most.
 STOP_POLL_S = 0.1
-_PAGE = Path(__file__).with_name("page.html")
+_FOLDER = Path(__file__).with_name("page")
+_KINDS = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".txt": "text/plain; charset=utf-8",
+}
 _HEADERS = [
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
     (
         "Content-Security-Policy",
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-        "connect-src 'self'; img-src data:",
+        "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     ),
 ]
 
@@ -44,12 +53,14 @@ def stats_document(stats: StoreStats, version: str) -> dict[str, Any]:
 
 
 class Dashboard:
-    """Serves /, /metrics, /stats.json and /healthz from threads of its own. It only reads.
+    """Serves /, /metrics, /stats.json, /history.json and /healthz from threads of its own.
+
+    It only reads, and keeps a history of what it read.
 
     Args:
         address: host:port; port 0 takes a free one.
         read: the store's figures; called from the server's threads, may raise KvistError.
-        registry: what /metrics shows.
+        metrics: what /metrics shows; called as read is.
         version: of the program.
 
     Attributes:
@@ -63,13 +74,20 @@ class Dashboard:
         self,
         address: str,
         read: Callable[[], StoreStats],
-        registry: CollectorRegistry,
+        metrics: Callable[[], bytes],
         version: str,
     ) -> None:
         self._read = read
         self._version = version
-        self._page = _PAGE.read_bytes()
-        self._metrics: WSGIApplication = make_wsgi_app(registry)
+        self._files = {
+            f"/{path.name}": (_KINDS[path.suffix], path.read_bytes())
+            for path in _FOLDER.iterdir()
+            if path.suffix in _KINDS
+        }
+        self._files["/"] = self._files.pop("/index.html")
+        self._history = History()
+        self._recorder = Recorder(read, self._history)
+        self._metrics = metrics
         host, _, port = address.rpartition(":")
         try:
             kind = _Server6 if host.startswith("[") else _Server
@@ -86,7 +104,8 @@ class Dashboard:
         )
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Begin to answer, and to remember."""
+        self._recorder.start()
         self._thread.start()
 
     def close(self) -> None:
@@ -94,6 +113,7 @@ class Dashboard:
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join()
+        self._recorder.close()
         self._server.server_close()
 
     def _answer(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
@@ -102,19 +122,66 @@ class Dashboard:
             return _reply(start, "405 Method Not Allowed", "text/plain", b"only GET\n")
         try:
             if path == "/metrics":
-                return self._metrics(environ, start)
+                return _reply(start, "200 OK", CONTENT_TYPE, self._metrics())
             if path == "/stats.json":
-                document = stats_document(self._read(), self._version)
-                return _reply(start, "200 OK", "application/json", json.dumps(document).encode())
+                return _reply_json(start, self._stats(self._read()))
+            if path == "/history.json":
+                return self._answer_history(environ.get("QUERY_STRING", ""), start)
             if path == "/healthz":
                 self._read()
                 return _reply(start, "200 OK", "text/plain", b"ok\n")
         except KvistError as error:
             message = f"{error}\n".encode()
             return _reply(start, "503 Service Unavailable", "text/plain", message)
-        if path == "/":
-            return _reply(start, "200 OK", "text/html; charset=utf-8", self._page)
+        if path in self._files:
+            return _reply(start, "200 OK", *self._files[path])
         return _reply(start, "404 Not Found", "text/plain", b"no such page\n")
+
+    def _stats(self, stats: StoreStats) -> dict[str, Any]:
+        return stats_document(stats, self._version) | summary(stats, self._history)
+
+    def _answer_history(self, query: str, start: StartResponse) -> Iterable[bytes]:
+        """What the page polls: one document, made of the last sample, without a turn of the loop.
+
+        Raises: Detached when the store does not answer any more.
+        """
+        try:
+            step_s, since_s = _span_asked(query)
+        except ValueError as error:
+            return _reply(start, "400 Bad Request", "text/plain", f"{error}\n".encode())
+        if self._recorder.latest is None or self._recorder.is_late:
+            self._recorder.take()
+        assert self._recorder.latest is not None
+        at_s, stats = self._recorder.latest
+        document = {
+            "at": at_s,
+            "history": self._history.since(step_s, since_s),
+            "stats": self._stats(stats),
+        }
+        return _reply_json(start, document)
+
+
+def _span_asked(query: str) -> tuple[int, float]:
+    """The query of /history.json: step, one of STEPS_S, and since, unix seconds.
+
+    Raises: ValueError that says what is accepted.
+    """
+    asked = {name: values[-1] for name, values in parse_qs(query).items()}
+    step, since = asked.get("step", "1"), asked.get("since", "0")
+    if step not in map(str, STEPS_S):
+        raise ValueError(f"step={step}: give {', '.join(map(str, STEPS_S))}, in seconds")
+    try:
+        since_s = float(since)
+    except ValueError:
+        since_s = math.nan
+    if not math.isfinite(since_s):
+        raise ValueError(f"since={since}: give a time in seconds since 1970")
+    return int(step), since_s
+
+
+def _reply_json(start: StartResponse, document: Mapping[str, Any]) -> Iterable[bytes]:
+    body = json.dumps(document, separators=(",", ":")).encode()
+    return _reply(start, "200 OK", "application/json", body)
 
 
 def _reply(start: StartResponse, status: str, kind: str, body: bytes) -> Iterable[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from kvist.proto.sizes import format_bytes
 TIMEOUT_S = 5.0
 # Where kvistd shows its page when nothing else was said.
 PAGE = "http://127.0.0.1:9401"
+TENANTS_SHOWN = 10
 _PREFILLS = ("512", "2048", "8192")
 
 
@@ -22,7 +24,11 @@ def add_stats_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments of `kvist cache stats`."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--socket", metavar="WHERE", help="of the sidecar: its socket's path, or host:port"
+        "--socket",
+        "--address",
+        dest="socket",
+        metavar="WHERE",
+        help="of the sidecar: its socket's path, or host:port",
     )
     where.add_argument("--url", default=PAGE, help="of its page (%(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
@@ -61,7 +67,9 @@ def from_socket(where: str) -> dict[str, Any]:
     from kvist.proto import cache_pb2, cache_pb2_grpc
 
     address = f"unix:{where}" if where.startswith("/") else where
-    with grpc.insecure_channel(address) as channel:
+    # A pool of its own: the next channel does not wait out the pause after this one's failure.
+    options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
+    with grpc.insecure_channel(address, options=options) as channel:
         try:
             reply = cache_pb2_grpc.CacheStub(channel).Stats(
                 cache_pb2.StatsRequest(), timeout=TIMEOUT_S
@@ -99,6 +107,9 @@ def as_tables(document: Mapping[str, Any]) -> str:
             *_tokens(document),
             "",
             *_workers(document["workers"]),
+            *_worth(document.get("worth", ())),
+            *_tenants(document.get("tenants", ())),
+            *_advice(document),
         ]
     )
 
@@ -148,6 +159,50 @@ def _workers(workers: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{worker['client'][:13]:13}{dram:>7}{flash:>7}{store:>7}{prefill}"
             f"{pays[0]:>9}{pays[1]:>9}"
         )
+    return lines
+
+
+def _worth(tiers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each tier saved and cost; over gRPC it is not known."""
+    if not tiers:
+        return []
+    lines = ["", "worth it       saved tokens   prefill saved - loading - storing =     net"]
+    for tier in tiers:
+        saved, load, store, net = (float(tier[f"{x}_s"]) for x in ("saved", "load", "store", "net"))
+        lines.append(
+            f"{tier['tier']:12} {int(tier['saved_tokens']):14} {saved:13.1f} s {load:9.1f}"
+            f" {store:9.1f} {net:9.1f} s"
+        )
+    return lines
+
+
+def _tenants(tenants: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Most asked first."""
+    if not tenants:
+        return []
+    head = "tenant                requests      tokens  hit %  dram blocks  flash       net"
+    lines = ["", head]
+    for one in tenants[:TENANTS_SHOWN]:
+        requested, held = int(one["requested_tokens"]), one["held_blocks"]
+        hit = _percent(sum(map(int, one["hit_tokens"].values())), requested)
+        lines.append(
+            f"{one['tenant'][:20]:20} {int(one['lookups']):9} {requested:11} {hit:>7}"
+            f" {int(held.get('dram', 0)):11} {int(held.get('flash', 0)):6}"
+            f" {float(one['net_s']):7.0f} s"
+        )
+    if len(tenants) > TENANTS_SHOWN:
+        lines.append(f"and {len(tenants) - TENANTS_SHOWN} more; --json has all")
+    return lines
+
+
+def _advice(document: Mapping[str, Any]) -> list[str]:
+    """The page's health, and what to do."""
+    if "health" not in document:
+        return []
+    lines = ["", str(document["health"])]
+    for one in document.get("advice", ()):
+        text = f"{one['level']:5} {one['what']} {one['do']}"
+        lines += textwrap.wrap(text, 80, subsequent_indent=" " * 6)
     return lines
 
 

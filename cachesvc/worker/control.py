@@ -20,7 +20,7 @@ from kvist.proto.errors import (
     TierFull,
 )
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Of cache.proto and of the files in shared memory together; both sides must have the same."""
 
 # Limits of one call. A key is 18 bytes on the wire, so 65536 of them (4 million tokens in blocks

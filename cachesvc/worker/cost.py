@@ -140,6 +140,11 @@ class Choice:
     compute_s: float
 
 
+def decision_of(choice: Choice) -> str:
+    """ "load" all that was found, "part" of it, or "compute" it."""
+    return "compute" if not choice.blocks else "part" if choice.skipped else "load"
+
+
 class CostModel:
     """Measured rates of one worker and the decisions that follow. Used by one thread.
 

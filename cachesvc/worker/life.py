@@ -15,6 +15,7 @@ from kvist.proto import cache_pb2
 from kvist.proto.errors import FormatRefused
 from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey
+from kvist.proto.shm import CORRUPT
 from kvist.proto.verify import Verifier
 from kvist.transfer.shm import ArenaMap
 
@@ -122,10 +123,23 @@ class Life:
             for counter, count in counts.items():
                 self._ring.add(counter, count)
 
+    def add_for(self, tenant: str | None, tokens: int, counts: Mapping[str, int]) -> None:
+        """The same for a tenant's own, see RingWriter.add_for."""
+        with self._ring_lock:
+            self._ring.add_for(tenant, tokens, counts)
+
     def add_one(self, counter: str, count: int) -> None:
         """The same for one counter."""
         with self._ring_lock:
             self._ring.add(counter, count)
+
+    def failed(self, reason: str, key: BlockKey) -> None:
+        """A block's bytes were not what they should be: count it; the sidecar looks at damage."""
+        if reason in ("corrupt", "torn"):
+            self.add_one(f"failed_reads.{reason}", 1)
+        if reason == "corrupt":
+            self.push(CORRUPT, 1, key)
+            self.ring_bell()
 
     def show(self, rates: Mapping[str, int]) -> None:
         """Say what was measured."""

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from kvist.cachesvc.worker.tenants import TenantRows
 from kvist.proto.errors import FormatRefused
 from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey
 from kvist.proto.shm import (
     COUNTERS,
     COUNTERS_OFFSET,
+    ENTRIES_OFFSET,
     ENTRY,
     ENTRY_BYTES,
     HEAD_OFFSET,
@@ -34,14 +36,24 @@ from kvist.proto.shm import (
     RING_MAGIC,
     SHM_VERSION,
     TAIL_OFFSET,
+    TENANT_COUNTERS,
+    TENANT_COUNTERS_OFFSET,
+    TENANT_NAME_BYTES,
+    TENANT_NAME_OFFSET,
+    TENANT_ROW_BYTES,
+    TENANT_ROWS,
+    TENANTS_OFFSET,
 )
 
 # A request pushes two or three entries and the sidecar drains every few milliseconds: 1024
-# entries are hundreds of requests between two drains, in 68 KiB.
+# entries are hundreds of requests between two drains, in 64 KiB.
 RING_ENTRIES = 1024
 
 _HEAD, _TAIL, _COUNTERS = HEAD_OFFSET // 8, TAIL_OFFSET // 8, COUNTERS_OFFSET // 8
 _POSITION: Mapping[str, int] = {name: _COUNTERS + at for at, name in enumerate(COUNTERS)}
+_TENANT_POSITION: Mapping[str, int] = {
+    name: TENANT_COUNTERS_OFFSET // 8 + at for at, name in enumerate(TENANT_COUNTERS)
+}
 _RATE_POSITION: Mapping[str, int] = {name: RATES_OFFSET // 8 + at for at, name in enumerate(RATES)}
 
 
@@ -77,7 +89,7 @@ def make_ring(path: Path, entries: int = RING_ENTRIES) -> None:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         # Its memory now: to touch a page that a full /dev/shm cannot give ends the toucher.
-        os.posix_fallocate(handle, 0, HEADER_BYTES + entries * ENTRY_BYTES)
+        os.posix_fallocate(handle, 0, ENTRIES_OFFSET + entries * ENTRY_BYTES)
         os.pwrite(handle, RING_HEADER.pack(RING_MAGIC, SHM_VERSION, entries), 0)
     except OSError:
         path.unlink()
@@ -116,7 +128,7 @@ def _checked_entries(path: Path, mapped: mmap.mmap) -> int:
     magic, version, entries = RING_HEADER.unpack_from(mapped)
     if magic != RING_MAGIC or version != SHM_VERSION:
         raise FormatRefused(f"{path} is not a ring of version {SHM_VERSION}")
-    if entries & (entries - 1) or len(mapped) != HEADER_BYTES + entries * ENTRY_BYTES:
+    if entries & (entries - 1) or len(mapped) != ENTRIES_OFFSET + entries * ENTRY_BYTES:
         raise FormatRefused(f"{path}: {len(mapped)} bytes do not fit {entries} entries")
     return int(entries)
 
@@ -140,6 +152,7 @@ class RingWriter(_Ring):
     def __init__(self, path: Path, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         super().__init__(path)
         self._now_ns = now_ns
+        self._tenants = TenantRows()
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -151,7 +164,7 @@ class RingWriter(_Ring):
         head = self._words[_HEAD]
         if head - self._words[_TAIL] >= self.entries:
             return False
-        at = HEADER_BYTES + head % self.entries * ENTRY_BYTES
+        at = ENTRIES_OFFSET + head % self.entries * ENTRY_BYTES
         pause_ms = round(1000 * hint.tool_pause_s)
         ENTRY.pack_into(
             self._map, at, kind, blocks, key, self._now_ns(),
@@ -168,6 +181,23 @@ class RingWriter(_Ring):
             amount: >= 0.
         """
         self._words[_POSITION[counter]] += amount
+
+    def add_for(self, tenant: str | None, tokens: int, counts: Mapping[str, int]) -> None:
+        """Add to the running totals of a tenant, or of all that have no row of their own.
+
+        Args:
+            tenant: None is one of those, whoever it is.
+            tokens: that this request of its asks for; 0 when it is none.
+            counts: by name of TENANT_COUNTERS, each >= 0.
+        """
+        row, is_new = self._tenants.row_of(tenant, tokens)
+        start = TENANTS_OFFSET + row * TENANT_ROW_BYTES
+        if is_new and tenant is not None:
+            name = tenant.encode()[:TENANT_NAME_BYTES]
+            self._map[start + TENANT_NAME_OFFSET : start + TENANT_NAME_OFFSET + len(name)] = name
+            self._words[start // 8] = len(name) + 1
+        for counter, amount in counts.items():
+            self._words[start // 8 + _TENANT_POSITION[counter]] += amount
 
     def show(self, rates: Mapping[str, int]) -> None:
         """Say what was measured; by name of RATES, each in [0, NEVER]."""
@@ -193,7 +223,7 @@ class RingReader(_Ring):
             return []
         taken = []
         for place in range(tail, min(head, tail + limit)):
-            at = HEADER_BYTES + place % self.entries * ENTRY_BYTES
+            at = ENTRIES_OFFSET + place % self.entries * ENTRY_BYTES
             kind, blocks, key, at_ns, *told = ENTRY.unpack_from(self._map, at)
             hint = _hint(*told) if any(told) else NO_HINT
             taken.append(Entry(kind, blocks, BlockKey(key), at_ns, hint))
@@ -202,7 +232,30 @@ class RingReader(_Ring):
 
     def counters(self) -> dict[str, int]:
         """The running totals, by name."""
-        return {name: self._words[at] for name, at in _POSITION.items()}
+        return dict(zip(COUNTERS, self.counter_words(), strict=True))
+
+    def counter_words(self) -> list[int]:
+        """The same in the order of COUNTERS, 3 us."""
+        return self._words[_COUNTERS : _COUNTERS + len(COUNTERS)].tolist()
+
+    def tenants(self) -> list[tuple[str | None, list[int]]]:
+        """Each tenant's running totals, in the order of TENANT_COUNTERS; those of all that have no
+        row of their own first, under None."""
+        words, first = self._words, TENANT_COUNTERS_OFFSET // 8
+        found: list[tuple[str | None, list[int]]] = []
+        for row in range(TENANT_ROWS):
+            start = TENANTS_OFFSET + row * TENANT_ROW_BYTES
+            size = words[start // 8] - 1
+            if row and size < 0:
+                break  # rows are given out in order
+            at = start // 8 + first
+            totals = words[at : at + len(TENANT_COUNTERS)].tolist()
+            found.append((self._name(start, size) if row else None, totals))
+        return found
+
+    def _name(self, start: int, size: int) -> str:
+        at = start + TENANT_NAME_OFFSET
+        return self._map[at : at + min(size, TENANT_NAME_BYTES)].decode(errors="replace")
 
     def rates(self) -> dict[str, int]:
         """What the worker measured last, without what it did not."""

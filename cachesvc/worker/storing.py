@@ -36,6 +36,8 @@ class StoreItem:
         payload: shape (payload_bytes,), uint8; must not change until store returns.
         origin: of a first block, see proto.keys.origin_of; b"" tells nothing.
         tenant: of a first block, see proto.keys.tenant_of.
+        request: id of the request that it is of, for the sidecar's log; "" tells nothing.
+        trace: traceparent of the sidecar's part in it; "" is not traced.
     """
 
     key: BlockKey
@@ -46,6 +48,8 @@ class StoreItem:
     payload: Bytes
     origin: bytes = b""
     tenant: str = ""
+    request: str = ""
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,9 @@ class StoreResult:
     stored: int
     present: int
     dropped: Mapping[str, int]
+
+
+REQUEST_CHARS_MAX = 256
 
 
 class Storer:
@@ -146,7 +153,13 @@ class Storer:
             raise Detached("the session has ended")
         step = fates.without_orphans(step)
         names = [_name(item) for item in step]
-        request = cache_pb2.ReserveRequest(session=life.session, blocks=names)
+        told = ",".join(dict.fromkeys(item.request for item in step if item.request))
+        request = cache_pb2.ReserveRequest(
+            session=life.session,
+            blocks=names,
+            request=told[:REQUEST_CHARS_MAX],
+            traceparent=_trace_of(step),
+        )
         return _Asked(step, self._control.reserve(request) if step else None)
 
     def _take(
@@ -192,9 +205,11 @@ class Storer:
         life.arena.fill(slot, header, item.payload)
 
     def _commit(self, life: Life, filled: Sequence[tuple[int, StoreItem]]) -> _Committing:
-        slots = [slot for slot, _ in filled]
-        request = cache_pb2.CommitRequest(session=life.session, slots=slots)
-        return _Committing([item for _, item in filled], self._control.commit(request))
+        slots, items = [slot for slot, _ in filled], [item for _, item in filled]
+        request = cache_pb2.CommitRequest(
+            session=life.session, slots=slots, traceparent=_trace_of(items)
+        )
+        return _Committing(items, self._control.commit(request))
 
     def _settle(self, life: Life, committing: _Committing, fates: _Fates) -> None:
         reply = committing.pending.result()
@@ -205,6 +220,11 @@ class Storer:
             fates.note(item, "stored" if committed else "torn")
             stored_bytes += item.payload.nbytes * committed
         life.add({"stored_bytes": stored_bytes})
+
+
+def _trace_of(items: Sequence[StoreItem]) -> str:
+    """A call is part of one trace: that of the first block which has one."""
+    return next((item.trace for item in items if item.trace), "")
 
 
 def _name(item: StoreItem) -> cache_pb2.BlockName:

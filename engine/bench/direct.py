@@ -184,10 +184,10 @@ class DirectEngine:
 
         from kvist.cachesvc.log import Log
         from kvist.engine.core import Core, loading_sender
-        from kvist.engine.opening import log_level, open_parts
+        from kvist.engine.opening import open_parts
 
         torch.set_num_threads(self._config.threads)
-        log = Log(sys.stderr, log_level("warning"))
+        log = Log(sys.stderr, "warning")
         config = self._config
         parts = open_parts(config, log, time.monotonic, loading_sender(self._link.send))
         try:

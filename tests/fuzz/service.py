@@ -38,7 +38,10 @@ _PIECES = (
 # It starts with 60; what an input may leave behind must not add up.
 SIDECAR_BYTES_MAX = 160 << 20
 SESSION = "the open session"
-UNARY = ("Lookup", "Reserve", "Commit", "Abort", "Prefetch", "Stats", "Clear")
+UNARY = (
+    "Lookup", "Reserve", "Commit", "Abort", "Prefetch", "Stats", "Clear", "Pin", "Unpin", "List",
+    "Show", "Evict",
+)  # fmt: skip
 ANSWERS = {
     grpc.StatusCode.OK,
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -118,6 +121,7 @@ _LONGS = st.sampled_from(EDGES) | st.integers(0, 2**64 - 1)
 _INTS = _LONGS.map(lambda number: number % 2**32)
 _NAMES = st.builds(cache_pb2.BlockName, key=_KEYS, parent=_KEYS | st.just(bytes(16)))
 _DIGESTS = st.just(NAMESPACE) | st.binary(max_size=64)
+_DIGITS = st.text("0123456789abcdef", max_size=40) | st.text(max_size=10)
 _REQUESTS = {
     "Lookup": st.builds(cache_pb2.LookupRequest, keys=_KEY_LISTS),
     "Reserve": st.builds(
@@ -128,6 +132,19 @@ _REQUESTS = {
     "Prefetch": st.builds(cache_pb2.PrefetchRequest, keys=_KEY_LISTS),
     "Stats": st.builds(cache_pb2.StatsRequest),
     "Clear": st.builds(cache_pb2.ClearRequest, namespace=_DIGESTS),
+    "Pin": st.builds(cache_pb2.PinRequest, keys=_KEY_LISTS, ttl_s=_INTS, strength=_INTS),
+    "Unpin": st.builds(cache_pb2.UnpinRequest, keys=_KEY_LISTS),
+    "List": st.builds(
+        cache_pb2.ListRequest,
+        page_token=_LONGS,
+        limit=_INTS,
+        namespace=_DIGITS,
+        tenant=st.text(max_size=200),
+        key=_DIGITS,
+        min_uses=_INTS,
+    ),
+    "Show": st.builds(cache_pb2.ShowRequest, key=_KEYS, tokens=st.booleans(), verify=st.booleans()),
+    "Evict": st.builds(cache_pb2.EvictRequest, key=_KEYS, descendants=st.booleans()),
     "Read": st.builds(cache_pb2.ReadRequest, keys=_KEY_LISTS),
     "Attach": st.builds(
         cache_pb2.AttachRequest,
@@ -136,6 +153,7 @@ _REQUESTS = {
         pid=st.just(1) | _INTS,
         namespace=_DIGESTS,
         namespace_text=st.text(max_size=50),
+        model=st.text(max_size=50),
         payload_bytes=st.just(SHAPE.payload_bytes) | _LONGS,
         block_tokens=st.just(SHAPE.block_tokens) | _INTS,
     ),

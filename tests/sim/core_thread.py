@@ -104,7 +104,7 @@ class CoreThread:
         with contextlib.suppress(zmq.Again):  # a core that gave up has hung up
             self._push.send(msgspec.msgpack.encode(Abort("wake up")), zmq.NOBLOCK)
         self._thread.join(WAIT_S)
-        self.parts.connector.close()
+        self.parts.close()
         self._push.close(linger=0)
         self._pull.close(linger=0)
         self._context.term()

@@ -7,6 +7,7 @@ waits until it is let go. Why that is recoverable: a miss is always a right answ
 from __future__ import annotations
 
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from kvist.cachesvc.client import Claimant, Found
@@ -15,7 +16,7 @@ from kvist.cachesvc.worker.storing import StoreItem, StoreResult
 from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import NO_KEY, BlockKey
 from kvist.proto.record import Bytes, Wanted
-from kvist.proto.shm import MISS_REASONS, TIERS
+from kvist.proto.shm import COUNTERS, MISS_REASONS, TENANT_COUNTERS, TIERS
 from kvist.transfer.pace import Pace
 
 
@@ -34,7 +35,8 @@ class FakeCache:
         alone: no other engine is attached.
         claims: who is computing a block: "self", or "other" where the test says so.
         flights: tokens that each wait for another engine brought.
-        counted: (requested tokens, hits, misses) of each lookup.
+        counted: (requested tokens, hits, misses) of each lookup; tenants: whose it was.
+        measures: what was measured; measures_of: by tenant.
     """
 
     def __init__(self) -> None:
@@ -53,6 +55,9 @@ class FakeCache:
         self.store_gate = threading.Event()
         self.store_gate.set()
         self.counted: list[tuple[int, dict[str, int], dict[str, int]]] = []
+        self.tenants: list[str] = []
+        self.measures: Counter[str] = Counter()
+        self.measures_of: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.touched: list[BlockKey] = []
         self.hints: list[Hint] = []
         self.prefetched: list[BlockKey] = []
@@ -164,13 +169,28 @@ class FakeCache:
         return StoreResult(stored, present, {"no_parent": orphans} if orphans else {})
 
     def count(
-        self, requested_tokens: int, hits: Mapping[str, int], misses: Mapping[str, int]
+        self,
+        requested_tokens: int,
+        hits: Mapping[str, int],
+        misses: Mapping[str, int],
+        tenant: str = "",
     ) -> None:
         """See CacheClient.count."""
         assert requested_tokens == sum(hits.values()) + sum(misses.values())
         assert set(hits) <= set(TIERS)
         assert set(misses) <= set(MISS_REASONS)
         self.counted.append((requested_tokens, dict(hits), dict(misses)))
+        self.tenants.append(tenant)
+
+    def measured(
+        self, counts: Mapping[str, int], by_tenant: Mapping[str, Mapping[str, int]]
+    ) -> None:
+        """See CacheClient.measured."""
+        assert set(counts) <= set(COUNTERS)
+        self.measures.update(counts)
+        for tenant, own in by_tenant.items():
+            assert set(own) <= set(TENANT_COUNTERS)
+            self.measures_of[tenant].update(own)
 
     def close(self) -> None:
         """See CacheClient.close."""

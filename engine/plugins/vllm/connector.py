@@ -94,7 +94,8 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def _open(self, half: str, handshake: Handshake, page: ScratchPage | None) -> CacheClient:
         name = f"vllm-{half}{self._rank}-{os.getpid()}"
-        client = open_cache(self._address, handshake.namespace, name, self._log, page)
+        model = str(self._vllm_config.model_config.model)
+        client = open_cache(self._address, handshake.namespace, name, self._log, page, model)
         if not client.wait_attached(ATTACH_WAIT_S):
             self._log.warning("no cache yet, serving without", address=self._address)
         return client

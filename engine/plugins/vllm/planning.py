@@ -27,7 +27,7 @@ from kvist.engine.plugins.vllm.lookups import (
     media_of,
     unnamed,
 )
-from kvist.proto.keys import BlockKey, Namespace
+from kvist.proto.keys import BlockKey, Namespace, tenant_of
 
 # A block of 3 MB rises from a disk that is not busy in 2 to 4 ms.
 FLASH_WAIT_S = 2.0
@@ -333,7 +333,8 @@ class Planner:
         misses = Counter({"tail": prompt - usable * size})
         misses[reason] += (tracked.ready - came) * size
         misses[tracked.end] += (usable - local - tracked.ready) * size
-        self._cache.count(prompt, +hits, +misses)
+        tenant = tenant_of(tracked.request.cache_salt or "")
+        self._cache.count(prompt, +hits, +misses, tenant)
         for tier, tokens in (+hits).items():
             self._counts[f"hit_tokens.{tier}"] += tokens
         for why, tokens in (+misses).items():

@@ -105,7 +105,8 @@ class KvistTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not ther
         namespace = tier_namespace(offloading_spec, rows.shape[1], model, vllm.__version__, device)
         self._names = (namespace.digest(), namespace.format)
         log, page = Log(sys.stderr), ScratchPage(BlockMemory(rows[None]), namespace.format)
-        self._cache = open_cache(cache, namespace, f"vllm-tier-{os.getpid()}", log, page)
+        name = str(offloading_spec.config.model.name)
+        self._cache = open_cache(cache, namespace, f"vllm-tier-{os.getpid()}", log, page, name)
         if not self._cache.wait_attached(ATTACH_WAIT_S):
             log.warning("no cache yet, serving without", address=cache)
         self._courier = Courier(self._cache, namespace.digest(), rows, log)

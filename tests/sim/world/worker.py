@@ -49,6 +49,7 @@ class Network(Protocol):
 
     scheduler: Scheduler
     clock_s: float
+    counted: Counter[bytes]
 
     def send(self, sender: SimClient, method: str, request: Any) -> Any:
         """Make a call; by a task, which waits for the answer. Raises: KvistError."""
@@ -201,7 +202,10 @@ class SimClient:
             assert np.array_equal(out, block.payload), f"wrong bytes for b{number}"
         tokens = len(block.header.tokens) // 4
         hits = {"dram": tokens} if reason is None else {}
-        self.cache.count(tokens, hits, {} if reason is None else {reason: tokens})
+        if self.life is not None and not self.life.ended:
+            self._world.counted[self.life.boot_epoch] += tokens
+        tenant = f"t{number % 3}"
+        self.cache.count(tokens, hits, {} if reason is None else {reason: tokens}, tenant)
 
     def look_up(self, number: int) -> int:
         """Find the longest prefix; must be what looking at each block finds."""
@@ -213,10 +217,6 @@ class SimClient:
             assert found.blocks == first_gap, f"found {found.blocks} of {offered}"
             assert (found.blocks == len(keys)) == (not found.reason)
         return found.blocks
-
-    def counts(self) -> Counter[str]:
-        """What it counted while no ring was there to take it."""
-        return self.cache._uncounted
 
 
 class _NoPrefault:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -43,6 +43,7 @@ class World:
         clock_s: what the store takes for the time.
         store: the present life.
         model: what must be there.
+        counted: boot epoch -> tokens that workers counted in that life.
         reads: keys that remote readers wait for, with the future of each.
     """
 
@@ -86,6 +87,7 @@ class World:
             for number in range(random.randint(1, 3))
         ]
         self.born = len(self.clients)
+        self.counted: Counter[bytes] = Counter()
         self.open()
 
     # Lives of the sidecar.

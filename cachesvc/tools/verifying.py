@@ -5,19 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
 
+from kvist.cachesvc.tools.progress import Bar
 from kvist.proto.errors import FormatRefused
 from kvist.proto.sizes import format_bytes
 from kvist.tiers.flash_check import FlashReport, check_directory
 from kvist.tiers.segment import CLEAR_COMMAND
 
 EXIT_SOUND, EXIT_PROBLEMS = 0, 1
-_BAR_WIDTH = 32
-_BAR_EVERY_S = 0.1
 
 
 def add_verify_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +33,19 @@ def run_verify(flags: argparse.Namespace) -> int:
         ConfigInvalid: it is no flash folder, or a process uses it.
     """
     path = Path(flags.path)
-    bar = Bar(sys.stderr)
+    bar, looked_at = Bar(sys.stderr, "slots"), (0, 0)
+
+    def show(done: int, total: int) -> None:
+        nonlocal looked_at
+        looked_at = done, total
+        bar.show(done, total)
+
     try:
-        report = check_directory(path, bar.show)
+        report = check_directory(path, show)
+    except KeyboardInterrupt:
+        bar.clear()
+        print(f"interrupted after {looked_at[0]} of {looked_at[1]} slots", file=sys.stderr)
+        raise
     except (FormatRefused, OSError) as error:
         if flags.json:
             print(json.dumps({"path": str(path), "problems": [str(error)], "problem_count": 1}))
@@ -76,28 +83,3 @@ def as_text(report: FlashReport) -> str:
     else:
         lines.append("sound: every block that the index lists is whole and in its place")
     return "\n".join(lines)
-
-
-class Bar:
-    """A progress bar on a terminal; nothing elsewhere."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._shows = stream.isatty()
-        self._shown_s = 0.0
-
-    def show(self, done: int, total: int) -> None:
-        """So far."""
-        now_s = time.monotonic()
-        if self._shows and (now_s - self._shown_s >= _BAR_EVERY_S or done == total):
-            self._shown_s = now_s
-            full = _BAR_WIDTH * done // max(1, total)
-            bar = "#" * full + "." * (_BAR_WIDTH - full)
-            self._stream.write(f"\r[{bar}] {done}/{total} slots")
-            self._stream.flush()
-
-    def clear(self) -> None:
-        """Take it away."""
-        if self._shows and self._shown_s:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()

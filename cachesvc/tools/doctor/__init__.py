@@ -1,0 +1,1 @@
+"""`kvist cache doctor`: checks of the host, of its disk and of a running kvistd."""

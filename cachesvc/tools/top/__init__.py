@@ -1,0 +1,1 @@
+"""`kvist top`: a live view of a running kvistd."""

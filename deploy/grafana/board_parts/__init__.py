@@ -1,0 +1,1 @@
+"""What the boards are made of: the grammar, and a file for each board."""
