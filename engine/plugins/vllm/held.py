@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, TypeVar
 
 from kvist.cachesvc.client import CacheClient
@@ -20,6 +21,8 @@ from kvist.proto.keys import BlockKey
 LOOKS = 32
 # Until a block that is being stored must be there; the queue of a sidecar that hangs is longer.
 STORE_PATIENCE_S = 30.0
+# A sidecar that is away for longer than this takes its blocks with it.
+RESTART_S = 10.0
 # About 1 KB each. Whoever holds more tells of the blocks that were told of or seen last.
 HELD_MAX = 50_000
 
@@ -63,6 +66,7 @@ class Held(Generic[Block]):
         self._awaited: deque[_Awaited[Block]] = deque()
         self._held: OrderedDict[Block, tuple[Sequence[BlockKey], str]] = OrderedDict()
         self._forgotten: list[Change[Block]] = []
+        self._detached_s: float | None = None  # since when; None while attached
 
     def watch(self, block: Block, keys: Sequence[BlockKey]) -> None:
         """Watch a block from now on; one that is watched already stays as it is.
@@ -76,17 +80,26 @@ class Held(Generic[Block]):
 
     def look(self) -> list[Change[Block]]:
         """What changed, as far as it was this look's turn; in the order in which it was watched."""
+        if self._cache.state == "attached":
+            self._detached_s = None
+        elif self._is_back_soon():
+            return []
+        held = [
+            (block, keys, before, self._tier(keys))
+            for block, (keys, before) in islice(self._held.items(), LOOKS)
+        ]
+        awaited = [(one, self._tier(one.keys)) for one in islice(self._awaited, LOOKS)]
+        if self._detached_s is None and self._cache.state != "attached":
+            return []  # it went meanwhile, and what was seen since is nothing
         changes, self._forgotten = self._forgotten, []
-        for _ in range(min(LOOKS, len(self._held))):
-            block, (keys, before) = self._held.popitem(last=False)
-            tier = self._tier(keys)
+        for block, keys, before, tier in held:
+            del self._held[block]
             if tier is not None:
                 self._held[block] = keys, tier  # to the end: its turn is over
             if tier != before:
                 changes.append(Change(block, before, tier))
-        for _ in range(min(LOOKS, len(self._awaited))):
-            one = self._awaited.popleft()
-            tier = self._tier(one.keys)
+        for one, tier in awaited:
+            self._awaited.popleft()
             if tier is None and self._now() < one.until:
                 self._awaited.append(one)
             elif tier is not None and one.block not in self._held:
@@ -96,6 +109,12 @@ class Held(Generic[Block]):
             block, (_, before) = self._held.popitem(last=False)
             changes.append(Change(block, before, None))
         return changes
+
+    def _is_back_soon(self) -> bool:
+        """Whether the sidecar may just be restarting: what is on flash is there again after it."""
+        now = self._now()
+        self._detached_s = self._detached_s if self._detached_s is not None else now
+        return now - self._detached_s < RESTART_S
 
     def forget(self) -> None:
         """All of them are of no use to this vLLM any more; the next look says that they went."""
