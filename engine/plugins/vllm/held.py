@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
@@ -84,31 +84,36 @@ class Held(Generic[Block]):
             self._detached_s = None
         elif self._is_back_soon():
             return []
-        held = [
-            (block, keys, before, self._tier(keys))
-            for block, (keys, before) in islice(self._held.items(), LOOKS)
-        ]
+        held = [(block, self._tier(keys)) for block, (keys, _) in islice(self._held.items(), LOOKS)]
         awaited = [(one, self._tier(one.keys)) for one in islice(self._awaited, LOOKS)]
         if self._detached_s is None and self._cache.state != "attached":
             return []  # it went meanwhile, and what was seen since is nothing
         changes, self._forgotten = self._forgotten, []
-        for block, keys, before, tier in held:
-            del self._held[block]
+        changes += self._seen(held)
+        changes += self._arrived(awaited)
+        while len(self._held) > self._most:
+            block, (_, before) = self._held.popitem(last=False)
+            changes.append(Change(block, before, None))
+        return changes
+
+    def _seen(self, held: Sequence[tuple[Block, str | None]]) -> Iterator[Change[Block]]:
+        for block, tier in held:
+            keys, before = self._held.pop(block)
             if tier is not None:
                 self._held[block] = keys, tier  # to the end: its turn is over
             if tier != before:
-                changes.append(Change(block, before, tier))
+                yield Change(block, before, tier)
+
+    def _arrived(
+        self, awaited: Sequence[tuple[_Awaited[Block], str | None]]
+    ) -> Iterator[Change[Block]]:
         for one, tier in awaited:
             self._awaited.popleft()
             if tier is None and self._now() < one.until:
                 self._awaited.append(one)
             elif tier is not None and one.block not in self._held:
                 self._held[one.block] = one.keys, tier
-                changes.append(Change(one.block, None, tier))
-        while len(self._held) > self._most:
-            block, (_, before) = self._held.popitem(last=False)
-            changes.append(Change(block, before, None))
-        return changes
+                yield Change(one.block, None, tier)
 
     def _is_back_soon(self) -> bool:
         """Whether the sidecar may just be restarting: what is on flash is there again after it."""
