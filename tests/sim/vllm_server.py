@@ -71,7 +71,7 @@ class VllmServer:
 
     def get(self, path: str) -> str:
         """A page."""
-        with urllib.request.urlopen(self.page + path, timeout=60.0) as answer:
+        with urllib.request.urlopen(self.page + path, timeout=120.0) as answer:
             text: str = answer.read().decode()
         return text
 
@@ -83,7 +83,7 @@ class VllmServer:
             {"content-type": "application/json"},
             method="POST",
         )
-        with urllib.request.urlopen(request, timeout=120.0) as answer:
+        with urllib.request.urlopen(request, timeout=600.0) as answer:
             said = answer.read()
         reply: dict[str, Any] = json.loads(said) if said else {}
         return reply
