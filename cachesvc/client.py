@@ -328,11 +328,10 @@ class CacheClient:
 
         Args:
             wanted: what the block must be.
-            out: shape (wanted.payload_bytes,), uint8, writable; undefined after a miss.
+            out: as proto.slot.read_slot takes it; undefined after a miss.
             deadline: until when to wait for a block that rises from flash, in time of now.
 
-        Returns:
-            None when out holds the block, else why not, one of MISS_REASONS.
+        Returns: None when out holds the block, else why not, one of MISS_REASONS.
         """
         life = self._life
         if life is None or not life.enter():  # without _entered: 3 us of a copy's 150
@@ -351,8 +350,7 @@ class CacheClient:
     def stream(self, load: LayerLoad) -> tuple[int, str]:
         """Copy blocks of DRAM out layer by layer and verify them at the end; makes no call.
 
-        Returns:
-            leading blocks that came, and why no more, one of MISS_REASONS, "" when all did.
+        Returns: leading blocks that came, and why no more, one of MISS_REASONS, "" when all did.
         """
         with self._entered() as life:
             if life is None:
@@ -373,6 +371,10 @@ class CacheClient:
         """
         with self._entered() as life:
             return self._storer.store(life, items, self.pace)
+
+    def clear(self) -> int:
+        """Drop this namespace's blocks; how many. On the thread that stores. Raises: Detached."""
+        return self._storer.clear(self._life, self._namespace.digest())
 
 
 def open_cache(

@@ -20,10 +20,18 @@ PAGES = [
     Path("README.md"),
     *sorted(page.relative_to(ROOT) for page in (ROOT / "docs").glob("*.md")),
 ]
-WRITTEN = [page for page in PAGES if page.name not in ("api.md", "configuration.md", "formats.md")]
+WRITTEN = [
+    page
+    for page in PAGES
+    if page.name not in ("api.md", "cli.md", "configuration.md", "formats.md")
+]
 _COMMANDS = ("kvist", "kvistd", "make", "pip", "curl", "python", "mkdir", "docker", "kubectl")
 # Pages that one person reads in one go, with one set of servers.
-SESSIONS = [["README.md"], ["docs/quickstart.md", "docs/operating.md"]]
+SESSIONS = [
+    ["README.md"],
+    ["docs/quickstart.md", "docs/operating.md"],
+    ["docs/events.md", "docs/tracing.md"],
+]
 
 
 def anchors(page: Path) -> set[str]:

@@ -1,6 +1,6 @@
 """An environment with LMCache's server and vLLM's CPU build: a copy of the one with vLLM alone.
 
-    python benchmarks/peers/lmcache_setup.py .venv-vllm .venv-lmcache
+    python benchmarks/peers/lmcache_setup.py .venv-vllm .venv-vllm-lmcache
 
 Files are shared with the first environment by hard links where nothing changes. LMCache's CUDA
 parts are left out; its server runs without. One line of vLLM 0.32 is guarded in the copy: with
