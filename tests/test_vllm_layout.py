@@ -71,7 +71,7 @@ def test_what_is_not_served_is_refused_with_the_reason() -> None:
             SimpleNamespace(kv_cache_spec=window),
         ]
     )
-    assert "tensor_parallel_size=2" in refusal(vllm_config(tensor_parallel_size=2), hybrid)
+    assert "pipeline_parallel_size=2" in refusal(vllm_config(pipeline_parallel_size=2), hybrid)
     assert "SlidingWindowSpec" in refusal(vllm_config(), hybrid)
     with pytest.raises(RuntimeError, match="tested with vLLM"):
         check_version("0.33.0")

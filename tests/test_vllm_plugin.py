@@ -3,61 +3,22 @@ it out, and requests that have the fields which the plugin reads (pinned in unde
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 from sim.sidecar import QUIET, Sidecar, wait_until
-from sim.vllm_memory import BLOCKS, LAYERS, NAMESPACE, SIZE, vllm_memory
+from sim.vllm_engine import Engine, Request, prompt, step
+from sim.vllm_memory import NAMESPACE, SIZE
 
 from kvist.cachesvc.client import CacheClient
-from kvist.engine.plugins.vllm.copying import Copier, LoadJob
-from kvist.engine.plugins.vllm.lookups import Adapters, Load, Save, digest_of, unnamed
-from kvist.engine.plugins.vllm.memory import BlockMemory, map_memory
+from kvist.engine.plugins.vllm.copying import Copier
+from kvist.engine.plugins.vllm.lookups import Adapters, Load, Medium, Names, digest_of, unnamed
 from kvist.engine.plugins.vllm.planning import Planner, Roles
-
-BOTH = Roles(loads=True, saves=True)
-
-
-class Request:
-    """The fields of vLLM's Request that the plugin reads."""
-
-    def __init__(self, name: str, tokens: list[int], salt: str | None = None) -> None:
-        self.request_id = name
-        self.prompt_token_ids: list[int] | None = tokens
-        self.all_token_ids = list(tokens)
-        self.num_prompt_tokens = len(tokens)
-        self.num_computed_tokens = 0
-        self.cache_salt = salt
-        self.prompt_embeds: object = None
-        self.resumable = False
-        self.lora_request: Any = None
-        self.mm_features: list[Any] = []
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.all_token_ids)
-
-
-def step(planner: Planner, request: Request, tokens: int, blocks: list[int]) -> list[Save]:
-    """A step of vLLM that computes some tokens of one request."""
-    planner.arrive(request)
-    state = SimpleNamespace(get_block_ids={request.request_id: (blocks,)}.__getitem__)
-    output = SimpleNamespace(
-        num_scheduled_tokens={request.request_id: tokens}, kv_connector_block_state=state
-    )
-    _, saves = planner.plan(output)
-    request.num_computed_tokens += tokens
-    return saves
-
-
-def prompt(seed: int, tokens: int) -> list[int]:
-    return random.Random(seed).choices(range(1000), k=tokens)
+from kvist.proto.keys import BlockKey, block_keys
 
 
 @pytest.fixture(scope="module")
@@ -66,50 +27,6 @@ def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
     made.start()
     yield made
     made.close()
-
-
-class Engine:
-    """Both halves over one KV memory; steps are made by hand."""
-
-    def __init__(self, sidecar: Sidecar, roles: Roles = BOTH) -> None:
-        placement, self.caches = vllm_memory()
-        self.runs = map_memory(placement, BLOCKS, self.caches)
-        self.memory = BlockMemory(self.runs)
-        self.clients = [sidecar.client(half, NAMESPACE) for half in ("scheduler", "worker")]
-        self.planner = Planner(self.clients[0], NAMESPACE, roles)
-        self.copier = Copier(self.clients[1], self.memory, QUIET)
-
-    def compute(self, request: Request, blocks: list[int]) -> None:
-        """One step that computes a whole prompt, and its saves."""
-        draw = np.random.default_rng(request.all_token_ids[0])
-        for block in blocks:
-            self.runs[:, block] = draw.integers(0, 256, (LAYERS, self.memory.run_bytes))
-        self.planner.admitted(request, blocks, 0)
-        self.copier.save(step(self.planner, request, request.num_tokens, blocks))
-        self.copier.wait_gathered()
-
-    def load(self, request: Request, blocks: list[int]) -> LoadJob:
-        """Bring in what is cached; returns how that ended."""
-        tokens = self.planner.matched(request, 0)
-        assert tokens
-        self.planner.admitted(request, blocks, tokens)
-        (load,), saves = self.planner.plan(SimpleNamespace(num_scheduled_tokens={}))
-        assert not saves
-        self.copier.load(load)
-        (job,) = self.copier.take_ended(10.0)
-        self.planner.loaded({request.request_id: (job.came, job.reason)})
-        return job
-
-    def stored(self, request: Request) -> None:
-        """Wait until all full blocks of a request are cached."""
-        fresh = Request("probe", request.all_token_ids, request.cache_salt)
-        usable = (fresh.num_tokens - 1) // SIZE * SIZE
-        wait_until(lambda: self.planner.matched(fresh, 0) == usable, "blocks to be stored")
-        self.planner.finished("probe")
-
-    def close(self) -> None:
-        self.planner.close()
-        self.copier.close()
 
 
 @pytest.fixture
@@ -183,14 +100,19 @@ def test_a_load_that_fails_names_its_blocks_and_is_not_tried_again(engine: Engin
     tokens = engine.planner.matched(again, 0)
     assert tokens == 4 * SIZE
     engine.planner.admitted(again, [10, 11, 12, 13, 14], tokens)
-    (load,), _ = engine.planner.plan(SimpleNamespace(num_scheduled_tokens={}))
+    (work,) = engine.planner.plan(SimpleNamespace(num_scheduled_tokens={}))
+    (load,) = work.loads
     wrong = replace(load.wanted[2], tokens=bytes(4 * SIZE))
     engine.copier.load(Load("b", [*load.wanted[:2], wrong, load.wanted[3]], load.blocks))
     (job,) = engine.copier.take_ended(10.0)
     assert (job.came, job.reason) == (2, "corrupt")
-    engine.planner.loaded({"b": (job.came, job.reason)})
+    engine.planner.loaded({"b": [(job.came, job.reason)]})
     assert engine.planner.matched(again, 0) == 0
     assert engine.planner.take_counts()["miss_tokens.corrupt"] == 2 * SIZE
+    # What is computed instead is stored, whatever the index still shows.
+    again.num_computed_tokens = 2 * SIZE
+    saves = step(engine.planner, again, 2 * SIZE + 1, [10, 11, 12, 13, 14])
+    assert [save.item.depth for save in saves] == [2, 3]
 
 
 def test_a_dead_sidecar_is_a_miss_and_vllm_goes_on(tmp_path: Path) -> None:
@@ -228,10 +150,15 @@ def test_a_request_is_put_off_while_its_blocks_rise_from_flash_and_then_takes_th
     wait_until(lambda: all(one.state == "attached" for one in engine.clients), "a new session")
     again = Request("b", list(request.all_token_ids))
     assert engine.planner.matched(again, 0) is None
+    assert engine.planner.rising
     wait_until(lambda: engine.planner.matched(again, 0) == 3 * SIZE, "blocks to rise")
     assert engine.load(again, [5, 6, 7, 8]).came == 3
     assert engine.planner.sources(again, 3 * SIZE) == {"flash": 3 * SIZE}
-    assert engine.planner.take_counts()["hit_tokens.flash"] == 3 * SIZE
+    counts = engine.planner.take_counts()
+    assert counts["hit_tokens.flash"] == 3 * SIZE
+    assert not engine.planner.rising
+    assert counts["rise_waits"] == 1
+    assert 0 < counts["rise_wait_seconds"] < 10
     # When flash is too slow, what is in DRAM by then has to do: here nothing.
     monkeypatch.setattr("kvist.engine.plugins.vllm.planning.FLASH_WAIT_S", 0.0)
     sidecar.stop()
@@ -263,7 +190,7 @@ def test_kv_role_says_what_is_done(engine: Engine, roles: Roles, found: bool, sa
     request = Request("a", prompt(8, 2 * SIZE + 1))
     engine.compute(request, [1, 2, 3])
     engine.stored(request)
-    other = Planner(engine.clients[0], NAMESPACE, roles)
+    other = Planner(engine.clients[0], [NAMESPACE], roles)
     assert bool(other.matched(Request("b", list(request.all_token_ids)), 0)) is found
     unseen = Request("c", prompt(80 + saved, 2 * SIZE + 1))
     assert len(step(other, unseen, 2 * SIZE + 1, [1, 2, 3])) == saved
@@ -275,26 +202,44 @@ def changed(change: Callable[[Request], None]) -> bytes:
     return digest_of(NAMESPACE, request, Adapters())
 
 
-def test_salt_adapter_and_media_each_make_another_namespace(tmp_path: Path) -> None:
+def test_salt_and_adapter_each_make_another_namespace(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"lora")
     lora = SimpleNamespace(lora_path=str(tmp_path), load_inplace=False)
-
-    def media(identifier: str, offset: int) -> list[Any]:
-        where = SimpleNamespace(offset=offset, length=4)
-        return [SimpleNamespace(identifier=identifier, mm_position=where)]
-
     digests = [
         NAMESPACE.digest(),
         changed(lambda one: setattr(one, "cache_salt", "acme:1")),
         changed(lambda one: setattr(one, "lora_request", lora)),
-        changed(lambda one: setattr(one, "mm_features", media("cat", 0))),
-        changed(lambda one: setattr(one, "mm_features", media("dog", 0))),
-        changed(lambda one: setattr(one, "mm_features", media("cat", 1))),
     ]
     assert len(set(digests)) == len(digests)
     assert digest_of(NAMESPACE, Request("a", [1]), Adapters()) == digests[0]
     (tmp_path / "adapter_model.safetensors").write_bytes(b"LORA")
     assert changed(lambda one: setattr(one, "lora_request", lora)) not in digests
+
+
+def test_prompts_share_their_blocks_up_to_the_first_picture_that_differs() -> None:
+    digest, tokens = NAMESPACE.digest(), prompt(14, 6 * SIZE)
+
+    def keys(*media: Medium) -> list[BlockKey]:
+        grown = Names(digest, NAMESPACE.format, "", media)
+        for end in range(0, 6 * SIZE + 1, 5):  # as an answer grows
+            grown.keys(tokens[:end])
+        whole = Names(digest, NAMESPACE.format, "", media).keys(tokens)
+        assert grown.keys(tokens) == whole
+        assert len(whole) == len(set(whole)) == 6
+        return whole
+
+    cat, dog = Medium("cat", 2 * SIZE + 3, 8), Medium("dog", 2 * SIZE + 3, 8)
+    late, moved = Medium("owl", 4 * SIZE, 2 * SIZE), Medium("cat", 2 * SIZE + 4, 8)
+    plain = keys()
+    assert plain == block_keys(digest, tokens, SIZE)
+    variants = [keys(cat), keys(dog), keys(moved), keys(cat, Medium("dog", 2 * SIZE + 12, 2))]
+    for one in variants:
+        assert one[:2] == plain[:2]
+    assert len({key for one in (plain, *variants) for key in one[2:]}) == 5 * 4
+    assert keys(cat, late)[:4] == keys(cat)[:4]
+    assert not set(keys(cat, late)[4:]) & set(keys(cat)[4:])
+    # One that begins in the last block of a text is not in the blocks before, wherever it ends.
+    assert keys(Medium("owl", 6 * SIZE, 4)) == plain
 
 
 def test_requests_without_names_are_counted_and_neither_found_nor_saved(engine: Engine) -> None:

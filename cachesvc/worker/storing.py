@@ -36,8 +36,8 @@ class StoreItem:
         namespace: digest, 32 bytes.
         depth: blocks before this one.
         tokens: the block's own token ids as little-endian uint32 bytes.
-        payload: (payload_bytes,), uint8, or a page of a device; must not change until store
-            returns.
+        payload: shape (payload_bytes,), uint8, or as proto.slot.fill_slot takes it, or a page of a
+            device; must not change until store returns.
         origin: of a first block, see proto.keys.origin_of; b"" tells nothing.
         tenant: of a first block, see proto.keys.tenant_of.
         request: id of the request that it is of, for the sidecar's log; "" tells nothing.
@@ -122,6 +122,13 @@ class Storer:
             self._control.hang_up()
             raise
         return fates.result()
+
+    def clear(self, life: Life | None, namespace: bytes) -> int:
+        """Drop every block of a namespace, whoever stored it; how many. Raises: Detached."""
+        if life is None:
+            raise Detached("no sidecar is attached; what it has on flash will be found again")
+        request = cache_pb2.ClearRequest(namespace=namespace)
+        return self._control.clear(request).result().dropped_blocks
 
     def _reserve_fill_commit(self, life: Life, new: Sequence[StoreItem], fates: _Fates) -> None:
         """Raises: Detached, SessionUnknown; blocks without a fate by then are lost."""

@@ -4,8 +4,9 @@
 
 types the `sh` blocks of the pages as one person on one machine. He sits in a network of his own, so
 that the ports of the pages are free and nothing leaves the machine. What the pages leave open is
-there: MODEL is at ./Llama-3.2-1B, a trace at ./TRACE. A server goes on in the background until
-its port is wanted again. Ends with 1 at the first command that fails, and says which.
+there: a model at ./Llama-3.2-1B, which MODEL means too, a trace at ./TRACE. A server goes on in the
+background until its port is wanted again. Ends with 1 at the first command that fails, and says
+which.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+
+from kvist.cachesvc.folders import home_folders
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Neither a registry nor another environment is needed for what is installed already.
@@ -109,6 +112,8 @@ class Reader:
             "XDG_RUNTIME_DIR": str(folder / "run"),
         }
         (folder / "run").mkdir(mode=0o700)
+        socket_path = f"{home_folders(os.geteuid(), self._environment)[0]}/kvistd.sock"
+        self._names = {"MODEL": "./Llama-3.2-1B", "KVISTD_SOCKET": socket_path}
 
     def type(self, command: str) -> None:
         """Type a command; a server is waited for until it answers.
@@ -118,6 +123,8 @@ class Reader:
         """
         if any(command.startswith(start) for start in ELSEWHERE):
             return
+        for name, meant in self._names.items():
+            command = re.sub(rf"\b{name}\b", meant, command)
         words = shlex.split(command.removesuffix("&"))
         if words[0] == "make":
             self._run(f"make -n {shlex.join(words[1:])}", ROOT)

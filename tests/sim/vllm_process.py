@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from sim.sidecar import Sidecar
 ROOT = Path(__file__).resolve().parents[2]
 HOST = ROOT / "benchmarks" / "peers" / "vllm_host.py"
 Prompt = list[int]
+
+ONE_BLOCK_STEPS = ("--max-num-batched-tokens", "128")
+"""Flags for steps that end where blocks end, whatever is cached."""
 
 
 def transfer_config(socket: Path) -> dict[str, Any]:
@@ -55,6 +59,14 @@ def sidecar_metric(sidecar: Sidecar, name: str) -> float:
     return float(lines[0].rsplit(" ", 1)[1])
 
 
+def settled(sidecar: Sidecar, tier: str) -> None:
+    """Wait until no more blocks arrive in a tier."""
+    seen = -1.0
+    while (now := sidecar_metric(sidecar, f'kvist_tier_used_slots{{tier="{tier}"}}')) != seen:
+        seen = now
+        time.sleep(1.0)
+
+
 class VllmProcess:
     """See benchmarks/peers/vllm_host.py, whose commands the methods are.
 
@@ -72,8 +84,10 @@ class VllmProcess:
         transfer = "" if socket is None else json.dumps(transfer_config(socket))
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": "2",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
+            # Two threads wait for each other by spinning: beside other work, a second a step. And
+            # left to itself vLLM takes one in one process and two with its split: other last bits.
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(split)),
             "PYTHONSAFEPATH": "1",
         }
@@ -106,7 +120,7 @@ class VllmProcess:
             self.send(do, **fields)
             return self._answer()
 
-    def answers(self, prompts: list[Prompt], tokens: int = 8, **fields: object) -> list[Prompt]:
+    def answers(self, prompts: list[Prompt], tokens: int = 6, **fields: object) -> list[Prompt]:
         """Greedy answers."""
         reply = self.ask("generate", prompts=prompts, max_tokens=tokens, **fields)
         found: list[Prompt] = reply["tokens"]

@@ -15,26 +15,31 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import vllm
+from vllm.distributed.kv_events import KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvist.cachesvc.client import CacheClient, open_cache
 from kvist.cachesvc.log import Log
 from kvist.engine.plugins.vllm.copying import Copier
+from kvist.engine.plugins.vllm.events import Events
 from kvist.engine.plugins.vllm.identity import check_version, namespace_of, refusal
 from kvist.engine.plugins.vllm.memory import BlockMemory, ScratchPage, map_memory, try_memory
 from kvist.engine.plugins.vllm.metrics import KvistPromMetrics, KvistStats
 from kvist.engine.plugins.vllm.plan import Handshake, Plan, Results
-from kvist.engine.plugins.vllm.planning import Planner, Roles
+from kvist.engine.plugins.vllm.planning import Planner, Roles, Work
 
 ADDRESS = "kvist.cache"
 # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
@@ -42,6 +47,8 @@ ATTACH_WAIT_S = 2.0
 # With no step to compute, vLLM asks again and again whether a load has ended, and takes from the
 # threads the time that they copy in.
 IDLE_WAIT_S = 0.005
+# The same while blocks rise: the processor that vLLM would ask with is the one that reads them.
+RISE_WAIT_S = 0.002
 _SOURCES = {"dram": CacheHitSource.HOST, "flash": CacheHitSource.DISK}
 
 
@@ -72,9 +79,11 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._roles = Roles(loads=transfer.is_kv_consumer, saves=transfer.is_kv_producer)
         self._log = Log(sys.stderr)
         self._planner: Planner | None = None
+        self._events: Events | None = None
         self._copier: Copier | None = None
         self._handshake: Handshake | None = None
-        self._results: dict[str, tuple[int, str]] = {}
+        self._rank = 0
+        self._results: dict[str, list[tuple[int, str]]] = {}
         self._bad_blocks: set[int] = set()
         self._is_idle = False
 
@@ -84,7 +93,7 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return False
 
     def _open(self, half: str, handshake: Handshake, page: ScratchPage | None) -> CacheClient:
-        name = f"vllm-{half}-{os.getpid()}"
+        name = f"vllm-{half}{self._rank}-{os.getpid()}"
         model = str(self._vllm_config.model_config.model)
         client = open_cache(self._address, handshake.namespace, name, self._log, page, model)
         if not client.wait_attached(ATTACH_WAIT_S):
@@ -102,7 +111,8 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         try_memory(memory, [kv_caches[name] for name in names])
         context = self._vllm_config.compilation_config.static_forward_context
         layers = [context[name] for name in names]
-        namespace = namespace_of(self._vllm_config, kv, layers, vllm.__version__)
+        self._rank = get_tp_group().rank_in_group
+        namespace = namespace_of(self._vllm_config, kv, layers, vllm.__version__, self._rank)
         if namespace.format.payload_bytes != memory.payload_bytes:
             raise ValueError(
                 f"KvistConnector: a block has {memory.payload_bytes} bytes in memory and "
@@ -121,16 +131,20 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._handshake
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """A step begins: what it may overwrite has been copied out when this returns."""
+        """A step begins: what it may overwrite has been copied out when this returns.
+
+        Then its loads begin, beside its forward pass. vLLM calls start_load_kv behind the pass, and
+        a load that begins there is seen to have ended one step later.
+        """
+        assert isinstance(kv_connector_metadata, Plan)
         if self._copier is not None:
             self._copier.wait_gathered()
+            for load in self._work(kv_connector_metadata).loads:
+                self._copier.load(load)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin the step's loads; none of them is for the step itself."""
+        """The step's loads have begun already; none of them is for the step itself."""
         self._is_idle = forward_context.attn_metadata is None
-        if self._copier is not None:
-            for load in self._plan().loads:
-                self._copier.load(load)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: a request runs when all its blocks are there."""
@@ -142,21 +156,27 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def wait_for_save(self) -> None:
         """The forward pass is over: begin to copy what is complete."""
-        if self._copier is not None and self._plan().saves:
-            self._copier.save(self._plan().saves)
+        work = self._work(self._plan())
+        if self._copier is not None and work.saves:
+            self._copier.save(work.saves)
 
     def _plan(self) -> Plan:
         plan = self._get_connector_metadata()
         assert isinstance(plan, Plan)
         return plan
 
+    def _work(self, plan: Plan) -> Work:
+        return plan.works[self._rank] if plan.works else Work()
+
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Loads that have ended; nothing is ever held for a store."""
         if self._copier is None:
             return None, None
         ended = self._copier.take_ended(IDLE_WAIT_S if self._is_idle else 0.0)
+        if self._is_idle and not ended and self._plan().rising:
+            time.sleep(RISE_WAIT_S)
         for job in ended:
-            self._results[job.load.request] = (job.came, job.reason)
+            self._results[job.load.request] = [(job.came, job.reason)]
             self._bad_blocks.update(job.load.blocks[job.came :])
         return None, {job.load.request for job in ended} or None
 
@@ -173,11 +193,16 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # The scheduler's half.
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
-        """The worker has said what its blocks are."""
-        (handshake,) = metadata.values()
-        assert isinstance(handshake, Handshake)
-        client = self._open("scheduler", handshake, None)
-        self._planner = Planner(client, handshake.namespace, self._roles)
+        """The workers have said what their blocks are."""
+        handshakes = [metadata[rank] for rank in sorted(metadata)]
+        if len({one.namespace.format for one in handshakes}) != 1:
+            raise ValueError("KvistConnector: the ranks of this model have blocks of several kinds")
+        client = self._open("scheduler", handshakes[0], None)
+        self._planner = Planner(client, [one.namespace for one in handshakes], self._roles)
+        wanted = self._vllm_config.kv_events_config
+        if wanted is not None and wanted.enable_kv_cache_events:
+            self._events = Events(client, handshakes[0].namespace.format.block_tokens)
+            self._planner.watch = self._events.watch
 
     def on_new_request(self, request: Any) -> None:
         """See Planner.arrive."""
@@ -210,7 +235,9 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> Plan:
         """See Planner.plan."""
-        return Plan() if self._planner is None else Plan(*self._planner.plan(scheduler_output))
+        if self._planner is None:
+            return Plan()
+        return Plan(self._planner.plan(scheduler_output), self._planner.rising)
 
     def update_connector_output(self, connector_output: Any) -> None:
         """See Planner.loaded."""
@@ -232,10 +259,16 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """See request_finished."""
         return self.request_finished(request, [])
 
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """See events.py; nothing where vLLM's KV events are off."""
+        return () if self._events is None else self._events.take()
+
     def reset_cache(self) -> bool | None:
         """See Planner.reset."""
         if self._planner is not None:
             self._planner.reset()
+        if self._events is not None:
+            self._events.forget()
         return True
 
     # Both.

@@ -6,8 +6,9 @@ over, while vLLM samples, answers and schedules; the next step begins by waiting
 (handle_preemptions, before anything is written), which by then has long ended: 16 blocks of 3 MB
 are 6 ms. So no block is held for a store: preemption, abort and reset_prefix_cache need nothing.
 
-Loads. Two threads take blocks one by one, in order, verify each in a buffer and scatter it. A
-request's load ends once, with the number of leading blocks that came.
+Loads. Two threads take blocks one by one, in order, verify each in a buffer and scatter it, from
+the beginning of the step that planned them. A request's load ends once, with the number of leading
+blocks that came.
 """
 
 from __future__ import annotations
@@ -252,8 +253,10 @@ class Copier:
         return False
 
     def _store(self, batch: list[tuple[Save, Bytes]]) -> None:
+        started = time.monotonic()
         counts = self._stored(batch)
         with self._lock:
+            self._counts["save_seconds"] += time.monotonic() - started
             for name, count in counts.items():
                 self._counts[name] += count
 

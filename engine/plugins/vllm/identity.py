@@ -39,8 +39,7 @@ def refusal(config: Any, kv: Any) -> str:
     """
     parallel = config.parallel_config
     for name in (
-        "tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size",
-        "prefill_context_parallel_size",
+        "pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size",
     ):  # fmt: skip
         if getattr(parallel, name) != 1:
             return f"{name}={getattr(parallel, name)} is not served yet; set 1"
@@ -70,7 +69,9 @@ def _memory_refusal(kv: Any) -> str:
     return ""
 
 
-def namespace_of(config: Any, kv: Any, layers: Sequence[Any], vllm_version: str) -> Namespace:
+def namespace_of(
+    config: Any, kv: Any, layers: Sequence[Any], vllm_version: str, rank: int
+) -> Namespace:
     """The namespace of a worker's blocks.
 
     A block's bytes are vLLM's own: how K and V lie inside it depends on its release, its attention
@@ -80,10 +81,12 @@ def namespace_of(config: Any, kv: Any, layers: Sequence[Any], vllm_version: str)
         config: VllmConfig, with which refusal found nothing wrong.
         kv: KVCacheConfig.
         layers: vLLM's attention layer objects, in the order of the placement.
+        rank: of the worker in its tensor-parallel group.
     """
     spec = kv.kv_cache_groups[0].kv_cache_spec
     backends = sorted({_backend(layer) for layer in layers})
     names = kv.kv_cache_tensors[0].layers
+    ranks = config.parallel_config.tensor_parallel_size
     words = {
         "engine": f"vllm-{vllm_version}/torch-{torch.__version__}",
         "processor": torch.backends.cpu.get_cpu_capability(),
@@ -95,7 +98,8 @@ def namespace_of(config: Any, kv: Any, layers: Sequence[Any], vllm_version: str)
         "dtype": str(config.model_config.dtype),
         "kv_dtype": str(config.cache_config.cache_dtype),
         "compiled": str(getattr(config.compilation_config.mode, "name", "NONE")),
-        "rank": "tp0of1/pp0of1",
+        "rank": f"tp{rank}of{ranks}/pp0of1",
+        "heads": head_range(config.model_config.get_total_num_kv_heads(), rank, ranks),
     }
     return Namespace(
         model=model_name(config),
@@ -106,6 +110,62 @@ def namespace_of(config: Any, kv: Any, layers: Sequence[Any], vllm_version: str)
         rope="in the model's configuration",
         compute=" ".join(f"{name}={value}" for name, value in words.items()),
     )  # fmt: skip
+
+
+def tier_namespace(
+    spec: Any, row_bytes: int, model: str, vllm_version: str, device: str
+) -> Namespace:
+    """The namespace of the chunks of vLLM's own offloading, which hold the blocks of all workers.
+
+    Args:
+        spec: vLLM's OffloadingSpec. row_bytes: of a chunk.
+        model: what the user says of the model, or "". device: what computes, in words.
+
+    Raises: ValueError when it is not known what the model is, or chunks are of several sizes.
+    """
+    config = spec.config
+    name = config.model.name
+    folder = Path(name)
+    if not model and not folder.is_dir():
+        raise ValueError(
+            f'the tier cannot see what {name} is: put "model" into its configuration, words that '
+            "change when the weights do, or give vLLM the model as a folder"
+        )
+    sizes = {tokens * spec.blocks_per_chunk for tokens in spec.tokens_per_block}
+    (tokens,) = sizes if len(sizes) == 1 else (0,)
+    if not tokens or row_bytes % (4 * tokens):
+        raise ValueError(
+            f"chunks of {sorted(sizes)} tokens and {row_bytes} bytes are not served: one size for "
+            "all KV groups is, of whole bytes a token"
+        )
+    words = {
+        "engine": f"vllm-{vllm_version}/torch-{torch.__version__}",
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "device": device,
+        "dtype": config.model.dtype,
+        "groups": _digest(repr(config.groups)),
+        "layout": f"{config.kv_cache_layout}/{config.canonical_layout}/{config.replicated_layout}",
+        "ranks": repr(
+            tuple(
+                getattr(config.parallel, f"{axis}_size")
+                for axis in ("world", "tp", "pp", "pcp", "dcp")
+            )
+        ),
+    }
+    content = "" if model else _digest(files_fingerprint(folder, (*WEIGHT_SUFFIXES, ".json")))
+    return Namespace(
+        model=f"{model or content} under vLLM's offloading",
+        format=BlockFormat(1, 1, row_bytes // (4 * tokens), "bfloat16", tokens),
+        rope="in the model's configuration",
+        compute=" ".join(f"{key}={value}" for key, value in words.items()),
+    )
+
+
+def head_range(heads: int, rank: int, ranks: int) -> str:
+    """Which KV heads a rank has, like 2-3of4; with fewer heads than ranks, ranks share one."""
+    each = max(1, heads // ranks)
+    first = rank * heads // ranks
+    return f"{first}-{first + each - 1}of{heads}"
 
 
 def _backend(layer: Any) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from kvist.cachesvc.worker.storing import StoreItem
 from kvist.engine.plugins.vllm.identity import files_fingerprint
 from kvist.proto.keys import NO_KEY, BlockKey, KeyChain, Namespace, origin_of, tenant_of
+from kvist.proto.layout import BlockFormat
 from kvist.proto.record import Bytes, Wanted
 
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".json", ".pt")
@@ -82,37 +83,57 @@ def unnamed(request: Any, adapters: Adapters) -> str:
 
 
 def digest_of(namespace: Namespace, request: Any, adapters: Adapters) -> bytes:
-    """The namespace digest of one request: tenant, adapter and media included.
-
-    Pictures and sounds stand in a prompt as tokens that say nothing of their content, so their
-    identifiers and places seed the whole prompt: it is shared by prompts that have all the same.
-    """
+    """The namespace digest of one request: tenant and adapter included."""
     lora = request.lora_request
     adapter = "" if lora is None else f"lora={adapters.fingerprint(lora)}"
-    media = [
-        (one.identifier, one.mm_position.offset, one.mm_position.length)
-        for one in request.mm_features
-    ]
-    if media:
-        adapter += " media=" + hashlib.sha256(repr(media).encode()).hexdigest()
-    salt = request.cache_salt or ""
-    return replace(namespace, adapter=adapter, salt=salt).digest()
+    return replace(namespace, adapter=adapter, salt=request.cache_salt or "").digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """A picture or a sound in a prompt, whose tokens say nothing of its content.
+
+    Attributes:
+        identifier: vLLM's hash of it. offset: its first token. length: tokens.
+    """
+
+    identifier: str
+    offset: int
+    length: int
+
+
+def media_of(request: Any) -> list[Medium]:
+    """What stands in a request's prompt beside words, in order."""
+    places = [(one.identifier, one.mm_position) for one in request.mm_features]
+    found = [Medium(identifier, place.offset, place.length) for identifier, place in places]
+    return sorted(found, key=lambda one: one.offset)
 
 
 class Names:
     """Keys of one request's growing tokens.
 
+    A block's K and V depend on all before it and on whatever picture or sound begins before its
+    end. So at a block in which one begins the keys start anew, from the key before and from what
+    begins there: prompts share their blocks up to the first medium that differs.
+
     Args:
-        digest: of its namespace. block_tokens: tokens of a block. salt: of its tenant, or "".
-        payload_bytes: of a block.
+        namespace: digest. format: of a block. salt: of its tenant, or "". media: in order.
     """
 
-    def __init__(self, digest: bytes, block_tokens: int, salt: str, payload_bytes: int) -> None:
-        self.digest = digest
-        self._size = block_tokens
+    def __init__(
+        self, namespace: bytes, format: BlockFormat, salt: str, media: Sequence[Medium] = ()
+    ) -> None:
+        self.digest = namespace
+        self._size = format.block_tokens
         self._salt = salt
-        self._payload_bytes = payload_bytes
-        self._chain = KeyChain(digest, block_tokens)
+        self._payload_bytes = format.payload_bytes
+        self._chain = KeyChain(namespace, self._size)
+        self._before: list[BlockKey] = []  # of the chains before this one
+        self._media: dict[int, list[Medium]] = {}  # block -> what begins in it
+        for one in media:
+            self._media.setdefault(one.offset // self._size, []).append(one)
+        self._turns = sorted(self._media)
+        self._keys: list[BlockKey] = []
 
     def keys(self, tokens: Sequence[int]) -> list[BlockKey]:
         """One key for each full block. Do not change the list.
@@ -120,11 +141,25 @@ class Names:
         Args:
             tokens: all of the request; those that made a block before are still the same.
         """
-        named = len(self._chain.keys) * self._size
-        full = len(tokens) // self._size * self._size
-        if full > named:
-            self._chain.extend(tokens[named:full])
-        return self._chain.keys
+        full = len(tokens) // self._size
+        while len(self._keys) < full:
+            named = len(self._keys)
+            if self._turns and self._turns[0] == named:
+                self._turn(self._media[self._turns.pop(0)])
+            end = min([full, *self._turns[:1]])
+            self._chain.extend(tokens[named * self._size : end * self._size])
+            self._keys = self._before + self._chain.keys
+        return self._keys
+
+    def _turn(self, media: Sequence[Medium]) -> None:
+        """Start the keys anew at the next block."""
+        first = len(self._keys) * self._size
+        mixed = hashlib.sha256(self.digest + (self._keys[-1] if self._keys else NO_KEY))
+        mixed.update(
+            repr([(one.identifier, one.offset - first, one.length) for one in media]).encode()
+        )
+        self._before = list(self._keys)
+        self._chain = KeyChain(mixed.digest(), self._size)
 
     def wanted(self, tokens: Sequence[int], block: int) -> Wanted:
         """What a load must find."""

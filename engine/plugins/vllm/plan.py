@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from kvist.engine.plugins.vllm.lookups import Load, Save
+from kvist.engine.plugins.vllm.planning import Work
 from kvist.proto.keys import Namespace
 
 
@@ -27,19 +27,28 @@ class Handshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # vLLM is 
 
 @dataclass
 class Plan(KVConnectorMetadata):  # type: ignore[misc]
-    """Scheduler to worker: what is to be copied beside a step."""
+    """Scheduler to workers: what each is to copy beside a step.
 
-    loads: list[Load] = field(default_factory=list)
-    saves: list[Save] = field(default_factory=list)
+    Attributes:
+        works: by rank; empty when there is no cache.
+        rising: a request is put off while its blocks rise from flash.
+    """
+
+    works: list[Work] = field(default_factory=list)
+    rising: bool = False
 
 
 @dataclass
 class Results(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """Worker to scheduler: request id -> leading blocks that came, and why no more ("" if all)."""
+    """Workers to scheduler: request id -> for each rank whose load has ended, leading blocks that
+    came, and why no more ("" if all)."""
 
-    loaded: dict[str, tuple[int, str]]
+    loaded: dict[str, list[tuple[int, str]]]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Results:
-        """See KVConnectorWorkerMetadata; there is one worker."""
+        """See KVConnectorWorkerMetadata."""
         assert isinstance(other, Results)
-        return Results({**self.loaded, **other.loaded})
+        both = {name: list(ended) for name, ended in self.loaded.items()}
+        for name, ended in other.loaded.items():
+            both.setdefault(name, []).extend(ended)
+        return Results(both)
