@@ -88,7 +88,7 @@ def test_over_the_budget_nothing_is_written_until_time_has_filled_it(bench: Benc
     bench.settle()
     assert on_flash(bench, blocks) == [True] * 3 + [False]
     assert events(bench) == (0, 1, 0)
-    assert bench.store.stats().wear == _wear(3, 3, 0)
+    assert bench.store.stats().wear == _wear(3, 3, 0, burst * 24)
     bench.clock_s += 3600 / 3 + 1
     worker.ring.push(TOUCH, 4, keys_of(blocks)[3])
     bench.store.tick()
@@ -97,8 +97,9 @@ def test_over_the_budget_nothing_is_written_until_time_has_filled_it(bench: Benc
     check(bench)
 
 
-def _wear(life: int, folder: int, left: int | None) -> Wear:
-    return Wear(life * SLOT_BYTES, folder * SLOT_BYTES, None if left is None else left * SLOT_BYTES)
+def _wear(life: int, folder: int, left: int | None, per_day: int | None) -> Wear:
+    left_bytes = None if left is None else left * SLOT_BYTES
+    return Wear(life * SLOT_BYTES, folder * SLOT_BYTES, left_bytes, per_day)
 
 
 def test_a_restart_is_no_new_burst_and_the_folder_remembers_its_wear(bench: Bench) -> None:
@@ -108,13 +109,13 @@ def test_a_restart_is_no_new_burst_and_the_folder_remembers_its_wear(bench: Benc
     bench.settle()
     bench.close()
     bench.open(**limits)
-    assert bench.store.stats().wear == _wear(0, 2, 0)
+    assert bench.store.stats().wear == _wear(0, 2, 0, 1 << 20)
     bench.worker().put(chain(100, 2))
     bench.settle()
     assert on_flash(bench, chain(100, 2)) == [False] * 2
     bench.close()
     bench.open(flash_write_bytes_per_day=None)
-    assert bench.store.stats().wear == _wear(0, 2, None)
+    assert bench.store.stats().wear == _wear(0, 2, None, None)
 
 
 def test_the_book_is_written_while_the_store_lives(bench: Bench) -> None:

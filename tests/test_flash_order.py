@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -75,6 +76,10 @@ class Mover:
             self.dram.write(self.dram.allocate(), block.header, block.payload)
             assert flash.allocate() == number
         self.io = FlashIo(self.dram, flash, Threads(), io_threads, self.posted.put, self)
+
+    def clock(self) -> float:
+        """See flashio.Owner."""
+        return time.monotonic()
 
     def close(self) -> None:
         """End the threads, let files and memory go."""

@@ -67,11 +67,12 @@ class Block:
         """One for each line that does not go on from the one before, comments left out."""
         joined = re.sub(r"\\\n\s*", " ", self.text)
         parts: list[str] = []
-        for line in joined.split("\n"):
+        for written in joined.split("\n"):
+            line = re.sub(r"\s{2,}# .*$", "", written)
             if parts and parts[-1].count("'") % 2:
                 parts[-1] += "\n" + line
             elif line.strip() and not line.lstrip().startswith("#"):
-                parts.append(re.sub(r"\s{2,}#[^'\"]*$", "", line.strip()))
+                parts.append(line.strip())
         return parts
 
 
