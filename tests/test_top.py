@@ -167,13 +167,15 @@ class Terminal:
         self.resize(24, 80)
         self.modes = termios.tcgetattr(self.fd)
         command = [sys.executable, "-P", "-c", IN_ITS_TERMINAL, sys.executable, "-P", "-m"]
+        # Where these are set, the terminal's own size is not asked for.
+        sizeless = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
         self.process = subprocess.Popen(
             [*command, "kvist.engine.cli", *arguments],
             stdin=other,
             stdout=other,
             stderr=other,
             start_new_session=True,
-            env={**os.environ, "TERM": "xterm-256color"},
+            env={**sizeless, "TERM": "xterm-256color"},
         )
         os.close(other)
         self.output = b""
@@ -242,7 +244,7 @@ def test_in_a_terminal_it_shows_figures_answers_keys_and_quits(where: list[str])
     terminal.press("3")
     at = terminal.wait_for(b"leaf-LRU would", at)
     terminal.resize(12, 44)
-    at = terminal.wait_for(b"4 tena", at)  # the list of views, cut by the terminal's new width
+    at = terminal.wait_for("…".encode(), at)
     terminal.press("q")
     assert terminal.end() == 0
     assert left_as_it_was(terminal.output)
