@@ -262,7 +262,11 @@ class Connector:
         now = self._now()
         if now - self._shown_s >= SHOW_EVERY_S:
             self._shown_s = now
-            self._cache.show_rates(self.weigher.look())
+            pool = {
+                "pool_blocks.total": self._pages.total,
+                "pool_blocks.filled": self._pages.filled,
+            }
+            self._cache.show_rates({**self.weigher.look(), **pool})
 
     def began(self, sequence: Sequence, now_s: float) -> None:
         """A sequence has its first token."""

@@ -51,6 +51,11 @@ class Pages:
         return self.total - self.available
 
     @property
+    def filled(self) -> int:
+        """Pages with something in them: held, or idle and to be found."""
+        return self.total - len(self._free)
+
+    @property
     def registered(self) -> int:
         """Pages that a key finds."""
         return len(self._by_key)

@@ -199,6 +199,8 @@ RATES = (
     "prefill_tokens_per_s.8192",
     "break_even_tokens.dram",  # a prefix of so many tokens is loaded faster than computed
     "break_even_tokens.flash",
+    "pool_blocks.total",  # of the engine's own pool, the HBM tier
+    "pool_blocks.filled",  # held by requests, or kept to be found again
 )
 """What a worker measured, whole numbers, in the order of their words in the ring file."""
 

@@ -82,6 +82,7 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
     flash = ("--flash-path", str(folder / "flash"), "--flash-bytes", "16MiB")
     made = start(folder, *flash, "--dram-bytes", "1MiB")
     client = made.client("engine-a")
+    client.show_rates({"pool_blocks.total": 40, "pool_blocks.filled": 30})
     tenants = [Chats(client, salt) for salt in ("acme:1", "globex:2")]
     for number in range(40):
         tenants[number % 2].ask(*prompt_of(number))
@@ -163,6 +164,7 @@ def test_worth_tiers_tenants_and_ttft_are_those_of_the_document(
     for tier in now["tiers"]:
         share = percent(tier["used_slots"], tier["slots"]).replace("100.0", "100")
         assert share in page.text(f".tank.{tier['tier']} .of")
+    assert percent(30, 40) in page.text(".tank.hbm .of")
     tenants = page.text("#tenants").splitlines()[1:]
     assert {line.split()[0] for line in tenants} == {"acme", "globex"}
     for each in now["tenants"]:

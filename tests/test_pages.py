@@ -37,7 +37,7 @@ def test_a_released_prefix_is_found_again_and_costs_no_page() -> None:
     held = fill(pages, b"abc")
     pages.release(held)
     assert pages.lookup(chain(b"abcd")) == held
-    assert (pages.used, pages.available) == (0, 8)
+    assert (pages.used, pages.available, pages.filled) == (0, 8, 3)
 
 
 def test_the_oldest_prompt_goes_first_and_its_leaves_before_its_root() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,8 @@ def _tensor_files(path: Path) -> dict[str, Path]:
 
 
 def _keys(file: Path) -> list[str]:
+    if file.exists() and not os.access(file, os.R_OK):  # of which safetensors says "No such file"
+        raise ModelFilesError(f"{file}: cannot be read: permission denied for this user")
     try:
         with safe_open(file, framework="pt") as opened:
             return list(opened.keys())

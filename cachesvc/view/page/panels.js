@@ -138,15 +138,22 @@ function flow(kind, way, bytesPerSecond) {
     element("i", { class: "line", "aria-hidden": "true" }));
 }
 
+/** The engines' own pools, as a tier; what plugins run under does not tell its pool. */
+function pools(stats, slotBytes) {
+  const told = stats.workers.map((worker) => worker.rates).filter((rates) => rates["pool_blocks.total"] > 0);
+  const whole = (name) => told.reduce((blocks, rates) => blocks + (rates["pool_blocks." + name] || 0), 0);
+  return { state: "ready", slots: whole("total"), used_slots: whole("filled"), slot_bytes: slotBytes };
+}
+
 export function showTiers(stats, series) {
   const tier = Object.fromEntries(stats.tiers.map((use) => [use.tier, use]));
   const rate = (name) => series.rate(name, MEAN_S);
-  const tokens = rate("hit_tokens.hbm");
+  const tokens = rate("hit_tokens.hbm"), hbm = pools(stats, tier.dram?.slot_bytes || 0);
+  const engines = stats.sessions === 1 ? "1 engine" : stats.sessions + " engines";
   const out = (name) => element("div", { class: "out" }, tier[name] ? flow("evict", "down", rate("evicted_bytes." + name)) : "");
   byId("tiers").replaceChildren(
-    element("div", { class: "column" }, tank("hbm", "HBM", "the engines’ own pools",
-      { state: "ready", slots: 0 },
-      [["amount", stats.sessions === 1 ? "1 engine" : stats.sessions + " engines"],
+    element("div", { class: "column" }, tank("hbm", "HBM", hbm.slots ? `pools of ${engines}` : "the engines’ own pools", hbm,
+      hbm.slots ? held(hbm) : [["amount", engines],
         ["of", tokens > 0 ? `${f.short(tokens)} tokens/s hit` : "managed by the engines"]]), out("hbm")),
     element("div", { class: "between" }, flow("load", "left", rate("loaded_bytes")), flow("store", "right", rate("stored_bytes"))),
     element("div", { class: "column" }, tank("dram", "DRAM", "shared arena", tier.dram,

@@ -27,7 +27,7 @@ from lmcache.v1.memory_management import MemoryObj
 from lmcache.v1.platform import create_event_notifier
 
 from kvist.cachesvc.client import CacheClient, open_cache
-from kvist.cachesvc.log import Log
+from kvist.cachesvc.log import Log, debug_detail
 from kvist.engine.plugins.common import check_version
 from kvist.engine.plugins.lmcache.objects import ObjectStore, Piece
 from kvist.proto.keys import Namespace
@@ -57,7 +57,7 @@ class KvistL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is no
         del l1_memory_desc
         check_version("KvistL2Adapter", "LMCache", importlib.metadata.version("lmcache"), SUPPORTED)
         self._address, words, chunk = _settings(params)
-        self._log = Log(sys.stderr)
+        self._log = Log(sys.stderr, detail=debug_detail("engine", os.environ))
         self._objects = ObjectStore(self._connect, words, chunk, self._log)
         self._store_fd, self._find_fd, self._load_fd = (create_event_notifier() for _ in range(3))
         self._lock = threading.Lock()

@@ -36,7 +36,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 from sglang.srt.observability.metrics_collector import StorageMetrics
 
 from kvist.cachesvc.client import open_cache
-from kvist.cachesvc.log import Log
+from kvist.cachesvc.log import Log, debug_detail
 from kvist.engine.plugins.common import HashNames, check_version
 from kvist.engine.plugins.sglang.identity import (
     ADDRESS,
@@ -76,7 +76,7 @@ class KvistStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is not there
         check_version("KvistStorage", "SGLang", sglang.__version__, SUPPORTED)
         self._config = storage_config
         self._settings = settings_of(storage_config)
-        self._log = Log(sys.stderr)
+        self._log = Log(sys.stderr, detail=debug_detail("engine", os.environ))
         if not self._settings.get("interface_v1"):
             self._log.warning("every page is copied twice", fix='set "interface_v1": 1')
         arguments = sglang_arguments()

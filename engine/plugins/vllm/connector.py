@@ -32,7 +32,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvist.cachesvc.client import CacheClient, open_cache
-from kvist.cachesvc.log import Log
+from kvist.cachesvc.log import Log, debug_detail
 from kvist.engine.plugins.vllm.copying import Copier
 from kvist.engine.plugins.vllm.events import Events
 from kvist.engine.plugins.vllm.identity import check_version, namespace_of, refusal
@@ -77,7 +77,7 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         # end the request with an error; it reads this right after the connector is made.
         transfer.kv_load_failure_policy = "recompute"
         self._roles = Roles(loads=transfer.is_kv_consumer, saves=transfer.is_kv_producer)
-        self._log = Log(sys.stderr)
+        self._log = Log(sys.stderr, detail=debug_detail("engine", os.environ))
         self._planner: Planner | None = None
         self._events: Events | None = None
         self._copier: Copier | None = None

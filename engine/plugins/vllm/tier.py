@@ -38,7 +38,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from kvist.cachesvc.client import open_cache
-from kvist.cachesvc.log import Log
+from kvist.cachesvc.log import Log, debug_detail
 from kvist.engine.plugins.vllm.chunks import Chunk, ChunkNames, Courier, Job
 from kvist.engine.plugins.vllm.held import Held
 from kvist.engine.plugins.vllm.identity import check_version, tier_namespace
@@ -104,7 +104,8 @@ class KvistTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not ther
         device = str(current_platform.get_device_name())
         namespace = tier_namespace(offloading_spec, rows.shape[1], model, vllm.__version__, device)
         self._names = (namespace.digest(), namespace.format)
-        log, page = Log(sys.stderr), ScratchPage(BlockMemory(rows[None]), namespace.format)
+        log = Log(sys.stderr, detail=debug_detail("engine", os.environ))
+        page = ScratchPage(BlockMemory(rows[None]), namespace.format)
         name = str(offloading_spec.config.model.name)
         self._cache = open_cache(cache, namespace, f"vllm-tier-{os.getpid()}", log, page, name)
         if not self._cache.wait_attached(ATTACH_WAIT_S):
