@@ -33,7 +33,7 @@ ELSEWHERE = ["docs/lmcache.md", "docs/sglang.md", "docs/vllm.md"]
 SESSIONS = [
     ["README.md"],
     ["docs/quickstart.md", "docs/operating.md"],
-    ["docs/events.md", "docs/tracing.md"],
+    ["docs/events.md", "docs/tracing.md", "docs/logging.md"],
 ]
 
 

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -26,8 +27,6 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-
-from kvist.cachesvc.folders import home_folders
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Neither a registry nor another environment is needed for what is installed already.
@@ -103,6 +102,7 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._servers: dict[str, subprocess.Popen[bytes]] = {}
+        self._memory = Path(f"/dev/shm/kvist-reader-{os.getpid()}")
         self._log = (folder / "servers.log").open("wb")
         paths = (str(Path(sys.executable).parent), os.environ["PATH"])
         self._environment = {
@@ -110,10 +110,13 @@ class Reader:
             "HOME": str(folder),
             "PATH": os.pathsep.join(paths),
             "PYTHONSAFEPATH": "1",
-            "XDG_RUNTIME_DIR": str(folder / "run"),
+            # Where a sidecar lives when nothing is said; the machine may have one of its own there.
+            "KVIST_SOCKET": str(folder / "run" / "kvistd.sock"),
+            "KVIST_RUN_DIR": str(folder / "run"),
+            "KVIST_SHM_DIR": str(self._memory),
         }
         (folder / "run").mkdir(mode=0o700)
-        socket_path = f"{home_folders(os.geteuid(), self._environment)[0]}/kvistd.sock"
+        socket_path = self._environment["KVIST_SOCKET"]
         self._names = {"MODEL": "./Llama-3.2-1B", "KVISTD_SOCKET": socket_path}
 
     def type(self, command: str) -> None:
@@ -127,6 +130,8 @@ class Reader:
         for name, meant in self._names.items():
             command = re.sub(rf"\b{name}\b", meant, command)
         words = shlex.split(command.removesuffix("&"))
+        if re.match(r"\w+=", words[0]):
+            command, words = f"env {command}", words[1:]
         if words[0] == "make":
             self._run(f"make -n {shlex.join(words[1:])}", ROOT)
         elif words[:2] == ["pip", "install"]:
@@ -147,6 +152,7 @@ class Reader:
         for name in list(self._servers):
             self._end(name)
         self._log.close()
+        shutil.rmtree(self._memory, ignore_errors=True)
 
     def _run(self, command: str, folder: Path) -> None:
         subprocess.run(

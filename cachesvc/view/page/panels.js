@@ -142,18 +142,19 @@ function flow(kind, way, bytesPerSecond) {
 function pools(stats, slotBytes) {
   const told = stats.workers.map((worker) => worker.rates).filter((rates) => rates["pool_blocks.total"] > 0);
   const whole = (name) => told.reduce((blocks, rates) => blocks + (rates["pool_blocks." + name] || 0), 0);
-  return { state: "ready", slots: whole("total"), used_slots: whole("filled"), slot_bytes: slotBytes };
+  const use = { state: "ready", slots: whole("total"), used_slots: whole("filled"), slot_bytes: slotBytes };
+  return { use, count: told.length };
 }
 
 export function showTiers(stats, series) {
   const tier = Object.fromEntries(stats.tiers.map((use) => [use.tier, use]));
   const rate = (name) => series.rate(name, MEAN_S);
-  const tokens = rate("hit_tokens.hbm"), hbm = pools(stats, tier.dram?.slot_bytes || 0);
-  const engines = stats.sessions === 1 ? "1 engine" : stats.sessions + " engines";
+  const tokens = rate("hit_tokens.hbm"), { use: hbm, count } = pools(stats, tier.dram?.slot_bytes || 0);
+  const named = (engines) => engines === 1 ? "1 engine" : engines + " engines";
   const out = (name) => element("div", { class: "out" }, tier[name] ? flow("evict", "down", rate("evicted_bytes." + name)) : "");
   byId("tiers").replaceChildren(
-    element("div", { class: "column" }, tank("hbm", "HBM", hbm.slots ? `pools of ${engines}` : "the engines’ own pools", hbm,
-      hbm.slots ? held(hbm) : [["amount", engines],
+    element("div", { class: "column" }, tank("hbm", "HBM", hbm.slots ? `pools of ${named(count)}` : "the engines’ own pools", hbm,
+      hbm.slots ? held(hbm) : [["amount", named(stats.sessions)],
         ["of", tokens > 0 ? `${f.short(tokens)} tokens/s hit` : "managed by the engines"]]), out("hbm")),
     element("div", { class: "between" }, flow("load", "left", rate("loaded_bytes")), flow("store", "right", rate("stored_bytes"))),
     element("div", { class: "column" }, tank("dram", "DRAM", "shared arena", tier.dram,
