@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -160,6 +162,29 @@ def test_attributes_have_vllms_names_and_ours(site: Site) -> None:
     misses = {name: n for name, n in looked.items() if name.startswith("kvist.miss_tokens.")}
     assert misses["kvist.miss_tokens.never_stored"] >= 16
     assert sum(misses.values()) == looked["kvist.requested_tokens"]
+
+
+def told(site: Site) -> Counter[str]:
+    """The sidecar's account, by the names that traces give its parts."""
+    stats = json.loads(site.sidecar.get("stats.json"))
+    parts = {f"{kind}_tokens.{name}": n for kind in ("hit", "miss") for name, n in
+             stats[f"{kind}_tokens"].items()}  # fmt: skip
+    return Counter({"requested_tokens": stats["requested_tokens"], **parts})
+
+
+def test_a_traces_tokens_are_those_of_the_answer_and_of_the_sidecar(site: Site) -> None:
+    before, trace = told(site), "4" * 32
+    usage = site.ask(f"00-{trace}-{CALLER}-01").json()["usage"]
+    site.wait(lambda: [s for s in site.collector.named("llm_request") if s.trace == trace])
+    looked = one([s for s in site.collector.spans if s.trace == trace], "kvist.lookup").attributes
+    named = {name.removeprefix("kvist."): n for name, n in looked.items() if "_tokens" in name}
+    site.wait(lambda: told(site)["requested_tokens"] > before["requested_tokens"])
+    assert +Counter(named) == told(site) - before
+    assert named["requested_tokens"] == usage["prompt_tokens"]
+    by_tier = usage["prompt_tokens_details"]["cached_tokens_by_tier"]
+    for tier in ("hbm", "dram", "flash"):
+        assert root(site, trace).attributes[f"kvist.cached_tokens.{tier}"] == by_tier[tier]
+        assert named.get(f"hit_tokens.{tier}", 0) == by_tier[tier]
 
 
 def test_the_sidecars_calls_are_part_of_the_store(site: Site) -> None:
