@@ -173,7 +173,7 @@ def told(site: Site) -> Counter[str]:
 
 
 def test_a_traces_tokens_are_those_of_the_answer_and_of_the_sidecar(site: Site) -> None:
-    before, trace = told(site), "4" * 32
+    before, trace = told(site), "8" * 32
     usage = site.ask(f"00-{trace}-{CALLER}-01").json()["usage"]
     site.wait(lambda: [s for s in site.collector.named("llm_request") if s.trace == trace])
     looked = one([s for s in site.collector.spans if s.trace == trace], "kvist.lookup").attributes
