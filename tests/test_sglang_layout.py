@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sim import sglang_fixtures as fixtures
 from sim.sglang_memory import (
     LAYOUTS,
     PAGE,
@@ -22,7 +23,6 @@ from sim.sglang_memory import (
     make_config,
     make_storage,
     page,
-    standins,
 )
 from sim.sidecar import Sidecar, wait_until
 
@@ -30,34 +30,11 @@ from kvist.engine.plugins.common import opaque_format
 from kvist.engine.plugins.sglang.identity import model_name, namespace_of, page_identity
 from kvist.engine.plugins.sglang.memory import LayoutRefused, map_pool, try_memory
 
-FLAGS = ["--slot-bytes", "16KiB"]
 FIRST = HiCacheStorageExtraInfo([])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def sglang() -> Iterator[None]:
-    with standins():
-        yield
-
-
-@pytest.fixture(scope="module")
-def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
-    made = Sidecar(tmp_path_factory.mktemp("sglang-plugin"), FLAGS)
-    made.start()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def pool() -> HostPool:
-    return filled(HostPool())
-
-
-@pytest.fixture
-def store(sidecar: Sidecar, pool: HostPool) -> Iterator[Any]:
-    made = make_storage(sidecar, pool)
-    yield made
-    made.close()
+# Fixtures, and the stand-ins for SGLang around the whole module.
+sglang, sidecar, pool, store = fixtures.sglang, fixtures.sidecar, fixtures.pool, fixtures.store
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

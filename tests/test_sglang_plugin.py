@@ -7,12 +7,12 @@ from __future__ import annotations
 import mmap
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sim import sglang_fixtures as fixtures
 from sim.sglang_memory import (
     PAGE,
     PAGES,
@@ -26,40 +26,17 @@ from sim.sglang_memory import (
     filled,
     make_storage,
     page,
-    standins,
 )
 from sim.sidecar import Sidecar, wait_until
 
 from kvist.proto.errors import Detached
 
-FLAGS = ["--slot-bytes", "16KiB"]
+FLAGS = fixtures.FLAGS
 FIRST = HiCacheStorageExtraInfo([])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def sglang() -> Iterator[None]:
-    with standins():
-        yield
-
-
-@pytest.fixture(scope="module")
-def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
-    made = Sidecar(tmp_path_factory.mktemp("sglang-plugin"), FLAGS)
-    made.start()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def pool() -> HostPool:
-    return filled(HostPool())
-
-
-@pytest.fixture
-def store(sidecar: Sidecar, pool: HostPool) -> Iterator[Any]:
-    made = make_storage(sidecar, pool)
-    yield made
-    made.close()
+# Fixtures, and the stand-ins for SGLang around the whole module.
+sglang, sidecar, pool, store = fixtures.sglang, fixtures.sidecar, fixtures.pool, fixtures.store
 
 
 def test_a_page_that_was_flipped_in_the_arena_is_not_there_and_those_before_it_are(
