@@ -19,7 +19,7 @@ from kvist.cachesvc.log import Log
 from kvist.cachesvc.worker.control import PROTOCOL_VERSION, Control, GrpcControl, local_address
 from kvist.cachesvc.worker.counting import Counting, account
 from kvist.cachesvc.worker.life import Claimant, Found, Life
-from kvist.cachesvc.worker.loading import LayerLoad, load_block, stream_blocks
+from kvist.cachesvc.worker.loading import LayerLoad, load_block, risen, stream_blocks
 from kvist.cachesvc.worker.storing import StoreItem, Storer, StoreResult
 from kvist.cachesvc.worker.trial import RETRY_S, TrialPage, run_trial
 from kvist.proto import cache_pb2
@@ -27,7 +27,7 @@ from kvist.proto.errors import KvistError
 from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey, Namespace
 from kvist.proto.record import Bytes, Wanted
-from kvist.proto.shm import CLAIM, EXPECT, PREFETCH, RELEASE, TOUCH
+from kvist.proto.shm import CLAIM, EXPECT, FOLLOW, PREFETCH, RELEASE, TOUCH
 from kvist.transfer.device import Target
 from kvist.transfer.pace import Pace
 
@@ -239,13 +239,21 @@ class CacheClient:
                 if life is not None:
                     life.push(kind, blocks, key, hint)
 
-    def prefetch(self, keys: Sequence[BlockKey], blocks: int) -> None:
-        """Ask for the first blocks to rise to DRAM; the sidecar is woken. Makes no call."""
+    def prefetch(self, keys: Sequence[BlockKey], blocks: int, follow: bool = False) -> None:
+        """Ask for the first blocks to rise to DRAM; the sidecar is woken. Makes no call.
+
+        follow: side by side, to be streamed meanwhile.
+        """
         if blocks:
             with self._entered() as life:
                 if life is not None:
-                    life.push(PREFETCH, blocks, keys[blocks - 1])
+                    life.push(FOLLOW if follow else PREFETCH, blocks, keys[blocks - 1])
                     self.bell_failures += not life.ring_bell()
+
+    def risen(self, keys: Sequence[BlockKey]) -> int:
+        """Bytes of the block of which fewest can be read now; 0 if one does not even rise."""
+        with self._entered() as life:
+            return 0 if life is None else min(risen(life, key) for key in keys)
 
     def count(
         self,
@@ -296,11 +304,7 @@ class CacheClient:
                     life.push(RELEASE, 1, key)
 
     def claimant(self, key: BlockKey) -> Claimant:
-        """Who is computing a block, as far as it is known; makes no call, about 2 us.
-
-        Returns:
-            "alone" when there is no other worker to ask about.
-        """
+        """Who is computing a block, "alone": there is nobody else to ask; no call, about 2 us."""
         with self._entered() as life:
             if life is None or life.index.sessions < 2:
                 return "alone"
@@ -308,12 +312,9 @@ class CacheClient:
             return "none" if not owner else "self" if owner == life.number else "other"
 
     def count_flight(self, tokens: int) -> None:
-        """Account for one wait for another worker's blocks, and the tokens that came by it, 0 when
-        it was in vain; makes no call."""
-        with self._entered() as life:
-            if life is not None:
-                outcome = "flights_got" if tokens else "flights_lost"
-                life.add({outcome: 1, "flight_tokens": tokens})
+        """Account for a wait for another worker's blocks: tokens that came by it, 0 in vain."""
+        outcome = "flights_got" if tokens else "flights_lost"
+        self.measured({outcome: 1, "flight_tokens": tokens}, {})
 
     def show_rates(self, rates: Mapping[str, int]) -> None:
         """Say what was measured here, by name of RATES; makes no call, forgotten when detached."""
@@ -346,14 +347,14 @@ class CacheClient:
             life.leave()
 
     def stream(self, load: LayerLoad) -> tuple[int, str]:
-        """Copy blocks of DRAM out layer by layer and verify them at the end; makes no call.
+        """Copy blocks that are in DRAM, or rise, layer by layer and verify them; makes no call.
 
         Returns: leading blocks that came, and why no more, one of MISS_REASONS, "" when all did.
         """
         with self._entered() as life:
             if life is None:
                 return 0, "detached"
-            blocks, reason = stream_blocks(life, load, self.pace)
+            blocks, reason = stream_blocks(life, load, self.pace, self._now)
             life.add_one("loaded_bytes", sum(one.payload_bytes for one in load.wanted[:blocks]))
             if reason:
                 life.failed(reason, load.wanted[blocks].key)

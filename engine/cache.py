@@ -38,8 +38,13 @@ class Cache(Protocol):
         """The first blocks were used; and what the request's sender says."""
         ...
 
-    def prefetch(self, keys: Sequence[BlockKey], blocks: int) -> None:
-        """The first blocks shall rise from flash."""
+    def prefetch(self, keys: Sequence[BlockKey], blocks: int, follow: bool = False) -> None:
+        """The first blocks shall rise from flash; side by side when they are to be streamed
+        meanwhile."""
+        ...
+
+    def risen(self, keys: Sequence[BlockKey]) -> int:
+        """Bytes of the block of which fewest can be streamed now; makes no call."""
         ...
 
     def claim(self, keys: Sequence[BlockKey]) -> None:
@@ -67,8 +72,8 @@ class Cache(Protocol):
         ...
 
     def stream(self, load: LayerLoad) -> tuple[int, str]:
-        """Copy blocks of DRAM layer by layer, verify them at the end; how many came and why no
-        more."""
+        """Copy blocks that are in DRAM, or rise, layer by layer and verify them at the end; how
+        many came and why no more."""
         ...
 
     def store(self, items: Sequence[StoreItem]) -> StoreResult:

@@ -108,7 +108,8 @@ class Connector:
                 return True
         if self._flights is None or self._rising is None or not sequence.reuses:
             return False
-        return self._rising.waits(sequence) or self._flights.defers(sequence, blocks)
+        alone = self.weigher is not None and not self.weigher.beside
+        return self._rising.waits(sequence, alone) or self._flights.defers(sequence, blocks)
 
     def arrive(self, sequence: Sequence) -> None:
         """A request has come: what of it is on flash begins to rise while it waits its turn."""
@@ -125,12 +126,14 @@ class Connector:
             self._cache.prefetch(keys, blocks)
             return
         tiers = self._cache.tiers(keys[:blocks])
-        choice = self.weigher.weigh(sequence, there, tiers)
-        self._cache.prefetch(keys, choice.blocks)
+        follow = self.weigher.by_layers
+        choice = self.weigher.weigh(sequence, there, tiers, follow)
+        self._cache.prefetch(keys, choice.blocks, follow)
         rises = [i for i, tier in enumerate(tiers[: choice.blocks]) if tier == "flash"]
         sequence.rose = frozenset(there + i for i in rises)
         if rises:
-            self._rising.begin(sequence, keys[rises[-1]], len(rises), choice.load_s)
+            block_bytes = self.weigher.block_bytes if follow else 0
+            self._rising.begin(sequence, keys[rises[-1]], len(rises), choice, block_bytes)
 
     def find(self, sequence: Sequence, blocks: int) -> None:
         """See scheduler.Finder. A lookup that needs no load is counted here."""
@@ -154,12 +157,14 @@ class Connector:
         pages = sequence.pages[first : first + count]
         self._pages.pin(pages)
         self.copying += 1
-        self._prefetch(sequence.keys()[first : first + count], sequence.found)
+        if sequence.gate is None:
+            self._prefetch(sequence.keys()[first : first + count], sequence.found)
         job = LoadJob(sequence, first, pages, self._now())
         if sequence.trace is not None:
             sequence.trace.asked_s = job.started_s
         if self.weigher is not None:
             job.gate, job.cuts = sequence.gate, self.weigher.cuts
+            job.until_s, sequence.follow_until_s = sequence.follow_until_s, 0.0
         if self._flights is not None:
             self._flights.computing(sequence, count)
         self._copiers.load(job)
@@ -313,6 +318,8 @@ class Connector:
         # Should a found block be gone before its tier was read, it was evicted in between.
         sequence.found_end = found.reason or "evicted"
         if self.weigher is not None and sequence.found:
+            if sequence.follow_until_s <= began_s:  # let in, and passed over for another reason
+                sequence.follow_until_s = 0.0
             self.weigher.choose(sequence, blocks, sequence.found)
         if sequence.flight_late and found.reason in STORABLE:
             sequence.found_end = "flight_late"

@@ -198,7 +198,7 @@ class Copiers:
             for block, page in enumerate(job.pages, job.first):
                 outs.append(self._copies.target(page))
                 wanted.append(self._wanted(job.sequence, block, outs[-1].nbytes))
-            return self._cache.stream(LayerLoad(wanted, outs, job.cuts, reached))
+            return self._cache.stream(LayerLoad(wanted, outs, job.cuts, reached, job.until_s))
         except Exception as error:
             self._log.error("load failed", request=job.sequence.id, error=repr(error))
             return 0, "detached"

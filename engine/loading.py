@@ -104,6 +104,7 @@ class LoadJob:
     Attributes:
         gate: where the sequence waits; None loads whole blocks.
         cuts: groups of layers, see transfer.pipeline.layer_cuts.
+        until_s: how long the layers of blocks that rise are waited for; 0 if none does.
         began_s: when a thread took it up.
     """
 
@@ -116,6 +117,7 @@ class LoadJob:
         self.started_s = started_s
         self.gate: LoadGate | None = None
         self.cuts: tuple[int, ...] = ()
+        self.until_s = 0.0
         self.began_s = started_s
         self.reason = ""
         self._lock = threading.Lock()

@@ -97,6 +97,8 @@ class Sequence:
             they are found then.
         found_end: why the cache had no more, a miss reason.
         rise_s: how long it was passed over while they rose.
+        follow_until_s: it was let in although blocks still rise, and its load waits for them until
+            then; 0 if not.
         choice: what of that is loaded and what is not, and what it was estimated to cost.
         cost: what its load was estimated to cost and what it did, once it has ended.
         gate: of a load that is under way while the sequence computes. As long as there is one, what
@@ -135,6 +137,7 @@ class Sequence:
     found_end: str = ""
     rose: frozenset[int] = frozenset()
     rise_s: float = 0.0
+    follow_until_s: float = 0.0
     choice: Choice | None = None
     gate: LoadGate | None = None
     cost: LoadCost | None = None

@@ -31,6 +31,7 @@ class Weigher:
         run_bytes: see transfer.pipeline.layer_cuts.
 
     Attributes:
+        block_bytes: of a block.
         cuts: see transfer.pipeline.layer_cuts.
         cost: the measured rates.
         by_layers: loads may run beside the computation.
@@ -50,7 +51,7 @@ class Weigher:
         self.queued = 0
         self.rates: dict[str, int] = {}
         self.meter = Meter()
-        self._block_bytes = block_bytes
+        self.block_bytes = block_bytes
         self._block_tokens = block_tokens
         self._decisions: Counter[str] = Counter(load=0, part=0, compute=0)
         self._ways: Counter[str] = Counter(layers=0, blocks=0)
@@ -65,23 +66,29 @@ class Weigher:
         self._saved_s = dict.fromkeys(TIERS, 0.0)
         self._store_s = 0.0
 
-    def weigh(self, sequence: Sequence, first_block: int, tiers: tuple[str, ...]) -> Choice:
-        """What would be chosen now; see choose."""
+    def weigh(
+        self, sequence: Sequence, first_block: int, tiers: tuple[str, ...], followed: bool
+    ) -> Choice:
+        """What would be chosen now; see choose.
+
+        followed: what is on flash rises beside the computation.
+        """
         first, tokens = first_block * self._block_tokens, len(sequence.tokens)
-        return self.cost.choose(first, tiers, tokens, self.queued, not self.beside)
+        return self.cost.choose(first, tiers, tokens, self.queued, not self.beside, followed)
 
     def choose(self, sequence: Sequence, first_block: int, tiers: tuple[str, ...]) -> None:
         """Set a sequence's found, choice and gate.
 
         A prefix in DRAM is loaded layer by layer beside the sequence's own computation. Not when
         that would be shorter than the load and others compute as well: they would all be held up.
+        One that still rises is when the sequence was let in for that (engine/rising).
 
         Args:
             sequence: about to be admitted.
             first_block: where what was found begins.
             tiers: of each block that was found, at least one.
         """
-        choice = self.weigh(sequence, first_block, tiers)
+        choice = self.weigh(sequence, first_block, tiers, sequence.follow_until_s > 0)
         self.cost.decided(choice)
         sequence.choice, sequence.found = choice, tiers[: choice.blocks]
         sequence.gate = None
@@ -91,8 +98,11 @@ class Weigher:
             return
         self._estimated_load_s += choice.load_s
         self._estimated_compute_s += choice.compute_s
-        hidden = choice.load_s <= choice.compute_s or not self.beside
-        if self.by_layers and hidden and set(sequence.found) == {"dram"}:
+        if "flash" in sequence.found:
+            hidden = sequence.follow_until_s > 0
+        else:
+            hidden = choice.load_s <= choice.compute_s or not self.beside
+        if self.by_layers and hidden:
             sequence.gate = LoadGate()
         self._ways["layers" if sequence.gate is not None else "blocks"] += 1
         self.queued += len(sequence.found)
@@ -105,16 +115,20 @@ class Weigher:
             self._gate_wait_s += gate.waited_s
             self._gate_waits += gate.waits
             self._undone += not gate.sound
+        tier = "flash" if "flash" in sequence.found else "dram"
+        # What it followed had begun to rise before it was let in.
+        before_s = sequence.rise_s if gate is not None and tier == "flash" else 0.0
         self._note_load(loaded)
         if loaded.reason or sequence.choice is None or len(sequence.found) != len(loaded.pages):
             return
-        self._load_s += loaded.busy_s
-        self.cost.loaded(sequence.found, loaded.busy_s)
+        seconds = before_s + loaded.busy_s
+        self._load_s += seconds
+        self.cost.loaded(sequence.found, seconds)
         choice = sequence.choice
-        sequence.cost = LoadCost(choice.load_s, choice.compute_s, loaded.busy_s, choice.skipped)
+        sequence.cost = LoadCost(choice.load_s, choice.compute_s, seconds, choice.skipped)
         if choice.load_s > 0:  # the estimate is of all of it, the wait for other loads included
-            tier = "flash" if "flash" in sequence.found else "dram"
-            self.meter.observe(f"load_estimate_ratio.{tier}", loaded.seconds / choice.load_s)
+            ratio = (before_s + loaded.seconds) / choice.load_s
+            self.meter.observe(f"load_estimate_ratio.{tier}", ratio)
 
     def _note_load(self, loaded: Loaded) -> None:
         """Time goes to the slower of the tiers that the blocks came from, as in CostModel.loaded,
@@ -129,7 +143,7 @@ class Weigher:
         self.meter.took(sequence.tenant, f"load_us.{tier}", seconds)
         self._moved_s[tier] += seconds
         for name, blocks in Counter(tiers[: loaded.blocks]).items():
-            moved = blocks * self._block_bytes
+            moved = blocks * self.block_bytes
             self.meter.count_for(sequence.tenant, f"load_bytes.{name}", moved)
             self._loaded_bytes[name] += moved
         sequence.rise_s = 0.0

@@ -5,7 +5,8 @@ of the arena goes to flash with one O_DIRECT write and comes back with one read.
 little-endian.
 
     offset  bytes  field
-         0      8  generation      odd while the slot is written, even when stable; not checksummed
+         0      8  generation      odd while the slot is written, even when stable; the upper 20
+                                   bits are of one that is followed (proto/slot.py); not checksummed
          8      8  magic           "KVISTBLK"
         16      4  version         RECORD_VERSION
         20      4  header_bytes    offset of the payload

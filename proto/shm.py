@@ -23,7 +23,8 @@ bytes, then the origin buckets of 64 bytes, then the claim buckets of 128 bytes.
     offset  bytes  bucket field
          0    128  8 keys of 16 bytes
        128     64  8 location words: DRAM slot + 1 in the low half, flash slot + 1 in the high
-                   half; 0 is a free row
+                   half; 0 is a free row. With RISING in the low half the block is on its way from
+                   flash into that slot: it is not in DRAM yet, but see proto/slot.RisingReader
 
 A key lives in one of two buckets, named by its first and its second 8 bytes modulo the number of
 buckets. A row never moves while it lives, so there are no chains to walk and no tombstones. The
@@ -66,7 +67,7 @@ Row 0 is of all tenants that have no row of their own, and has no name. A row ne
 name, so that its totals only grow.
 
     offset  bytes  entry field
-         0      4  kind           TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE or EXPECT
+         0      4  kind           TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE, EXPECT or FOLLOW
          4      4  blocks         blocks of the prefix that ends with key
          8     16  key
         24      8  at_ns          CLOCK_MONOTONIC
@@ -81,7 +82,7 @@ import struct
 
 from kvist.proto.histograms import WORKER_HISTOGRAMS, words_of
 
-SHM_VERSION = 6
+SHM_VERSION = 7
 HEADER_BYTES = 4096
 
 INDEX_MAGIC = b"KVISTIDX"
@@ -98,6 +99,7 @@ BUCKET_ROWS = 8
 BUCKET_KEYS_BYTES = 128
 BUCKET_BYTES = 192
 LOW_HALF = 0xFFFFFFFF
+RISING = 0x80000000
 
 DEPARTED_BUCKET = struct.Struct("<16I")
 DEPARTED_TAG_BITS = 27
@@ -123,7 +125,8 @@ TENANT_COUNTERS_OFFSET = 136
 ENTRIES_OFFSET = TENANTS_OFFSET + TENANT_ROWS * TENANT_ROW_BYTES
 ENTRY_BYTES = 64
 ENTRY = struct.Struct("<II16sQIbB")
-TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE, EXPECT = range(1, 7)
+TOUCH, PREFETCH, CORRUPT, CLAIM, RELEASE, EXPECT, FOLLOW = range(1, 8)
+"""FOLLOW is a PREFETCH of one who reads the blocks while they rise: all of them part by part."""
 
 TIERS = ("hbm", "dram", "flash")
 """Where a hit came from: the tier the block was in when the request was looked up."""

@@ -42,7 +42,8 @@ class Slot:
 
 def load(slots: list[Slot]) -> tuple[LayerStream, list[Bytes]]:
     outs: list[Bytes] = [np.zeros(PAYLOAD, np.uint8) for _ in slots]
-    return LayerStream([slot.reader() for slot in slots], outs, [True] * len(slots)), outs
+    readers = [slot.reader() for slot in slots]
+    return LayerStream(readers, outs, [True] * len(slots), _no_patience), outs
 
 
 @settings(max_examples=100, deadline=None)
@@ -104,6 +105,11 @@ def test_a_slot_that_holds_another_block_or_none_is_not_even_begun() -> None:
     slot.view.cast("Q")[0] += 1
     with pytest.raises(BlockMissing):
         slot.reader()
+
+
+def _no_patience() -> bool:
+    """What is not there does not come."""
+    return False
 
 
 def _free(_count: int) -> None:

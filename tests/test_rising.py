@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ import pytest
 from sim.fake_cache import FakeCache
 
 from kvist.cachesvc.log import Log
-from kvist.cachesvc.worker.cost import START_S
+from kvist.cachesvc.worker.cost import START_S, Choice
 from kvist.cachesvc.worker.storing import StoreItem
 from kvist.engine.connector import Connector
 from kvist.engine.pages import Pages
@@ -185,3 +186,80 @@ def test_a_load_longer_than_its_computation_runs_beside_it_when_nobody_else_comp
     assert bench.scheduler.schedule(bench.now_s).loads == [asked]
     assert asked.found == ("dram",) * 60
     assert (asked.gate is not None, asked.state is State.RUNNING) == (by_layers, by_layers)
+
+
+def bench_of(load_s: float, compute_s: float) -> Bench:
+    """One whose rise of three blocks takes so long, and so the computation of a block."""
+    bench = Bench(FakeCache())
+    bench.put(HIGH, "flash")
+    bench.cache.stuck = True
+    weigher = bench.connector.weigher
+    assert weigher is not None
+    weigher.cost.loaded(["flash"] * 3, START_S + load_s)
+    weigher.cost.prefill.observe(64, 0.0, 64 * compute_s)
+    weigher.cost.choose = functools.partial(_load_all, load_s, compute_s)  # type: ignore[method-assign]
+    return bench
+
+
+def _load_all(
+    load_s: float, compute_s: float, _first: int, tiers: tuple[str, ...], *_: object
+) -> Choice:
+    return Choice(len(tiers), 0, load_s, compute_s)
+
+
+# Seconds of the rise and of the computation, whether others compute, share that has risen.
+LET_IN = [
+    (0.05, 0.01, False, 0.1, True),  # alone: it waits at its gate for a moment
+    (5.0, 0.01, False, 0.1, False),  # for too long: others may come
+    (5.0, 0.01, False, 0.99, True),
+    (0.05, 0.01, True, 0.1, False),  # others would wait with it
+    (0.05, 0.01, True, 0.9, True),  # no longer than it computes
+    (0.05, 0.1, True, 0.1, True),
+    (0.05, 0.1, False, 0.0, False),  # its first layers have not come
+]
+
+
+@pytest.mark.parametrize(("load_s", "compute_s", "beside", "share", "let_in"), LET_IN)
+def test_a_request_is_let_in_when_the_rest_of_the_rise_is_hidden_by_its_computation(
+    load_s: float, compute_s: float, beside: bool, share: float, let_in: bool
+) -> None:
+    bench = bench_of(load_s, compute_s)
+    bench.connector.beside(int(beside))
+    asked = bench.add(HIGH)
+    assert bench.cache.followed == asked.keys()[:3]
+    bench.cache.shown = int(share * PAGE_BYTES)
+    step = bench.scheduler.schedule(bench.now_s)
+    assert step.loads == ([asked] if let_in else [])
+    assert (asked.gate is not None, bench.connector.deferred) == (let_in, not let_in)
+    bench.connector.close()
+
+
+def test_one_that_follows_a_rise_wishes_it_once_and_takes_as_long_as_that() -> None:
+    bench = bench_of(0.05, 0.1)
+    asked = bench.add(HIGH)
+    bench.now_s += 0.03
+    bench.cache.shown = PAGE_BYTES // 2
+    assert bench.scheduler.schedule(bench.now_s).loads == [asked]
+    bench.connector.load(asked)
+    assert len(bench.cache.prefetched) == 3, "it was wished once"
+    assert asked.gate is not None
+    assert asked.gate.finish()
+    assert asked.follow_until_s == 0.0
+    (done,) = bench.connector.poll()
+    bench.scheduler.loaded(done.sequence, done.blocks)
+    assert bench.cache.counted == [(13, {"flash": 12}, {"tail": 1})]
+    assert asked.cost is not None
+    assert asked.cost.load_s == pytest.approx(0.03)
+    bench.connector.close()
+
+
+def test_told_not_to_overlap_nothing_is_followed() -> None:
+    bench = bench_of(0.05, 0.1)
+    weigher = bench.connector.weigher
+    assert weigher is not None
+    weigher.by_layers = False
+    bench.add(HIGH)
+    bench.cache.shown = PAGE_BYTES
+    assert bench.scheduler.schedule(bench.now_s).loads == []
+    assert bench.cache.followed == []
+    bench.connector.close()

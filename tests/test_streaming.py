@@ -81,9 +81,7 @@ class Cached:
         weigher = parts.connector.weigher
         assert weigher is not None
         # What is cheaper is measured elsewhere; here everything is loaded.
-        weigher.cost.choose = lambda _first, tiers, _tokens, _queued, _alone: Choice(
-            len(tiers), 0, 0, 0
-        )  # type: ignore[method-assign]
+        weigher.cost.choose = lambda _first, tiers, *_more: Choice(len(tiers), 0, 0, 0)  # type: ignore[method-assign]
 
     def answer(self, request: str) -> Answer:
         """Tokens of a request and their log-probabilities, which tell of any wrong bit."""

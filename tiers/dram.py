@@ -24,6 +24,8 @@ from kvist.proto.record import MAGIC, PAGE_BYTES, BlockHeader, Bytes, Wanted, un
 from kvist.proto.sizes import format_bytes
 from kvist.tiers.slots import FreeSlots, Quarantine
 
+# The number of a slot shares its half of a location word with RISING (proto/shm.py).
+SLOTS_MAX = 2**31 - 2
 GENERATION_BYTES = 8
 _MAGIC_BYTES = slice(8, 16)
 _NO_MAGIC = bytes(len(MAGIC))
@@ -53,6 +55,8 @@ class DramTier(Quarantine):
         Raises:
             ConfigInvalid: the sizes make no arena, or the file system cannot hold one.
         """
+        if slots > SLOTS_MAX:
+            raise ConfigInvalid(f"dram_bytes makes {slots} slots, {SLOTS_MAX} are the most")
         if slots < 1 or slot_bytes < 2 * PAGE_BYTES or slot_bytes % PAGE_BYTES:
             raise ConfigInvalid(
                 f"dram_bytes and slot_bytes make {slots} slots of {slot_bytes} bytes; needed are"
@@ -131,6 +135,10 @@ class DramTier(Quarantine):
         protocol.begin(view)
         protocol.fill_slot(view, header, payload)
         protocol.publish(view)
+
+    def show(self, slot: int, length: int) -> None:
+        """The first length bytes of a slot that is being filled are there; see proto/slot.py."""
+        protocol.show(self.slot_view(slot), length)
 
     def publish(self, slot: int) -> None:
         """Make a slot readable that a worker has filled; checks nothing, header does."""

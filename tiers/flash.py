@@ -22,20 +22,14 @@ from typing import Literal, overload
 
 import numpy as np
 
-from kvist.proto.errors import (
-    BlockCorrupt,
-    BlockMissing,
-    BlockTorn,
-    FormatRefused,
-    TierFull,
-)
+from kvist.proto.errors import BlockCorrupt, BlockMissing, BlockTorn, FormatRefused, TierFull
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import PAGE_BYTES, BlockHeader, Bytes, Wanted, check_wanted, unpack_header
 from kvist.proto.slot import fill_slot, payload_of
 from kvist.proto.verify import Verifier, Verify
 from kvist.tiers.flash_folder import FlashFolder, FlashPlan, open_folder, try_folder
 from kvist.tiers.flash_index import FlashEntry
-from kvist.tiers.flash_io import DEVICE_ERRORS, Device, RecordIo
+from kvist.tiers.flash_io import DEVICE_ERRORS, Device, Part, RecordIo
 from kvist.tiers.segment import DiskIo
 from kvist.tiers.slots import FreeSlots, Quarantine
 
@@ -48,7 +42,7 @@ _SCAN_BATCH = 256
 
 
 class FlashTier(Quarantine):
-    """Slots on a disk; see base.Tier for the contract, and what follows for what is added to it.
+    """Slots on a disk; see base.Tier for the contract; the rest is said below.
 
     Attributes:
         path: the directory.
@@ -278,42 +272,50 @@ class FlashTier(Quarantine):
     def read(self, slot: int, wanted: Wanted, out: Bytes) -> None:
         """Copy a block out; see base.Tier."""
         with self._io.buffer() as buffer:
-            header = self._read(slot, buffer)
-            check_wanted(header, wanted)
-            np.copyto(out, payload_of(buffer, header))
+            *_, whole = self._parts(slot, buffer, 0)
+            check_wanted(whole.header, wanted)
+            np.copyto(out, payload_of(buffer, whole.header))
 
     def read_record(self, slot: int, into: memoryview) -> BlockHeader:
-        """Read a whole record straight into memory, such as a DRAM slot; for any thread.
+        """Read a whole record at once; see read_parts."""
+        *_, whole = self.read_parts(slot, into, 0)
+        return whole.header
+
+    def read_parts(self, slot: int, into: memoryview, part_bytes: int) -> Iterator[Part]:
+        """Read a record straight into memory, such as a DRAM slot, part by part; any thread may.
 
         The generation word of into is left alone. What the record is must be compared with what
-        was looked for; that it is whole is checked here.
+        was looked for; that it is whole is known with its last part.
 
         Args:
             slot: any slot number.
             into: page-aligned memory, as long as the record; undefined after an error.
+            part_bytes: see flash_io.part_ends; 0 reads all at once.
 
-        Raises:
+        Raises: TierOffline: the device failed. BlockCorrupt: the record is damaged.
             BlockMissing: the slot holds no block, or was freed meanwhile.
-            BlockCorrupt: the record is damaged.
-            TierOffline: the device failed.
         """
         try:
-            return self._read(slot, into)
+            yield from self._parts(slot, into, part_bytes)
         except BlockTorn as error:
             raise BlockMissing(str(error)) from None
 
-    def _read(self, slot: int, into: memoryview) -> BlockHeader:
+    def _parts(self, slot: int, into: memoryview, part_bytes: int) -> Iterator[Part]:
         generation = self._generations[slot] if 0 <= slot < self.slots else 1
         if generation & 1:
             raise BlockMissing("the slot holds no block")
-        try:
-            with self._device:
-                header = self._io.read(slot, into[: self._pages[slot] * PAGE_BYTES])
-        except (BlockCorrupt, FormatRefused) as error:
+        parts = self._io.read(slot, into[: self._pages[slot] * PAGE_BYTES], part_bytes)
+        is_last = False
+        while not is_last:
+            try:
+                with self._device:
+                    part = next(parts)
+            except (BlockCorrupt, FormatRefused) as error:
+                self._check_untouched(slot, generation)
+                raise BlockCorrupt(str(error)) from None
             self._check_untouched(slot, generation)
-            raise BlockCorrupt(str(error)) from None
-        self._check_untouched(slot, generation)
-        return header
+            is_last = part.is_last
+            yield part
 
     def header(self, slot: int) -> BlockHeader | None:
         """What a slot says that it holds, if that is sound; for any thread. Raises: TierOffline."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import lmdb
+import xxhash
 
 from kvist.proto.errors import BlockCorrupt, FormatRefused, TierOffline
-from kvist.proto.record import MAGIC, PAGE_BYTES, BlockHeader, checksum, seal, unpack_header
+from kvist.proto.record import MAGIC, PAGE_BYTES, BlockHeader, seal, unpack_header
 from kvist.proto.slot import payload_of
 from kvist.proto.verify import Verifier
 from kvist.tiers.flash_index import FlashEntry
@@ -47,6 +49,21 @@ class Device:
         if isinstance(error, DEVICE_ERRORS):
             self.failure = f"{self._name}: {error}"
             raise TierOffline(self.failure) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """How far a record has been read.
+
+    Attributes:
+        end: its bytes up to here are there.
+        is_last: that is all of it, and it is whole.
+        header: what it says; nothing of the payload is proven before the last part.
+    """
+
+    end: int
+    is_last: bool
+    header: BlockHeader
 
 
 class RecordIo:
@@ -94,28 +111,49 @@ class RecordIo:
             seal(header, payload_of(record, header), page)
             self.segments.write(slot, [page, record[PAGE_BYTES:]])
 
-    def read(self, slot: int, record: memoryview) -> BlockHeader:
-        """Read a record, leaving the generation word of record alone.
+    def read(self, slot: int, record: memoryview, part_bytes: int) -> Iterator[Part]:
+        """Read a record part by part, leaving the generation word of record alone.
 
         Args:
             slot: where.
             record: page-aligned memory, as long as the record.
+            part_bytes: see part_ends.
+
+        Yields:
+            what is there, after each part but one that ends amid the header; the last when the
+            record was found to be whole.
 
         Raises:
             BlockCorrupt: a checksum differs, or the segment file was cut.
             FormatRefused: a record of another version.
             OSError: the device failed.
         """
-        with _lent(self._pages, PAGE_BYTES) as page:
-            count = self.segments.read(slot, [page, record[PAGE_BYTES:]])
-            record[_REST_OF_PAGE] = page[_REST_OF_PAGE]
-        if count < len(record):
+        header, done, first = None, 0, 0
+        summed = xxhash.xxh3_64() if self.verify.wanted() else None
+        for end in part_ends(len(record), part_bytes):
+            self._read_part(slot, record[first:end], first)
+            first, is_last = end, end == len(record)
+            header = header or _header_in(record, end)
+            if header is None:
+                continue
+            if summed is not None:
+                there = end - header.shape.header_bytes
+                summed.update(payload_of(record, header)[done:there].data)
+                done = there
+                if is_last and summed.intdigest() != header.checksum:
+                    raise BlockCorrupt("payload checksum differs")
+            yield Part(end, is_last, header)
+
+    def _read_part(self, slot: int, part: memoryview, first: int) -> None:
+        """Raises: BlockCorrupt: the file is too short. OSError."""
+        if first:
+            count = self.segments.read(slot, [part], first)
+        else:
+            with _lent(self._pages, PAGE_BYTES) as page:
+                count = self.segments.read(slot, [page, part[PAGE_BYTES:]])
+                part[_REST_OF_PAGE] = page[_REST_OF_PAGE]
+        if count < len(part):
             raise BlockCorrupt("the segment file ends inside the slot")
-        header = unpack_header(record)
-        payload = payload_of(record, header)
-        if self.verify.wanted() and checksum(payload) != header.checksum:
-            raise BlockCorrupt("payload checksum differs")
-        return header
 
     def entry(self, slot: int, memory: memoryview) -> FlashEntry | None:
         """What the header in a slot says for the index; otherwise as header."""
@@ -147,6 +185,30 @@ class RecordIo:
             return unpack_header(memory)
         except (BlockCorrupt, FormatRefused):
             return None
+
+
+def part_ends(length: int, part_bytes: int) -> list[int]:
+    """Into which parts a record is cut: even ones of part_bytes or a little more.
+
+    Args:
+        length: of the record, whole pages.
+        part_bytes: a record shorter than two of these is one part; 0 cuts none.
+
+    Returns:
+        the byte after each part, a page's first, ascending; the last is length.
+    """
+    parts = max(1, length // part_bytes) if part_bytes else 1
+    pages = length // PAGE_BYTES
+    return [pages * part // parts * PAGE_BYTES for part in range(1, parts + 1)]
+
+
+def _header_in(record: memoryview, end: int) -> BlockHeader | None:
+    """The header of a record whose bytes up to end are there; None when it is longer than these.
+
+    Raises: BlockCorrupt, FormatRefused: as proto.record.unpack_header says.
+    """
+    (header_bytes,) = _HEADER_BYTES.unpack_from(record, _HEADER_BYTES_OFFSET)
+    return unpack_header(record) if header_bytes <= end or end == len(record) else None
 
 
 @contextmanager

@@ -317,8 +317,8 @@ class Segments:
         number, index = divmod(slot, self._shape.slots_per_segment)
         return self._fds[number], index * self._shape.slot_bytes
 
-    def read(self, slot: int, buffers: Sequence[memoryview]) -> int:
-        """Read from a slot's first byte on; aligned buffers of whole pages.
+    def read(self, slot: int, buffers: Sequence[memoryview], first: int = 0) -> int:
+        """Read from a byte of a slot on, a whole page's first; aligned buffers of whole pages.
 
         Returns:
             The bytes read; fewer than asked when somebody cut the file.
@@ -327,7 +327,7 @@ class Segments:
             OSError: the device failed.
         """
         fd, offset = self._place(slot)
-        return self._disk.pread(fd, buffers, offset)
+        return self._disk.pread(fd, buffers, offset + first)
 
     def write(self, slot: int, buffers: Sequence[memoryview]) -> None:
         """Write from a slot's first byte on; aligned buffers of whole pages.

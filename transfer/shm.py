@@ -18,7 +18,7 @@ from kvist.proto.record import (
     header_length,
     pack_header,
 )
-from kvist.proto.slot import SlotReader, fill_slot, read_slot
+from kvist.proto.slot import RisingReader, SlotReader, fill_slot, read_slot, shown
 from kvist.transfer.device import Pinner, Source, Target
 
 
@@ -88,6 +88,16 @@ class ArenaMap:
         if not 0 <= slot < self.slots:
             raise BlockMissing(f"slot {slot} is not one of {self.slots}")
         return SlotReader(self._slot(slot), wanted)
+
+    def rising_reader(self, slot: int, wanted: Wanted) -> RisingReader:
+        """The same of a block that rises into the slot; raises as proto.slot.RisingReader says."""
+        if not 0 <= slot < self.slots:
+            raise BlockMissing(f"slot {slot} is not one of {self.slots}")
+        return RisingReader(self._slot(slot), wanted)
+
+    def shown(self, slot: int) -> int:
+        """See proto.slot.shown; 0 of a slot that there is not."""
+        return shown(self._slot(slot)) if 0 <= slot < self.slots else 0
 
     def fill(self, slot: int, header: BlockHeader, payload: Bytes) -> None:
         """Write a record into a slot that is reserved for this worker.

@@ -20,7 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvist.cachesvc.catalog.departed import Departed, Origins, departed_buckets
-from kvist.cachesvc.catalog.location import Location, pack_location, unpack_location
+from kvist.cachesvc.catalog.index_file import file_bytes, map_existing
+from kvist.cachesvc.catalog.location import (
+    Location,
+    dram_copies,
+    dram_half,
+    pack_location,
+    unpack_location,
+)
 from kvist.cachesvc.core.claims import ClaimTable
 from kvist.proto.errors import ConfigInvalid, FormatRefused, TierFull
 from kvist.proto.keys import KEY_BYTES, BlockKey
@@ -28,8 +35,6 @@ from kvist.proto.shm import (
     BUCKET_BYTES,
     BUCKET_KEYS_BYTES,
     BUCKET_ROWS,
-    CLAIM_BUCKET,
-    CLAIM_BUCKETS,
     DEPARTED_BUCKET,
     FLASH_FAILED,
     FLASH_OFF,
@@ -44,6 +49,7 @@ from kvist.proto.shm import (
     LOW_HALF,
     ORIGIN_BUCKET,
     ORIGIN_BUCKETS,
+    RISING,
     SESSIONS_OFFSET,
     SHM_VERSION,
     VERIFY_OFFSET,
@@ -133,7 +139,7 @@ class _Table:
     def dram_slot(self, key: BlockKey) -> int | None:
         """DRAM slot of a block, or None when it has no copy there: find for those in a hurry."""
         word_at = self._word_at(key)
-        low = self._words[word_at] & LOW_HALF if word_at else 0
+        low = dram_half(self._words[word_at]) if word_at else 0
         return low - 1 if low else None
 
     def offered(self, key: BlockKey) -> bool:
@@ -142,7 +148,7 @@ class _Table:
         if not word_at:
             return False
         word = self._words[word_at]
-        return bool(word & LOW_HALF) or (word != 0 and self.flash_state == FLASH_READY)
+        return bool(dram_half(word)) or (word != 0 and self.flash_state == FLASH_READY)
 
     def longest_prefix(self, keys: Sequence[BlockKey]) -> int:
         """How many keys of a prompt are offered, counted from its first.
@@ -200,39 +206,7 @@ class IndexReader(_Table):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(_map_existing(path))
-
-
-def _map_existing(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        try:
-            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        except ValueError:
-            raise FormatRefused(f"{path} is empty") from None
-    problem = _problem(mapped)
-    if problem:
-        mapped.close()
-        raise FormatRefused(f"{path}: {problem}")
-    return mapped
-
-
-def _problem(mapped: mmap.mmap) -> str:
-    if len(mapped) < HEADER_BYTES:
-        return "shorter than a header"
-    magic, version, _, _, buckets, _, _, _, departed, _ = INDEX_HEADER.unpack_from(mapped)
-    if magic != INDEX_MAGIC:
-        return "not a Kvist index"
-    if version != SHM_VERSION:
-        return f"version {version}, this program reads {SHM_VERSION}"
-    is_power = departed > 0 and departed & (departed - 1) == 0
-    if not is_power or not buckets or len(mapped) != _file_bytes(buckets, departed):
-        return f"{len(mapped)} bytes do not fit {buckets} buckets"
-    return ""
-
-
-def _file_bytes(buckets: int, departed: int) -> int:
-    rest = ORIGIN_BUCKETS * ORIGIN_BUCKET.size + CLAIM_BUCKETS * CLAIM_BUCKET.size
-    return HEADER_BYTES + buckets * BUCKET_BYTES + departed * DEPARTED_BUCKET.size + rest
+        super().__init__(map_existing(path))
 
 
 def _key_at(row: int) -> int:
@@ -271,7 +245,7 @@ class IndexWriter(_Table):
     ) -> None:
         buckets = bucket_count(dram_slots + flash_slots)
         departed = departed_buckets(dram_slots + flash_slots)
-        size = _file_bytes(buckets, departed)
+        size = file_bytes(buckets, departed)
         path.unlink(missing_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -335,14 +309,22 @@ class IndexWriter(_Table):
 
     def dram(self, row: int) -> int | None:
         """DRAM slot of a row's block, or None."""
-        low = self._words[self._position(row)] & LOW_HALF
+        low = dram_half(self._words[self._position(row)])
         return low - 1 if low else None
+
+    def show_rise(self, row: int, slot: int | None) -> None:
+        """Say into which DRAM slot a row's block rises now; None: into none any more. Nothing is
+        changed of a block that is in DRAM."""
+        at = self._position(row)
+        if not dram_half(self._words[at]):
+            low = 0 if slot is None else slot + 1 | RISING
+            self._words[at] = self._words[at] & ~LOW_HALF | low
 
     def count_dram(self, rows: NDArray[np.int64]) -> int:
         """How many of some rows' blocks have a copy in DRAM."""
         positions = rows // BUCKET_ROWS * (_BUCKET_WORDS - BUCKET_ROWS) + rows
         words = np.frombuffer(self._words, np.uint64)[positions + _HEADER_WORDS + _KEYS_WORDS]
-        return int(np.count_nonzero(words & np.uint64(LOW_HALF)))
+        return int(np.count_nonzero(dram_copies(words)))
 
     def flash(self, row: int) -> int | None:
         """Flash slot of a row's block, or None."""

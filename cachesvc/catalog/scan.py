@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kvist.cachesvc.catalog.location import dram_copies
 from kvist.proto.keys import KEY_BYTES
-from kvist.proto.shm import BUCKET_BYTES, BUCKET_KEYS_BYTES, BUCKET_ROWS, HEADER_BYTES, LOW_HALF
+from kvist.proto.shm import BUCKET_BYTES, BUCKET_KEYS_BYTES, BUCKET_ROWS, HEADER_BYTES
 
 Rows = NDArray[np.int64]
 
@@ -39,7 +40,7 @@ class Scan:
     def copies(self, rows: Rows) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Which blocks have a copy in DRAM, and which on flash."""
         words = self._words[rows // BUCKET_ROWS, rows % BUCKET_ROWS]
-        return (words & np.uint64(LOW_HALF)) != 0, (words >> np.uint64(32)) != 0
+        return dram_copies(words), (words >> np.uint64(32)) != 0
 
     def beginning_with(self, digits: str, start: int, stop: int) -> Rows:
         """Used rows from start up to stop, the first of a bucket each, whose key begins so.

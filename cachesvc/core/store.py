@@ -35,7 +35,7 @@ from kvist.proto.errors import BlockCorrupt, BlockMissing, ConfigInvalid, Format
 from kvist.proto.hints import NO_HINT, Hint
 from kvist.proto.keys import BlockKey
 from kvist.proto.record import PAGE_BYTES, RecordShape, unpack_header
-from kvist.proto.shm import CLAIM, CORRUPT, EXPECT, PREFETCH, RELEASE, TOUCH
+from kvist.proto.shm import CLAIM, CORRUPT, EXPECT, FOLLOW, PREFETCH, RELEASE, TOUCH
 
 __all__ = ["Reserved", "SessionInfo", "Store", "StoreConfig", "StoreStats"]
 
@@ -254,13 +254,13 @@ class Store:
         blocks = self._parts.index.longest_prefix(keys) if self._parts else 0
         return self._rise(_ELSEWHERE, keys[blocks - 1], hint) if blocks else 0
 
-    def _rise(self, session: int, last: BlockKey, hint: Hint) -> int:
+    def _rise(self, session: int, last: BlockKey, hint: Hint, followed: bool = False) -> int:
         placement = self._made.placement
         row = placement.index.locate(last)
         if row is None:
             return 0
         placement.uses.wished(session, row, hint)
-        return self._made.moves.rise_chain(row)
+        return self._made.moves.rise_chain(row, followed)
 
     async def read_record(self, key: BlockKey, hint: Hint = NO_HINT) -> memoryview:
         """A copy of a block's record, from flash by way of DRAM if need be.
@@ -382,8 +382,8 @@ class Store:
         elif entry.kind in (TOUCH, EXPECT):
             placement.uses.touched(session, row, entry.hint)
             self._made.admission.used(row)
-        elif entry.kind == PREFETCH:
-            self._rise(session, entry.key, entry.hint)
+        elif entry.kind in (PREFETCH, FOLLOW):
+            self._rise(session, entry.key, entry.hint, entry.kind == FOLLOW)
         elif entry.kind == CORRUPT:
             self._check(row, entry.key)
 

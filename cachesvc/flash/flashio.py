@@ -4,12 +4,15 @@ One thread at a time writes: a batch of records, then one index transaction. A s
 reaches the device's rate (1 MiB records: 2.0 GB/s with one thread, 2.2 with four), and what was
 queued in order, parents first, is on flash in that order. The other threads read meanwhile, and a
 batch ends early when a read waits for a thread. Results are handed to the service's thread.
+
+A rise may be read in parts. Each part takes its turn, so blocks that were asked for together come
+up side by side, and who reads them in that order begins when the first parts are there.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +27,7 @@ from kvist.proto.record import BlockHeader, seal
 from kvist.proto.slot import payload_of
 from kvist.tiers.dram import DramTier
 from kvist.tiers.flash import FlashEntry, FlashTier
+from kvist.tiers.flash_io import Part
 
 # Records per index transaction: at 16 of 1 MiB a read waits 8 ms at worst for the only thread,
 # and a transaction (0.1 ms and more) costs little beside them.
@@ -62,6 +66,8 @@ class Rise:
 
     Attributes:
         waiters: get the record when it is there, or an error.
+        part_bytes: it is read in parts of about so many, and others in between; 0 at once.
+        parts: those that are still to be read, once it was begun.
         header: what the record said, when it was read.
         problem: why it was not.
         queued_s, began_s, ended_s: see Sink.
@@ -72,6 +78,8 @@ class Rise:
     flash_slot: int
     dram_slot: int
     waiters: list[Record] = field(default_factory=list)
+    part_bytes: int = 0
+    parts: Iterator[Part] | None = None
     cancelled: bool = False
     header: BlockHeader | None = None
     problem: KvistError | None = None
@@ -231,17 +239,31 @@ class FlashIo:
         return None
 
     def _rise(self, job: Rise) -> None:
-        job.began_s = self._owner.clock()
-        if not job.cancelled:
-            try:
-                into = self._dram.slot_view(job.dram_slot)
-                job.header = self._flash.read_record(job.flash_slot, into)
-            except KvistError as error:
-                job.problem = _bare(error)
-            except Exception as error:  # our mistake; it must not end the thread for good
-                job.problem = TierOffline(f"reading failed: {error!r}")
+        job.began_s = job.began_s or self._owner.clock()
+        if not job.cancelled and not self._closing and self._read_part(job):
+            # Behind those that wait: the first parts of all blocks come before any second one.
+            self._run(partial(self._rise, job))
+            return
+        job.parts = None  # it holds a view of the arena
         job.ended_s = self._owner.clock()
         self._post(partial(self._owner.risen, job))
+
+    def _read_part(self, job: Rise) -> bool:
+        """Read the next part of a record, and show it; whether there are more."""
+        try:
+            if job.parts is None:
+                into = self._dram.slot_view(job.dram_slot)
+                job.parts = self._flash.read_parts(job.flash_slot, into, job.part_bytes)
+            part = next(job.parts)
+            job.header = part.header
+            if job.part_bytes:
+                self._dram.show(job.dram_slot, part.end)
+            return not part.is_last
+        except KvistError as error:
+            job.problem = _bare(error)
+        except Exception as error:  # our mistake; it must not end the thread for good
+            job.problem = TierOffline(f"reading failed: {error!r}")
+        return False
 
     def _probe(self, done: Callable[[bool], None]) -> None:
         try:

@@ -5,7 +5,9 @@
             eviction costs no write. What found no room in the queue gets another chance when it
             or a later block of its conversation is used.
     rise    when somebody wishes it, first block first. A block rises only into free slots and
-            those of blocks that were used before it: somebody waits for it.
+            those of blocks that were used before it: somebody waits for it. Blocks that somebody
+            follows, to compute with their first layers while the others come, rise part by part,
+            all of them side by side, and the index shows into which slot.
 
 When the device fails, all moves end and copies on flash are offered to nobody until it is back
 (cachesvc/flash/watch.py). Everything else goes on.
@@ -28,6 +30,9 @@ from kvist.proto.keys import NO_KEY, BlockKey
 
 # Each holds a DRAM slot that nobody can read yet; 8 a thread keep two threads busy.
 _RISES_MAX = 16
+# Those that are followed: all blocks of a prompt are needed before its first layer computes.
+_FOLLOWED_MAX = 1024
+PART_BYTES = 256 << 10
 
 
 class Moves:
@@ -55,10 +60,13 @@ class Moves:
         self._flash = placement.flash
         # A small arena must not be all taken by blocks that wait.
         self._sinks_max = min(queue_blocks, max(1, placement.dram.slots // 2))
-        self._rises_max = min(_RISES_MAX, max(1, placement.dram.slots // 4))
+        share = max(1, placement.dram.slots // 4)
+        self._rises_max = min(_RISES_MAX, share)
+        self._followed_max = min(_FOLLOWED_MAX, share)
         self._sinking: set[Sink] = set()
         self._rising = 0
         self._wishes: dict[BlockKey, list[Record]] = {}
+        self._followed: set[BlockKey] = set()
         self._closed = False
         self._io: FlashIo | None = None
         self._watch: Watch | None = None
@@ -210,8 +218,12 @@ class Moves:
 
     # Rising.
 
-    def rise_chain(self, row: int) -> int:
-        """Wish a block and all before it into DRAM, first block first; how many are not there."""
+    def rise_chain(self, row: int, followed: bool = False) -> int:
+        """Wish a block and all before it into DRAM, first block first; how many are not there.
+
+        Args:
+            followed: somebody reads them while they come.
+        """
         index = self._placement.index
         if self.state != "ready":
             return 0
@@ -219,7 +231,10 @@ class Moves:
         for each in reversed(self._placement.blocks.chain(row)):
             # More than fit into DRAM cannot rise together.
             if index.dram(each) is None and len(self._wishes) < self._placement.dram.slots:
-                self._wishes.setdefault(index.key(each), [])
+                key = index.key(each)
+                self._wishes.setdefault(key, [])
+                if followed:
+                    self._followed.add(key)
                 wished += 1
         self._pump()
         return wished
@@ -239,8 +254,10 @@ class Moves:
         return waiter
 
     def _pump(self) -> None:
-        while self._wishes and self._rising < self._rises_max:
+        while self._wishes:
             key = next(iter(self._wishes))
+            if self._rising >= (self._followed_max if key in self._followed else self._rises_max):
+                return
             waiters = self._wishes.pop(key)
             try:
                 self._begin_rise(key, waiters)
@@ -250,6 +267,8 @@ class Moves:
     def _begin_rise(self, key: BlockKey, waiters: list[Record]) -> None:
         """Raises: BlockMissing, TierFull, TierOffline."""
         placement, index = self._placement, self._placement.index
+        part_bytes = PART_BYTES if key in self._followed else 0
+        self._followed.discard(key)
         row = index.locate(key)
         if row is None:
             raise BlockMissing("the block is not stored")
@@ -259,9 +278,9 @@ class Moves:
         elif isinstance(job, Rise):
             job.waiters += waiters
         else:
-            self._queue_rise(row, key, waiters)
+            self._queue_rise(row, key, waiters, part_bytes)
 
-    def _queue_rise(self, row: int, key: BlockKey, waiters: list[Record]) -> None:
+    def _queue_rise(self, row: int, key: BlockKey, waiters: list[Record], part_bytes: int) -> None:
         placement = self._placement
         flash_slot = placement.index.flash(row)
         assert flash_slot is not None
@@ -272,8 +291,10 @@ class Moves:
         except TierFull:
             placement.counts.rises_refused += 1
             raise
-        job = placement.jobs[row] = Rise(row, key, flash_slot, dram_slot, waiters)
+        job = placement.jobs[row] = Rise(row, key, flash_slot, dram_slot, waiters, part_bytes)
         self._rising += 1
+        if part_bytes:
+            placement.index.show_rise(row, dram_slot)
         self._io.rise(job)
 
     def risen(self, job: Rise) -> None:
@@ -290,6 +311,7 @@ class Moves:
         except KvistError as error:
             self._placement.dram.free(job.dram_slot)
             if not job.cancelled:
+                self._placement.index.show_rise(job.row, None)
                 self._undo_rise(job, error)
             refuse(job.waiters, error)
         self._pump()
@@ -297,9 +319,9 @@ class Moves:
     def _check(self, job: Rise) -> None:
         """Raises: why the block could not be read, or BlockCorrupt: it is another one."""
         blocks, index, header = self._placement.blocks, self._placement.index, job.header
-        if header is None:
-            assert job.problem is not None
+        if job.problem is not None:
             raise job.problem
+        assert header is not None
         parent = blocks.parent[job.row]
         is_it = (
             header.key == job.key
@@ -345,6 +367,7 @@ class Moves:
 
     def _refuse_wishes(self, error: KvistError) -> None:
         wishes, self._wishes = self._wishes, {}
+        self._followed.clear()
         for waiters in wishes.values():
             refuse(waiters, error)
 

@@ -252,6 +252,8 @@ class Placement:
             job.cancelled = True
             if isinstance(job, Sink):
                 self.blocks.cancel_sink(row)
+            else:
+                self.index.show_rise(row, None)
 
     # By force.
 

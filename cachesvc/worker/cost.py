@@ -5,8 +5,8 @@
 
 Rates are means that forget, the second line is fitted by recursive least squares that forget. A
 load that runs beside the computation costs what is longer of the two; one that must rise from flash
-first, or would hold up the computation of others, costs both. Of all prefixes of what was found the
-cheapest is loaded, the rest computed.
+before it, or would hold up the computation of others, costs both. Of all prefixes of what was found
+the cheapest is loaded, the rest computed.
 """
 
 from __future__ import annotations
@@ -167,8 +167,9 @@ class CostModel:
         self._avoided = 0
 
     def choose(
-        self, first: int, tiers: Sequence[str], tokens: int, queued: int, alone: bool
-    ) -> Choice:
+        self, first: int, tiers: Sequence[str], tokens: int, queued: int, alone: bool,
+        followed: bool = False,
+    ) -> Choice:  # fmt: skip
         """Decide how much of a found prefix is loaded; tell `decided` when that is done.
 
         Args:
@@ -177,10 +178,13 @@ class CostModel:
             tokens: of the whole sequence.
             queued: blocks of other loads that are under way and go first.
             alone: nobody is held up when the load takes longer than the computation.
+            followed: what is on flash rises beside the computation, as far as that is no longer;
+                the rest of the rise is waited for in the queue, where it holds up nobody.
         """
         load_s, compute_s = self._load_s(tiers, queued), self._compute_s(first, len(tiers), tokens)
         risen = np.array([0, *np.cumsum([tier == "flash" for tier in tiers])])
-        is_serial = (risen > 0) | ((load_s > compute_s) & (not alone))
+        is_late = (load_s > compute_s) & (not alone)
+        is_serial = np.where(risen > 0, not followed, is_late)
         total = np.where(is_serial, load_s + compute_s, np.maximum(load_s, compute_s))
         # Of those that are about as good the longest: it leaves the cores to others.
         best = int(np.flatnonzero(total <= MARGIN * total.min())[-1])

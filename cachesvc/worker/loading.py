@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kvist.cachesvc.catalog.location import Location
 from kvist.cachesvc.worker.life import Life
 from kvist.proto.errors import BlockCorrupt, BlockMissing, BlockTorn
 from kvist.proto.keys import BlockKey
@@ -14,10 +15,12 @@ from kvist.proto.shm import FLASH_READY
 from kvist.proto.slot import SlotReader
 from kvist.transfer.device import Target
 from kvist.transfer.pace import Pace
-from kvist.transfer.pipeline import LayerStream
+from kvist.transfer.pipeline import LayerStream, Lost
 
 # A block rises from flash in 0.5 to 2 ms; a poll costs about 2 us.
 POLL_S = 0.0003
+# A part of a block that is followed takes 0.15 ms to read.
+RISE_POLL_S = 0.0001
 # A slot may be reused between two looks; twice in a row means that the cache is far too small.
 LOAD_ATTEMPTS = 3
 
@@ -32,12 +35,14 @@ class LayerLoad:
         cuts: see transfer.pipeline.layer_cuts.
         reached: told how many layers of all blocks have come, or are on their way to a device;
             they are not verified yet.
+        deadline: until when to wait for blocks that are rising, in time of CacheClient's now.
     """
 
     wanted: Sequence[Wanted]
     outs: Sequence[Bytes | Target]
     cuts: Sequence[int]
     reached: Callable[[int], None]
+    deadline: float = 0.0
 
 
 def load_block(
@@ -81,46 +86,80 @@ def _wait(life: Life, key: BlockKey, has_time: bool, attempts: int) -> str:
     return ""
 
 
-def stream_blocks(life: Life, load: LayerLoad, pace: Pace) -> tuple[int, str]:
-    """See CacheClient.stream; life is entered. What is not in DRAM is not waited for.
+def stream_blocks(
+    life: Life, load: LayerLoad, pace: Pace, now: Callable[[], float]
+) -> tuple[int, str]:
+    """See CacheClient.stream; life is entered. What is on flash and does not rise is not waited
+    for.
 
     A sidecar that dies meanwhile is no matter: its memory is mapped until life is left, and what is
-    copied from it is verified.
+    copied from it is verified. What was still rising is given up when the session has ended.
     """
+
+    def patience() -> bool:
+        if life.ended or now() >= load.deadline:
+            return False
+        time.sleep(RISE_POLL_S)
+        return True
+
     readers: list[SlotReader] = []
     lost = ""
     for wanted in load.wanted:
-        reader = _open(life, wanted)
+        reader = _open(life, wanted, patience)
         if isinstance(reader, str):
             lost = reader
             break
         readers.append(reader)
     summed = [life.verify.wanted() for _ in readers]
-    stream = LayerStream(readers, load.outs[: len(readers)], summed)
+    stream = LayerStream(readers, load.outs[: len(readers)], summed, patience)
     try:
         for layers in stream.copy(load.cuts, pace.before_load):
             load.reached(layers)
         blocks, error = stream.verdict()
     finally:
         stream.settle()
-    if error is None:
-        return blocks, lost
-    return blocks, "corrupt" if isinstance(error, BlockCorrupt) else "torn"
+    return blocks, lost if error is None else _reason(life, error)
 
 
-def _open(life: Life, wanted: Wanted) -> SlotReader | str:
-    """A block in DRAM, or why there is none."""
-    slot = None
-    for _ in range(LOAD_ATTEMPTS):
-        slot = life.index.dram_slot(wanted.key)
-        if slot is None:
-            gone = life.index.find(wanted.key) is None
-            return life.index.miss_reason(wanted.key) if gone else "flash_late"
+def _reason(life: Life, error: Lost) -> str:
+    if isinstance(error, BlockMissing):
+        return "detached" if life.ended else "flash_late"
+    return "corrupt" if isinstance(error, BlockCorrupt) else "torn"
+
+
+def _open(life: Life, wanted: Wanted, patience: Callable[[], bool]) -> SlotReader | str:
+    """A block in DRAM or on its way there, or why there is none."""
+    attempts = 0
+    while attempts < LOAD_ATTEMPTS:
+        place = life.index.find(wanted.key)
+        if place is None:
+            return life.index.miss_reason(wanted.key)
         try:
-            return life.arena.reader(slot, wanted)
-        except (BlockTorn, BlockMissing):
-            continue
+            return _reader(life, place, wanted)
         except BlockCorrupt:
-            if life.index.dram_slot(wanted.key) == slot:
+            if life.index.find(wanted.key) == place:
                 return "corrupt"
+            attempts += 1
+        except (BlockMissing, BlockTorn):
+            # Of one that rises the header has not come yet, or all of it has.
+            if place.dram is None and (place.rising is None or not patience()):
+                return "detached" if life.ended else "flash_late"
+            attempts += place.dram is not None
     return "torn"
+
+
+def _reader(life: Life, place: Location, wanted: Wanted) -> SlotReader:
+    """Raises: as proto.slot.RisingReader says; BlockMissing: it is on flash only."""
+    if place.dram is not None:
+        return life.arena.reader(place.dram, wanted)
+    if place.rising is not None:
+        return life.arena.rising_reader(place.rising, wanted)
+    raise BlockMissing("the block is on flash")
+
+
+def risen(life: Life, key: BlockKey) -> int:
+    """Bytes of a block's record that can be read now; 0 of one that is not on its way."""
+    place = life.index.find(key)
+    if place is None or place.dram == place.rising:  # neither
+        return 0
+    return life.arena.slot_bytes if place.rising is None else life.arena.shown(place.rising)

@@ -32,7 +32,7 @@ class FakeCache:
         corrupt: keys whose payload does not match.
         condemned: keys that are said to be corrupt as long as they are not stored.
         elsewhere: origins of first blocks that are said to be stored under another namespace.
-        stuck: nothing rises from flash.
+        stuck: nothing rises from flash; shown: bytes of each block there that can be read.
         gate: loads wait for it.
         store_gate: stores wait for it.
         alone: no other engine is attached.
@@ -64,6 +64,8 @@ class FakeCache:
         self.touched: list[BlockKey] = []
         self.hints: list[Hint] = []
         self.prefetched: list[BlockKey] = []
+        self.followed: list[BlockKey] = []
+        self.shown = 0
         self.batches: list[int] = []
         self.alone = True
         self.claims: dict[BlockKey, Claimant] = {}
@@ -95,11 +97,16 @@ class FakeCache:
         self.touched += keys[:blocks]
         self.hints.append(hint)
 
-    def prefetch(self, keys: Sequence[BlockKey], blocks: int) -> None:
+    def prefetch(self, keys: Sequence[BlockKey], blocks: int, follow: bool = False) -> None:
         """See CacheClient.prefetch."""
         self.prefetched += keys[:blocks]
+        self.followed += keys[:blocks] if follow else ()
         if not self.stuck:
             self.flash -= set(keys[:blocks])
+
+    def risen(self, keys: Sequence[BlockKey]) -> int:
+        """See CacheClient.risen."""
+        return self.shown if self.flash.intersection(keys) else 1 << 20
 
     def claim(self, keys: Sequence[BlockKey]) -> None:
         """See CacheClient.claim; another engine's claims stand."""
@@ -132,7 +139,7 @@ class FakeCache:
         self.gate.wait()
         if self.state != "attached":
             return "detached"
-        if wanted.key in self.flash:
+        if wanted.key in self.flash and not self.shown:
             return "flash_late"
         if wanted.key not in self.blocks:
             return "never_stored"

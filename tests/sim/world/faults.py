@@ -162,7 +162,8 @@ def flip_in_dram(world: World) -> str:
 
 def _place(world: World) -> int:
     """An offset in a slot that holds something: header, tokens or payload."""
-    return world.random.choice((world.random.randrange(8, 144), PAGE_BYTES + 5))
+    payload = world.random.choice((PAGE_BYTES, 2 * PAGE_BYTES)) + 5
+    return world.random.choice((world.random.randrange(8, 144), payload))
 
 
 def _spoil(world: World, slot: int, key: BlockKey) -> None:

@@ -13,12 +13,15 @@ from sim.blocks import Block, number_of
 from sim.stores import tree_block
 
 BLOCK_TOKENS = 4
-FORMAT = BlockFormat(1, 1, 16, "float32", BLOCK_TOKENS)
+FORMAT = BlockFormat(2, 1, 128, "float32", BLOCK_TOKENS)
 SPACES = [Namespace("sim", FORMAT, "none", "none", salt=salt) for salt in ("", "other")]
 DIGESTS = [space.digest() for space in SPACES]
 SHAPE = RecordShape(FORMAT.payload_bytes, BLOCK_TOKENS)
 SLOT_BYTES = SHAPE.record_bytes
-assert SLOT_BYTES == 2 * PAGE_BYTES
+# Header, and a page for each of two layers: as many parts has a rise that is followed.
+LAYER_BYTES = FORMAT.payload_bytes // FORMAT.layers
+assert LAYER_BYTES == PAGE_BYTES
+assert SLOT_BYTES == 3 * PAGE_BYTES
 
 # number -> number of the block before, or None. The second tree is of the other namespace.
 PARENTS: dict[int, int | None] = {

@@ -15,13 +15,16 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from kvist.cachesvc.catalog.blocks import NO_ROW
+from kvist.cachesvc.catalog.index import unpack_location
+from kvist.cachesvc.catalog.location import dram_half
 from kvist.cachesvc.core.parts import Parts
 from kvist.cachesvc.core.store import Store
+from kvist.cachesvc.flash.flashio import Rise
 from kvist.cachesvc.placing.wards import Wards
 from kvist.proto.errors import BlockCorrupt, FormatRefused
 from kvist.proto.keys import KEY_BYTES, NO_KEY, BlockKey
 from kvist.proto.record import PAGE_BYTES, checksum, unpack_header
-from kvist.proto.shm import BUCKET_BYTES, BUCKET_ROWS, HEADER_BYTES, LOW_HALF
+from kvist.proto.shm import BUCKET_BYTES, BUCKET_ROWS, HEADER_BYTES
 from kvist.proto.slot import payload_of
 from sim.world.forest import BLOCKS, PAYLOADS, SLOT_BYTES, name_of
 from sim.world.medium import Medium
@@ -63,6 +66,11 @@ class Model:
             self.present = {parts.index.key(row) for row in rows_of(parts)}
             self._reasons = [getattr(parts.placement.counts, name) for name in _REASONS]
 
+    @property
+    def hurt(self) -> bool:
+        """Whether the world has damaged anything yet."""
+        return bool(self.spoiled) or self._medium.hurt
+
     def space(self, key: BlockKey) -> bytes:
         """Digest of a block's namespace."""
         return BLOCKS[key].header.namespace
@@ -89,6 +97,7 @@ class Model:
         assert len(rows) == len(parts.placement.blocks)
         check_closures(parts, rows)
         check_slots(store, parts, rows)
+        check_rises(parts)
         check_holders(store, clients)
         self._check_dram(parts, rows)
         self._check_flash(rows)
@@ -151,7 +160,7 @@ def table_of(parts: Parts) -> list[Row]:
         for way, word in enumerate(ways):
             if word:
                 at = start + way * KEY_BYTES
-                low, high = word & LOW_HALF, word >> 32
+                low, high = dram_half(word), word >> 32
                 key = BlockKey(mapped[at : at + KEY_BYTES])
                 row = bucket * BUCKET_ROWS + way
                 rows.append((row, key, low - 1 if low else None, high - 1 if high else None))
@@ -218,6 +227,23 @@ def check_slots(store: Store, parts: Parts, rows: Sequence[Row]) -> None:
     assert all(free._used[slot] for slot in flash), "a flash slot in use counts as free"
     used = parts.flash.slots - free.count - len(free.doomed)
     assert used == len(flash), f"{used} flash slots taken, {len(flash)} in use"
+
+
+def check_rises(parts: Parts) -> None:
+    """The index says of a block that it rises as long as it is followed, and of no other."""
+    shown = {}
+    for bucket in range(parts.index.buckets):
+        for row in range(bucket * BUCKET_ROWS, (bucket + 1) * BUCKET_ROWS):
+            place = unpack_location(parts.index._words[parts.index._position(row)])
+            if place is not None and place.rising is not None:
+                shown[row] = place.rising
+    jobs = parts.placement.jobs
+    followed = {
+        row: job.dram_slot
+        for row, job in jobs.items()
+        if isinstance(job, Rise) and job.part_bytes and parts.index.dram(row) is None
+    }
+    assert shown == followed, f"{followed} rise, {shown} are shown"
 
 
 def check_holders(store: Store, clients: Sequence[SimClient]) -> None:

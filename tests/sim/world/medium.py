@@ -41,6 +41,7 @@ class Medium:
         rows: of the flash index, as a read sees it.
         complete: whether the index has its name, index.mdb.
         damaged: slots whose record may not be whole, by a fault that nobody was told of.
+        hurt: some record was not whole, at some time.
         broken: operations that fail now.
         lose, tear: the next write is lost, or stops half way.
         die_in: operations of the service's thread until the process dies; None is never.
@@ -51,6 +52,7 @@ class Medium:
         self.rows: dict[BlockKey, FlashEntry] = {}
         self.complete = False
         self.damaged: set[int] = set()
+        self.hurt = False
         self.broken: set[str] = set()
         self.lose = self.tear = False
         self.die_in: int | None = None
@@ -83,6 +85,7 @@ class Medium:
         self.data[at] ^= 1 << self._random.randrange(8)
         self._base = bytes(self.data)
         self.damaged.add(slot)
+        self.hurt = True
 
     def record_at(self, slot: int) -> BlockKey | None:
         """Key of the whole record in a slot, or None."""
@@ -113,6 +116,7 @@ class Medium:
             if random.random() < share:
                 data[offset : offset + len(piece)] = piece
         self.damaged |= {offset // self.slot_bytes for offset, _ in self._unsynced}
+        self.hurt = True
         self.data = data
         self.sync()
         rows = dict(self._synced_rows)
@@ -190,6 +194,7 @@ class SimDisk(DiskIo):
         slot = offset // medium.slot_bytes
         lost, torn = medium.lose, medium.tear
         medium.lose = medium.tear = False
+        medium.hurt = medium.hurt or lost or torn
         if lost:
             medium.damaged.add(slot)
             return

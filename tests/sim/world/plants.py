@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from kvist.cachesvc.catalog.blocks import Blocks
@@ -12,7 +13,7 @@ from kvist.cachesvc.core import intake
 from kvist.cachesvc.flash import flashio, restore
 from kvist.cachesvc.placing import moves, placement
 from kvist.cachesvc.worker.ring import RingReader
-from kvist.proto.slot import publish
+from kvist.proto.slot import GENERATION_BITS, publish
 from kvist.tiers import flash_io
 from kvist.tiers.dram import DramTier
 from sim.world.forest import BLOCKS
@@ -25,6 +26,24 @@ class _FitsAll:
         return False
 
     __hash__ = None  # type: ignore[assignment]
+
+
+class _NoSum:
+    """A checksum under way that will fit."""
+
+    def update(self, _: object) -> None:
+        """Take no notice."""
+
+    def intdigest(self) -> _FitsAll:
+        """Whatever it should be."""
+        return _FitsAll()
+
+
+def _show_all_at_once(real: Callable[..., None]) -> Callable[..., None]:
+    def show(dram: DramTier, slot: int, _length: int) -> None:
+        real(dram, slot, dram.slot_bytes)
+
+    return show
 
 
 def _publish_before_fill(real: Callable[..., int]) -> Callable[..., int]:
@@ -109,10 +128,36 @@ def _forget_flash_children(_: object) -> Callable[..., int]:
     return lose_flash
 
 
+def _leave_it_shown(real: Callable[..., None]) -> Callable[..., None]:
+    def cancel_job(self: Any, row: int) -> None:
+        show, self.index.show_rise = self.index.show_rise, lambda *_: None
+        try:
+            real(self, row)
+        finally:
+            self.index.show_rise = show
+
+    return cancel_job
+
+
+def _keep_generation(real: Callable[..., None]) -> Callable[..., None]:
+    def free(dram: DramTier, slot: int) -> None:
+        words = dram.slot_view(slot).cast("Q")
+        before = words[0] | 1
+        real(dram, slot)
+        words[0] = before & (1 << GENERATION_BITS) - 1
+
+    return free
+
+
 # name -> owner, attribute, what takes its place.
 PLANTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "publish before fill": (DramTier, "allocate", _publish_before_fill),
-    "no checksum on rise": (flash_io, "checksum", lambda _: lambda _: _FitsAll()),
+    "no checksum on rise": (flash_io, "xxhash", lambda _: SimpleNamespace(xxh3_64=_NoSum)),
+    "all of a rise is shown with its first part": (DramTier, "show", _show_all_at_once),
+    "a rise that has failed is still shown": (
+        placement.Placement, "cancel_job", _leave_it_shown,
+    ),
+    "a rise that failed keeps its generation": (DramTier, "free", _keep_generation),
     "slot of a living worker freed": (RingReader, "worker_is_gone", lambda _: lambda _: True),
     "commit of an unfilled slot": (intake.Intake, "_commit_one", _commit_unfilled),
     "index before data": (flashio.FlashIo, "_write", _index_before_data),

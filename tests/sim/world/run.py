@@ -96,7 +96,7 @@ def _begin(world: World, random: Random) -> str:
         client.leave_session()
         client.attach()
         return f"{client.name} attaches"
-    act = random.choice((_store, _store, _load, _use))
+    act = random.choice((_store, _store, _load, _use, _stream))
     number = random.choice(IN_SPACE[client.space])
     if act is not _store:
         number = _sunk(world, random, number, client.space)
@@ -125,6 +125,15 @@ def _load(client: SimClient, number: int, _: Random) -> str:
         return f"{client.name} is busy"
     client.load(number)
     return f"{client.name} begins to load b{number}"
+
+
+def _stream(client: SimClient, number: int, random: Random) -> str:
+    if client.busy > 1:
+        return f"{client.name} is busy"
+    if random.random() < 0.8:
+        client.cache.prefetch(KEYS[number], client.look_up(number), follow=True)
+    client.stream(number, random.choice((0.0, 0.5, 5.0)))
+    return f"{client.name} begins to stream b{number}"
 
 
 def _use(client: SimClient, number: int, random: Random) -> str:

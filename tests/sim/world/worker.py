@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from random import Random
 from threading import Event
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from kvist.cachesvc.api.calls import Pending
 from kvist.cachesvc.client import CacheClient
 from kvist.cachesvc.log import Log
+from kvist.cachesvc.placing import moves
 from kvist.cachesvc.worker import life as life_module
+from kvist.cachesvc.worker import loading
 from kvist.cachesvc.worker.life import Life
+from kvist.cachesvc.worker.loading import LayerLoad
 from kvist.cachesvc.worker.storing import StoreItem
 from kvist.proto import cache_pb2
 from kvist.proto import slot as slot_module
 from kvist.proto.errors import Detached, KvistError
-from kvist.proto.record import BlockHeader
+from kvist.proto.record import PAGE_BYTES, BlockHeader, Bytes
+from kvist.proto.verify import Verifier, Verify
+from kvist.transfer.device import Target
+from sim.blocks import Block, number_of
 from sim.direct import Done
-from sim.world.forest import FOREST, ITEMS, KEYS, SPACES, name_of
+from sim.world.forest import FOREST, FORMAT, ITEMS, KEYS, SPACES, name_of
 from sim.world.scheduler import Scheduler, Task
+
+if TYPE_CHECKING:
+    from sim.world.invariants import Model
 
 
 class Call:
@@ -48,8 +60,10 @@ class Network(Protocol):
     """What a worker needs of the world."""
 
     scheduler: Scheduler
+    random: Random
     clock_s: float
     counted: Counter[bytes]
+    model: Model
 
     def send(self, sender: SimClient, method: str, request: Any) -> Any:
         """Make a call; by a task, which waits for the answer. Raises: KvistError."""
@@ -106,6 +120,7 @@ class SimClient:
         held: slots that it was given and may write, by what it knows the sidecar knows; key.
         session: that its stream stands for, as the sidecar knows; "" when there is none.
         cache: the real client.
+        verify: what it checks of a payload; "off" relies on generations alone.
     """
 
     def __init__(self, world: Network, name: str, space: int, log: Log) -> None:
@@ -120,6 +135,7 @@ class SimClient:
             self._control, SPACES[space], name, log, now=lambda: world.clock_s, wall=lambda: 0.0
         )
         self.life: Life | None = None
+        self.verify: Verify = world.random.choice(("always", "always", "off"))
         self._tasks: list[Task] = []
 
     @property
@@ -145,6 +161,7 @@ class SimClient:
         except (KvistError, OSError):
             self.lose_connection()
             return
+        life.verify = Verifier(self.verify)
         self.life = self.cache._life = life
 
     def lose_connection(self) -> None:
@@ -199,13 +216,46 @@ class SimClient:
         out = np.full(block.header.payload_bytes, 0xEE, np.uint8)
         reason = self.cache.load(block.wanted, out, 0.0)
         if reason is None:
-            assert np.array_equal(out, block.payload), f"wrong bytes for b{number}"
+            self._check(number, out)
         tokens = len(block.header.tokens) // 4
         hits = {"dram": tokens} if reason is None else {}
         if self.life is not None and not self.life.ended:
             self._world.counted[self.life.boot_epoch] += tokens
         tenant = f"t{number % 3}"
         self.cache.count(tokens, hits, {} if reason is None else {reason: tokens}, tenant)
+
+    def _check(self, number: int, out: Bytes) -> None:
+        """A block that was served is right, or the world has damaged it and it was not summed."""
+        block = FOREST[number]
+        is_right = np.array_equal(out, block.payload)
+        spoiled = self.verify == "off" and block.header.key in self._world.model.spoiled
+        assert is_right or spoiled, f"wrong bytes for b{number}"
+
+    def stream(self, number: int, patience_s: float) -> None:
+        """Begin to load a block and those before it layer by layer, risen or not; what comes must
+        be right."""
+        path = [FOREST[number_of(key)] for key in KEYS[number]]
+        self._begin(lambda: self._stream(path, patience_s), f"stream b{number}")
+
+    def _stream(self, path: list[Block], patience_s: float) -> None:
+        outs: list[Bytes | Target] = [np.full(FORMAT.payload_bytes, 0xEE, np.uint8) for _ in path]
+        layers: list[int] = []
+        wanted, until_s = [block.wanted for block in path], self._world.clock_s + patience_s
+        load = LayerLoad(wanted, outs, (1, 2), layers.append, until_s)
+        blocks, reason = self.cache.stream(load)
+        for block, out in zip(path[:blocks], outs, strict=False):
+            assert isinstance(out, np.ndarray)
+            self._check(number_of(block.header.key), out)
+        assert (blocks == len(path)) == (not reason), f"{blocks} of {len(path)}: {reason}"
+        assert layers in ([], [1], [1, 2])
+        if reason == "corrupt":
+            key = path[blocks].header.key
+            assert self._world.model.hurt, f"{name_of(key)} is sound and said to be corrupt"
+        tokens = len(path[0].header.tokens) // 4
+        if self.life is not None and not self.life.ended:
+            self._world.counted[self.life.boot_epoch] += tokens * len(path)
+        hits, misses = {"dram": tokens * blocks}, {reason: tokens * (len(path) - blocks)}
+        self.cache.count(tokens * len(path), hits, misses if reason else {}, "t0")
 
     def look_up(self, number: int) -> int:
         """Find the longest prefix; must be what looking at each block finds."""
@@ -230,7 +280,7 @@ class _NoPrefault:
 def stepped_copies(scheduler: Scheduler) -> Iterator[None]:
     """Let others come between the pieces of a copy into or out of a slot of the arena."""
     checksum, pack_header = slot_module.checksum, slot_module.pack_header
-    start_prefault = life_module._start_prefault
+    start_prefault, part_bytes = life_module._start_prefault, moves.PART_BYTES
 
     def stepped_checksum(payload: Any) -> int:
         scheduler.pause()
@@ -240,12 +290,18 @@ def stepped_copies(scheduler: Scheduler) -> Iterator[None]:
         pack_header(header, slot)
         scheduler.pause()
 
+    def stepped_sleep(_seconds: float) -> None:
+        scheduler.pause()
+
     slot_module.checksum, slot_module.pack_header = stepped_checksum, stepped_pack
+    loading.time = SimpleNamespace(sleep=stepped_sleep)  # type: ignore[assignment]
+    moves.PART_BYTES = PAGE_BYTES
     life_module._start_prefault = lambda *_: (Event(), _NoPrefault())  # type: ignore
     try:
         yield
     finally:
         slot_module.checksum, slot_module.pack_header = checksum, pack_header
+        loading.time, moves.PART_BYTES = time, part_bytes
         life_module._start_prefault = start_prefault
 
 
