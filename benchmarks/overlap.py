@@ -282,6 +282,7 @@ class Bench:
                 100 * (middle["load_ms"] + middle["compute_ms"] - least) / least, 1
             ),
             "by_layers": after.ways["layers"] - before.ways["layers"],
+            "while_rising": after.ways["rising"] - before.ways["rising"],
             "gate_wait_ms": round(1e3 * (after.gate_wait_s - before.gate_wait_s), 2),
         }
 

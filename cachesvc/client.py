@@ -250,10 +250,10 @@ class CacheClient:
                     life.push(FOLLOW if follow else PREFETCH, blocks, keys[blocks - 1])
                     self.bell_failures += not life.ring_bell()
 
-    def risen(self, keys: Sequence[BlockKey]) -> int:
-        """Bytes of the block of which fewest can be read now; 0 if one does not even rise."""
+    def risen(self, key: BlockKey) -> int:
+        """Bytes of a block's record that can be streamed now; 0 if it is not on its way up."""
         with self._entered() as life:
-            return 0 if life is None else min(risen(life, key) for key in keys)
+            return 0 if life is None else risen(life, key)
 
     def count(
         self,

@@ -43,8 +43,8 @@ class Cache(Protocol):
         meanwhile."""
         ...
 
-    def risen(self, keys: Sequence[BlockKey]) -> int:
-        """Bytes of the block of which fewest can be streamed now; makes no call."""
+    def risen(self, key: BlockKey) -> int:
+        """Bytes of a block's record that can be streamed now; makes no call."""
         ...
 
     def claim(self, keys: Sequence[BlockKey]) -> None:

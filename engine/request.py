@@ -145,7 +145,8 @@ class LoadStats(msgspec.Struct, frozen=True):
 
     Attributes:
         decisions: "load", "part" or "compute" -> requests whose blocks were found.
-        ways: "layers" (beside the computation) or "blocks" (before it) -> loads.
+        ways: "layers" (beside the computation), "rising" (the same, while blocks still rise from
+            flash) or "blocks" (before it) -> loads.
         undone: loads beside the computation that failed, so that it was done again.
         estimated_load_s: summed over the loads.
         estimated_compute_s: of what was not loaded, summed over the same.

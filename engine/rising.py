@@ -125,7 +125,7 @@ class Rising:
     def _left_s(self, rise: _Rise) -> float:
         """Seconds until a rise has ended; math.inf when it cannot be followed, or not yet."""
         # The last block is the one that lags behind: parts come by turns.
-        there = self._cache.risen([rise.last]) if rise.block_bytes else 0
+        there = self._cache.risen(rise.last) if rise.block_bytes else 0
         if not there:
             return math.inf
         return rise.choice.load_s * max(0.0, 1 - there / rise.block_bytes)

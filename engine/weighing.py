@@ -54,7 +54,7 @@ class Weigher:
         self.block_bytes = block_bytes
         self._block_tokens = block_tokens
         self._decisions: Counter[str] = Counter(load=0, part=0, compute=0)
-        self._ways: Counter[str] = Counter(layers=0, blocks=0)
+        self._ways: Counter[str] = Counter(layers=0, rising=0, blocks=0)
         self._undone = 0
         self._estimated_load_s = 0.0
         self._estimated_compute_s = 0.0
@@ -98,13 +98,15 @@ class Weigher:
             return
         self._estimated_load_s += choice.load_s
         self._estimated_compute_s += choice.compute_s
-        if "flash" in sequence.found:
+        rises = "flash" in sequence.found
+        if rises:
             hidden = sequence.follow_until_s > 0
         else:
             hidden = choice.load_s <= choice.compute_s or not self.beside
         if self.by_layers and hidden:
             sequence.gate = LoadGate()
-        self._ways["layers" if sequence.gate is not None else "blocks"] += 1
+        way = "rising" if rises else "layers"
+        self._ways[way if sequence.gate is not None else "blocks"] += 1
         self.queued += len(sequence.found)
 
     def loaded(self, loaded: Loaded) -> None:

@@ -70,7 +70,8 @@ class Rise:
         parts: those that are still to be read, once it was begun.
         header: what the record said, when it was read.
         problem: why it was not.
-        queued_s, began_s, ended_s: see Sink.
+        queued_s, began_s: see Sink.
+        busy_s: how long threads read.
     """
 
     row: int
@@ -85,7 +86,7 @@ class Rise:
     problem: KvistError | None = None
     queued_s: float = 0.0
     began_s: float = 0.0
-    ended_s: float = 0.0
+    busy_s: float = 0.0
 
 
 def give(waiters: list[Record], dram: DramTier, slot: int) -> None:
@@ -239,13 +240,17 @@ class FlashIo:
         return None
 
     def _rise(self, job: Rise) -> None:
-        job.began_s = job.began_s or self._owner.clock()
-        if not job.cancelled and not self._closing and self._read_part(job):
+        now_s = self._owner.clock()
+        job.began_s = job.began_s or now_s
+        has_more = not job.cancelled and not self._closing and self._read_part(job)
+        job.busy_s += self._owner.clock() - now_s
+        if has_more:
             # Behind those that wait: the first parts of all blocks come before any second one.
-            self._run(partial(self._rise, job))
+            # Nobody is woken, this thread looks for work at once.
+            with self._wake:
+                self._reads.append(partial(self._rise, job))
             return
         job.parts = None  # it holds a view of the arena
-        job.ended_s = self._owner.clock()
         self._post(partial(self._owner.risen, job))
 
     def _read_part(self, job: Rise) -> bool:

@@ -80,16 +80,16 @@ class Measures:
     def risen(self, job: Rise, now_s: float) -> None:
         """A block has come up from flash."""
         self.rise.add(now_s - job.queued_s)
-        self._moved("read", job)
+        self._moved("read", job, job.busy_s)
 
     def sunk(self, job: Sink, now_s: float) -> None:
         """A block has got to flash, and its batch into the index."""
         self.sink.add(now_s - job.queued_s)
-        self._moved("write", job)
+        self._moved("write", job, job.ended_s - job.began_s)
 
-    def _moved(self, way: str, job: Rise | Sink) -> None:
+    def _moved(self, way: str, job: Rise | Sink, busy_s: float) -> None:
         self.queued[way].add(job.began_s - job.queued_s)
-        self.busy_s[way] += job.ended_s - job.began_s
+        self.busy_s[way] += busy_s
 
     def shown(self, has_flash: bool) -> tuple[Shown, ...]:
         """All histograms; those of flash only where there is one."""

@@ -104,9 +104,9 @@ class FakeCache:
         if not self.stuck:
             self.flash -= set(keys[:blocks])
 
-    def risen(self, keys: Sequence[BlockKey]) -> int:
+    def risen(self, key: BlockKey) -> int:
         """See CacheClient.risen."""
-        return self.shown if self.flash.intersection(keys) else 1 << 20
+        return self.shown if key in self.flash else 1 << 20
 
     def claim(self, keys: Sequence[BlockKey]) -> None:
         """See CacheClient.claim; another engine's claims stand."""
