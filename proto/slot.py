@@ -118,6 +118,7 @@ class SlotReader:
     def __init__(self, slot: memoryview, wanted: Wanted) -> None:
         self._words = slot.cast("Q")
         self._generation = self._opened(self._words[0], header_length(len(wanted.tokens)))
+        self._start = 0
         try:
             self._start, self._sum = match(slot, wanted) or _mismatch(slot, wanted)
             if self._start + wanted.payload_bytes > len(slot):

@@ -162,6 +162,7 @@ class SimClient:
             self.lose_connection()
             return
         life.verify = Verifier(self.verify)
+        life.verify.sums = True  # for the others, who read what it stores
         self.life = self.cache._life = life
 
     def lose_connection(self) -> None:
