@@ -8,12 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvist.cachesvc.catalog.blocks import Blocks
-from kvist.cachesvc.catalog.index import Location
+from kvist.cachesvc.catalog.index import IndexWriter, Location
 from kvist.cachesvc.core import intake
 from kvist.cachesvc.flash import flashio, restore
 from kvist.cachesvc.placing import moves, placement
 from kvist.cachesvc.worker.ring import RingReader
-from kvist.proto.slot import GENERATION_BITS, publish
+from kvist.proto.slot import publish
 from kvist.tiers import flash_io
 from kvist.tiers.dram import DramTier
 from sim.world.forest import BLOCKS
@@ -129,24 +129,11 @@ def _forget_flash_children(_: object) -> Callable[..., int]:
 
 
 def _leave_it_shown(real: Callable[..., None]) -> Callable[..., None]:
-    def cancel_job(self: Any, row: int) -> None:
-        show, self.index.show_rise = self.index.show_rise, lambda *_: None
-        try:
-            real(self, row)
-        finally:
-            self.index.show_rise = show
+    def show_rise(index: IndexWriter, row: int, slot: int | None) -> None:
+        if slot is not None:
+            real(index, row, slot)
 
-    return cancel_job
-
-
-def _keep_generation(real: Callable[..., None]) -> Callable[..., None]:
-    def free(dram: DramTier, slot: int) -> None:
-        words = dram.slot_view(slot).cast("Q")
-        before = words[0] | 1
-        real(dram, slot)
-        words[0] = before & (1 << GENERATION_BITS) - 1
-
-    return free
+    return show_rise
 
 
 # name -> owner, attribute, what takes its place.
@@ -154,10 +141,7 @@ PLANTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "publish before fill": (DramTier, "allocate", _publish_before_fill),
     "no checksum on rise": (flash_io, "xxhash", lambda _: SimpleNamespace(xxh3_64=_NoSum)),
     "all of a rise is shown with its first part": (DramTier, "show", _show_all_at_once),
-    "a rise that has failed is still shown": (
-        placement.Placement, "cancel_job", _leave_it_shown,
-    ),
-    "a rise that failed keeps its generation": (DramTier, "free", _keep_generation),
+    "a rise that has failed is still shown": (IndexWriter, "show_rise", _leave_it_shown),
     "slot of a living worker freed": (RingReader, "worker_is_gone", lambda _: lambda _: True),
     "commit of an unfilled slot": (intake.Intake, "_commit_one", _commit_unfilled),
     "index before data": (flashio.FlashIo, "_write", _index_before_data),
