@@ -23,8 +23,9 @@ PATIENCE = 2.0
 PATIENCE_BASE_S = 0.02
 # One that nobody computes beside is let in earlier: so long at most those wait who come meanwhile.
 ALONE_S = 0.1
-# How much longer than estimated one that was let in may wait for what is left of a rise.
-FOLLOW_BASE_S = 0.1
+# How much longer than estimated one that was let in may wait for what is left of a rise. Its step
+# waits with it; but a disk that pauses is back sooner than a prefix is computed.
+FOLLOW_BASE_S = 0.5
 # A rise is timed when it was looked at so shortly before its end, as a share of the whole.
 LOOK_SHARE = 0.2
 
