@@ -34,6 +34,8 @@ STORE_QUEUE_BLOCKS = 256
 STORE_POOL_SHARE = 4
 # Rates are means over many requests; whoever looks at them is a person or a scrape.
 SHOW_EVERY_S = 0.5
+# How often a core that has nothing else to do looks whether one can be let in whose blocks rise.
+LOOK_S = 0.0007
 
 
 class Connector:
@@ -285,9 +287,10 @@ class Connector:
         return self.weigher.stats(self._cache.pace)
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until poll has something to take, or timeout_s have passed."""
-        if self._copiers is not None:
-            self._copiers.wait(timeout_s)
+        """Wait until poll has something to take, or timeout_s have passed; while blocks rise, a
+        part of that."""
+        if self._copiers is not None and self._rising is not None:
+            self._copiers.wait(min(timeout_s, LOOK_S) if self._rising.waiting else timeout_s)
 
     def close(self) -> None:
         """Let stores drain for a moment, end the threads, detach."""

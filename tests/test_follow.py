@@ -147,12 +147,18 @@ def test_no_mixture_of_two_rises_is_accepted_without_a_checksum_either() -> None
 # The record on flash.
 
 
-def test_a_record_is_cut_into_even_parts_of_whole_pages() -> None:
-    assert part_ends(8 * PAGE_BYTES, 0) == [8 * PAGE_BYTES]
-    assert part_ends(8 * PAGE_BYTES, 5 * PAGE_BYTES) == [8 * PAGE_BYTES]
-    assert part_ends(8 * PAGE_BYTES, 4 * PAGE_BYTES) == [4 * PAGE_BYTES, 8 * PAGE_BYTES]
-    assert part_ends(8 * PAGE_BYTES, 3 * PAGE_BYTES) == [4 * PAGE_BYTES, 8 * PAGE_BYTES]
-    assert part_ends(7 * PAGE_BYTES, PAGE_BYTES) == [n * PAGE_BYTES for n in range(1, 8)]
+def test_a_record_is_cut_into_a_short_part_and_even_ones_of_whole_pages() -> None:
+    def pages(length: int, part_bytes: int) -> list[int]:
+        ends = part_ends(length * PAGE_BYTES, part_bytes)
+        assert not any(end % PAGE_BYTES for end in ends)
+        return [end // PAGE_BYTES for end in ends]
+
+    assert pages(8, 0) == [8]
+    assert pages(8, 5 * PAGE_BYTES) == [8]
+    assert pages(8, 4 * PAGE_BYTES) == [2, 8]
+    assert pages(10, 4 * PAGE_BYTES) == [2, 6, 10]
+    assert pages(361, 80 * PAGE_BYTES) == [40, 120, 200, 280, 361]
+    assert pages(7, PAGE_BYTES) == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_record_read_in_parts_is_the_record_and_its_generation_stays(tmp_path: Path) -> None:

@@ -55,10 +55,12 @@ def test_groups_of_layers_cover_all_layers_once_and_the_first_is_one(
     assert cuts[-1] == layers
     assert cuts[0] == 1
     assert list(cuts) == sorted(set(cuts))
-    # But for the first and the last, none is shorter than it needs to be, nor a layer longer.
-    for first, last in itertools.pairwise(cuts[:-1]):
-        assert (last - first) * payload >= RUN_BYTES
-        assert (last - first - 1) * payload < RUN_BYTES
+    # But for the last, none is shorter than it needs to be or twice the one before, nor a layer
+    # longer.
+    groups = [last - first for first, last in itertools.pairwise((0, *cuts[:-1]))]
+    for before, group in itertools.pairwise(groups):
+        assert group * payload >= RUN_BYTES or group == 2 * before
+        assert (group - 1) * payload < RUN_BYTES
 
 
 def test_after_each_group_its_layers_of_all_blocks_are_there_and_in_the_end_all_is_sound() -> None:

@@ -188,7 +188,8 @@ class RecordIo:
 
 
 def part_ends(length: int, part_bytes: int) -> list[int]:
-    """Into which parts a record is cut: even ones of part_bytes or a little more.
+    """Into which parts a record is cut: one of half of part_bytes, so that who follows can begin,
+    then even ones of part_bytes or a little more.
 
     Args:
         length: of the record, whole pages.
@@ -197,9 +198,12 @@ def part_ends(length: int, part_bytes: int) -> list[int]:
     Returns:
         the byte after each part, a page's first, ascending; the last is length.
     """
-    parts = max(1, length // part_bytes) if part_bytes else 1
-    pages = length // PAGE_BYTES
-    return [pages * part // parts * PAGE_BYTES for part in range(1, parts + 1)]
+    if not part_bytes or length < 2 * part_bytes:
+        return [length]
+    first = max(1, part_bytes // 2 // PAGE_BYTES)
+    pages = length // PAGE_BYTES - first
+    parts = pages * PAGE_BYTES // part_bytes
+    return [(first + pages * part // parts) * PAGE_BYTES for part in range(parts + 1)]
 
 
 def _header_in(record: memoryview, end: int) -> BlockHeader | None:

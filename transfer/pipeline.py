@@ -33,14 +33,19 @@ Lost: TypeAlias = BlockCorrupt | BlockMissing | BlockTorn
 def layer_cuts(layers: int, payload_bytes: int, run_bytes: int = RUN_BYTES) -> tuple[int, ...]:
     """Into which groups of layers a block is cut.
 
-    The first group is one layer, so that the computation can begin; the others are as many as make
-    a run of run_bytes.
+    The first group is one layer, so that the computation can begin; each is twice as long as the
+    one before it, so that the next has come when it is computed, up to as many as make a run of
+    run_bytes.
 
     Returns:
         the layer after each group, ascending; the last is layers.
     """
-    step = max(1, -(-run_bytes * layers // payload_bytes))
-    return (*range(1, layers, step), layers)
+    longest = max(1, -(-run_bytes * layers // payload_bytes))
+    cuts, step = [1], 2
+    while cuts[-1] < layers:
+        cuts.append(min(layers, cuts[-1] + min(step, longest)))
+        step *= 2
+    return tuple(cuts)
 
 
 class LayerStream:

@@ -32,7 +32,9 @@ from kvist.proto.keys import NO_KEY, BlockKey
 _RISES_MAX = 16
 # Those that are followed: all blocks of a prompt are needed before its first layer computes.
 _FOLLOWED_MAX = 1024
-PART_BYTES = 256 << 10
+# 32 blocks of 1.4 MiB, two threads: whole they rise in 22 to 26 ms, in parts of 480 KiB in 28 to 32,
+# of 352 in 25 to 31, of 256 in 29 to 40. Smaller ones let a computation begin earlier.
+PART_BYTES = 320 << 10
 
 
 class Moves:
