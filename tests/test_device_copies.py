@@ -141,7 +141,7 @@ def streamed(bench: Bench, count: int) -> tuple[LayerStream, list[tuple[int, Blo
     there = [bench.put(number) for number in range(count)]
     readers = [bench.arena.reader(slot, block.wanted) for slot, block in there]
     outs = [bench.pages.target(page) for page in range(count)]
-    return LayerStream(readers, outs, [True] * count), there
+    return LayerStream(readers, outs, [True] * count, lambda: False), there
 
 
 def test_when_a_mark_is_passed_the_layers_before_it_are_there_of_all_blocks(bench: Bench) -> None:

@@ -32,8 +32,8 @@ from kvist.proto.keys import NO_KEY, BlockKey
 _RISES_MAX = 16
 # Those that are followed: all blocks of a prompt are needed before its first layer computes.
 _FOLLOWED_MAX = 1024
-# 32 blocks of 1.4 MiB, two threads: whole they rise in 22 to 26 ms, in parts of 480 KiB in 28 to 32,
-# of 352 in 25 to 31, of 256 in 29 to 40. Smaller ones let a computation begin earlier.
+# 32 blocks of 1.4 MiB by two threads: whole they rise in 22 to 26 ms, in parts of 480 KiB in 28 to
+# 32, of 352 KiB in 25 to 31, of 256 KiB in 29 to 40. Who follows shorter ones begins earlier.
 PART_BYTES = 320 << 10
 
 
