@@ -348,6 +348,19 @@ def test_blocks_that_are_followed_rise_side_by_side(followed: Followed) -> None:
     assert followed.places() == [None] * BLOCKS
 
 
+def test_what_is_asked_for_later_rises_later(followed: Followed) -> None:
+    disk, blocks = followed.disk, followed.blocks
+    disk.held = True
+    for last in (1, 3):  # the first two blocks, and then two more
+        followed.worker.ring.push(FOLLOW, last + 1, blocks[last].header.key)
+        followed.bench.store.tick()
+    followed.step(BLOCKS * PARTS)
+    slots = [offset // SHAPE.record_bytes for offset in disk.offsets]
+    # The disk had begun with the first when the others were asked for.
+    assert slots == [*slots[:2] * PARTS, *slots[-2:] * PARTS]
+    assert len(set(slots)) == BLOCKS
+
+
 def test_others_see_a_block_that_rises_as_one_on_flash(followed: Followed) -> None:
     followed.follow()
     followed.step(2 * BLOCKS)

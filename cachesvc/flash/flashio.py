@@ -5,12 +5,15 @@ reaches the device's rate (1 MiB records: 2.0 GB/s with one thread, 2.2 with fou
 queued in order, parents first, is on flash in that order. The other threads read meanwhile, and a
 batch ends early when a read waits for a thread. Results are handed to the service's thread.
 
-A rise may be read in parts. Each part takes its turn, so blocks that were asked for together come
-up side by side, and who reads them in that order begins when the first parts are there.
+A rise may be read in parts: the first parts of all blocks that were asked for together, then the
+second ones. So they come up side by side, and who follows them begins when the first parts are
+there. What was asked for later is read later.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -67,7 +70,8 @@ class Rise:
     Attributes:
         waiters: get the record when it is there, or an error.
         part_bytes: it is read in parts of about so many, and others in between; 0 at once.
-        parts: those that are still to be read, once it was begun.
+        turn: those with a lower one are read first.
+        part: the next one's number. parts: those that are still to be read, once it was begun.
         header: what the record said, when it was read.
         problem: why it was not.
         queued_s, began_s: see Sink.
@@ -80,6 +84,8 @@ class Rise:
     dram_slot: int
     waiters: list[Record] = field(default_factory=list)
     part_bytes: int = 0
+    turn: int = 0
+    part: int = 0
     parts: Iterator[Part] | None = None
     cancelled: bool = False
     header: BlockHeader | None = None
@@ -161,7 +167,8 @@ class FlashIo:
         self._post = post
         self._owner = owner
         self._wake = threads.condition()
-        self._reads: deque[Callable[[], None]] = deque()
+        self._reads: list[tuple[int, int, int, Callable[[], None]]] = []
+        self._asked = itertools.count()
         self._sinks: deque[Sink] = deque()
         self._deletes: list[BlockKey] = []
         self._idle = 0
@@ -175,7 +182,7 @@ class FlashIo:
     def rise(self, job: Rise) -> None:
         """Queue a read."""
         job.queued_s = self._owner.clock()
-        self._run(partial(self._rise, job))
+        self._run(partial(self._rise, job), job.turn)
 
     def probe(self, done: Callable[[bool], None]) -> None:
         """Look soon whether the device works; done is told so on the service's thread."""
@@ -202,9 +209,10 @@ class FlashIo:
         with self._wake:
             return frozenset(self._deletes)
 
-    def _run(self, task: Callable[[], None]) -> None:
+    def _run(self, task: Callable[[], None], turn: int = -1, part: int = 0) -> None:
+        """Queue a read: before those of a later turn, or of a later part in the same one."""
         with self._wake:
-            self._reads.append(task)
+            heapq.heappush(self._reads, (turn, part, next(self._asked), task))
             self._wake.notify()
 
     def close(self) -> None:
@@ -231,7 +239,7 @@ class FlashIo:
 
     def _next_task(self) -> Callable[[], None] | None:
         if self._reads:
-            return self._reads.popleft()
+            return heapq.heappop(self._reads)[-1]
         # Deletes alone wait while the device is off: there is nothing they must go before.
         off = self._broken or self._flash.failure
         if not self._writing and (self._sinks or (self._deletes and not off)):
@@ -245,10 +253,8 @@ class FlashIo:
         has_more = not job.cancelled and not self._closing and self._read_part(job)
         job.busy_s += self._owner.clock() - now_s
         if has_more:
-            # Behind those that wait: the first parts of all blocks come before any second one.
-            # Nobody is woken, this thread looks for work at once.
-            with self._wake:
-                self._reads.append(partial(self._rise, job))
+            job.part += 1
+            self._run(partial(self._rise, job), job.turn, job.part)
             return
         job.parts = None  # it holds a view of the arena
         self._post(partial(self._owner.risen, job))

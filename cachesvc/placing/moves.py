@@ -68,7 +68,8 @@ class Moves:
         self._sinking: set[Sink] = set()
         self._rising = 0
         self._wishes: dict[BlockKey, list[Record]] = {}
-        self._followed: set[BlockKey] = set()
+        self._followed: dict[BlockKey, int] = {}
+        self._turn = 0
         self._closed = False
         self._io: FlashIo | None = None
         self._watch: Watch | None = None
@@ -230,13 +231,14 @@ class Moves:
         if self.state != "ready":
             return 0
         wished = 0
+        self._turn += 1
         for each in reversed(self._placement.blocks.chain(row)):
             # More than fit into DRAM cannot rise together.
             if index.dram(each) is None and len(self._wishes) < self._placement.dram.slots:
                 key = index.key(each)
                 self._wishes.setdefault(key, [])
                 if followed:
-                    self._followed.add(key)
+                    self._followed.setdefault(key, self._turn)
                 wished += 1
         self._pump()
         return wished
@@ -269,8 +271,7 @@ class Moves:
     def _begin_rise(self, key: BlockKey, waiters: list[Record]) -> None:
         """Raises: BlockMissing, TierFull, TierOffline."""
         placement, index = self._placement, self._placement.index
-        part_bytes = PART_BYTES if key in self._followed else 0
-        self._followed.discard(key)
+        turn = self._followed.pop(key, 0)
         row = index.locate(key)
         if row is None:
             raise BlockMissing("the block is not stored")
@@ -280,9 +281,10 @@ class Moves:
         elif isinstance(job, Rise):
             job.waiters += waiters
         else:
-            self._queue_rise(row, key, waiters, part_bytes)
+            self._queue_rise(row, key, waiters, turn)
 
-    def _queue_rise(self, row: int, key: BlockKey, waiters: list[Record], part_bytes: int) -> None:
+    def _queue_rise(self, row: int, key: BlockKey, waiters: list[Record], turn: int) -> None:
+        """Begin a rise. turn: of those that are followed, else 0. Raises: TierFull, TierOffline."""
         placement = self._placement
         flash_slot = placement.index.flash(row)
         assert flash_slot is not None
@@ -293,9 +295,10 @@ class Moves:
         except TierFull:
             placement.counts.rises_refused += 1
             raise
-        job = placement.jobs[row] = Rise(row, key, flash_slot, dram_slot, waiters, part_bytes)
+        job = placement.jobs[row] = Rise(row, key, flash_slot, dram_slot, waiters)
+        job.part_bytes, job.turn = PART_BYTES if turn else 0, turn or self._turn
         self._rising += 1
-        if part_bytes:
+        if turn:
             placement.index.show_rise(row, dram_slot)
         self._io.rise(job)
 
