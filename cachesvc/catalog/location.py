@@ -43,7 +43,8 @@ def dram_half(word: int) -> int:
 
 def dram_copies(words: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Which of some location words say that the block is in DRAM."""
-    return ((words & np.uint64(LOW_HALF)) != 0) & ((words & np.uint64(RISING)) == 0)
+    is_rising: NDArray[np.bool_] = (words & np.uint64(RISING)) != 0
+    return ~is_rising & ((words & np.uint64(LOW_HALF)) != 0)
 
 
 def pack_location(dram: int | None, flash: int | None) -> int:
