@@ -43,8 +43,9 @@ def dram_half(word: int) -> int:
 
 def dram_copies(words: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Which of some location words say that the block is in DRAM."""
-    is_rising: NDArray[np.bool_] = (words & np.uint64(RISING)) != 0
-    return ~is_rising & ((words & np.uint64(LOW_HALF)) != 0)
+    low: NDArray[np.uint64] = words & np.uint64(LOW_HALF)
+    is_there: NDArray[np.bool_] = np.logical_and(low != 0, low < RISING)
+    return is_there
 
 
 def pack_location(dram: int | None, flash: int | None) -> int:
