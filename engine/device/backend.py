@@ -96,7 +96,13 @@ class DeviceBackend:
                 what = f"Capturing graphs: {rows} rows, {format_bytes(free)} left"
                 progress(done, len(sizes), what)
 
-            batch.capture(sizes, tell)
+            try:
+                batch.capture(sizes, tell)
+            except RuntimeError as error:  # out of memory is one
+                raise ConfigInvalid(
+                    f"CUDA graphs could not be captured ({error}); lower --gpu-memory-utilization "
+                    "if memory was short, or give --enforce-eager"
+                ) from error
         sampler = Sampler(self._config.seed)
         return DeviceRunner(self.model, pool.tensor, batch, sampler, self._link(pool).fetch)
 

@@ -141,7 +141,8 @@ class DecodeBatch:
 
     def clear(self, row: int) -> None:
         """Take a request away; its row is computed for nothing until it is placed anew."""
-        self._lengths[row] = 0
+        # Not `[row] = 0`: torch copies that number from the host, which waits for all steps before.
+        self._lengths[row : row + 1].zero_()
         self._held[row] = 0
 
     def size_of(self, rows: int) -> int:
