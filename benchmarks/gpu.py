@@ -170,6 +170,8 @@ class Bench:
         say(f"{name} ...")
         begin = time.monotonic()
         try:
+            if self._clock.cuda:
+                torch.cuda.empty_cache()  # what graphs and a phase that failed held
             done = run()
             self._clock.sync()
         except Exception as error:  # one phase must not cost the numbers of the others
@@ -341,6 +343,8 @@ def main() -> int:
     )  # fmt: skip
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
+    if cuda and os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set, which is no way to measure a GPU: unset it")
     tiny = arguments.tiny or not cuda
     device = torch.device("cuda" if cuda else "cpu")
     torch.manual_seed(0)

@@ -112,6 +112,23 @@ def test_what_was_measured_is_on_disk_after_each_phase(gpu: ModuleType, tmp_path
     assert set(bench.result) == {"ceilings"}
 
 
+def test_constants_are_changed_one_at_a_time_and_what_fails_is_told(gpu: ModuleType) -> None:
+    module = ModuleType("kernel")
+    module.STAGES, module.WARPS = 3, 4  # type: ignore[attr-defined]
+    seen = []
+
+    def run() -> float:
+        seen.append((module.STAGES, module.WARPS))  # type: ignore[attr-defined]
+        if module.STAGES == 9:  # type: ignore[attr-defined]
+            raise RuntimeError("out of shared memory")
+        return 1.5
+
+    found = gpu.tuning._vary(((module, "STAGES", (2, 9)), (module, "WARPS", (8,))), run)
+    assert seen == [(2, 4), (9, 4), (3, 8)]
+    assert found["STAGES"] == {"now": 3, "2": 1.5, "9": "RuntimeError: out of shared memory"}
+    assert (module.STAGES, module.WARPS) == (3, 4)  # type: ignore[attr-defined]
+
+
 def test_each_aim_is_named_with_what_was_got_and_whether_that_is_it(gpu: ModuleType) -> None:
     aims = gpu.reached(
         {"step_line": {"a_over_floor": 1.2}, "offline": {"percent_of_roofline": 59.9}}

@@ -13,6 +13,7 @@ from gpu_parts.clock import Clock, Result, Sizes
 from kvist.kernels.device import decode_attention as decode
 from kvist.kernels.device import launch
 from kvist.kernels.device import prefill_attention as prefill
+from kvist.kernels.device.paged import Paged
 
 # SPLIT and ROWS are part of a row's arithmetic: another one is another launch.RELEASE.
 DECODE: tuple[tuple[ModuleType, str, tuple[int, ...]], ...] = (
@@ -58,7 +59,7 @@ def sweep(sizes: Sizes, clock: Clock, pool: torch.Tensor) -> Result:
     return result
 
 
-def _decode_us(sizes: Sizes, clock: Clock, paged: decode.Paged) -> float:
+def _decode_us(sizes: Sizes, clock: Clock, paged: Paged) -> float:
     plan = decode_plan(sizes, paged)
     q = random_queries(sizes, len(paged.lengths), clock.device)
     out = torch.empty_like(q)
