@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sim.device import DEVICE
+from sim.device import DEVICE, interpreted
 from sim.models import tiny_llama
 
 from kvist.engine.config import EngineConfig
@@ -24,10 +25,16 @@ from kvist.engine.request import NewRequest, SamplingParams
 from kvist.engine.sequence import Limits, Sequence
 from kvist.engine.step import Work
 from kvist.engine.weights import load_model
+from kvist.kernels.device.worklist import _cut_kernel
 from kvist.proto.errors import ConfigInvalid
 from kvist.tiers.hbm import PagePool
 
 GiB = 1 << 30
+HERE = (
+    Device("interpreter", "cpu", "none")
+    if DEVICE.type == "cpu"
+    else Device("cuda", "cuda:0", "a GPU")
+)
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
@@ -73,6 +80,7 @@ def test_a_gpu_without_bfloat16_is_refused_with_its_name(monkeypatch: pytest.Mon
         find_device("cuda:2")
 
 
+@interpreted
 def test_graphs_that_cannot_be_captured_name_the_way_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +95,34 @@ def test_graphs_that_cannot_be_captured_name_the_way_without(
     pool = PagePool(loaded.block_format(8, "float32"), 4)
     with pytest.raises(ConfigInvalid, match=r"2 GiB are wanted.*give --enforce-eager"):
         backend.runner(pool, Limits(32, 8), lambda *_: None)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "invariant"])
+def test_what_a_first_request_needs_is_compiled_before_it_comes(
+    deterministic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(model="m", deterministic=deterministic, max_num_seqs=4)
+    backend = DeviceBackend(config, HERE)
+    loaded = load_model(tiny_llama(tmp_path), "float32")
+    backend.build(loaded, "float32")
+    pool = PagePool(loaded.block_format(8, "float32"), 4, HERE.torch)
+    launched: list[str] = []
+    launch = type(_cut_kernel).__getitem__
+
+    def note(kernel: Any, grid: Any) -> Any:
+        launched.append(kernel.fn.__name__)
+        return launch(kernel, grid)
+
+    monkeypatch.setattr(type(_cut_kernel), "__getitem__", note)
+    runner = backend.runner(pool, Limits(32, 8), lambda *_: None)
+    attention = {"_prefill_kernel"} | (set() if deterministic else {"_split_kernel"})
+    assert attention | {"_rope_store_kernel", "_sample_kernel"} < set(launched)
+    assert not pool.tensor.any(), "something was left in a page"
+    before = set(launched)
+    sequence = a_sequence(1)
+    sequence.draws, sequence.pages = runner.begin(SamplingParams()), [1]
+    runner.launch([Work(sequence, 0, 1, True, 0)]).result()
+    assert set(launched) == before
 
 
 def test_weights_of_4_and_8_bits_are_refused_with_a_reason() -> None:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from sim.blocks import SHAPE, SLOT_BYTES, Block, empty, make_block
 from sim.core_thread import CoreThread, make_parts
-from sim.device import DEVICE, on_gpu
+from sim.device import interpreted, on_gpu
 from sim.fake_model import BLOCK_TOKENS, FORMAT, FakeDeviceModel, config, continuation
 
 from kvist.cachesvc.client import CacheClient
@@ -44,8 +44,6 @@ SLOTS, PAGES = 6, 8
 PAYLOAD = SHAPE.payload_bytes
 LAYERS = 6
 LATE_S = 0.02
-# A model that stands in for a device's computes on the host, where only the interpreter samples.
-interpreted = pytest.mark.skipif(DEVICE.type != "cpu", reason="in Triton's interpreter only")
 
 
 def _nothing(*_: object) -> None:

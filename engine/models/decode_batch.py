@@ -182,6 +182,11 @@ class DecodeBatch:
         draws.drawn.add_(used & (draws.temperature > 0))
         lengths.add_(used)
 
+    def warm(self) -> None:
+        """Run a step of nobody, so that its kernels are compiled; for who captures no graphs."""
+        assert not self._held.any(), "a row is used: this would advance it"
+        self._step(1)
+
     def capture(self, sizes: Sequence[int], progress: Callable[[int, int, int], None]) -> None:
         """Capture graphs; all rows must be clear. Needs a CUDA device.
 

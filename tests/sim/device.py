@@ -12,6 +12,8 @@ import torch
 from kvist.kernels.device.paged import Paged
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+# What stands in for a device computes on the host, where only the interpreter runs kernels.
+interpreted = pytest.mark.skipif(DEVICE.type != "cpu", reason="in Triton's interpreter only")
 on_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="on a GPU only: make test-gpu")
 DTYPES = [torch.float32, torch.bfloat16]
 # Rounding of float32 arithmetic. Matrix units truncate where they add up: one ulp and not half.
