@@ -121,7 +121,8 @@ def _by_layers(tiers: Tiers) -> float:
     """Layers of blocks that are not there when their mark was passed."""
     sources, outs = range(BLOCKS), range(ELSEWHERE, ELSEWHERE + BLOCKS)
     items = tiers.items(2, list(sources))
-    tiers.store(items)
+    stored = tiers.store(items)
+    assert stored == BLOCKS, f"{stored} of {BLOCKS} blocks were stored: {tiers.dropped}"
     kept = tiers.pool[:BLOCKS].view(torch.uint8).clone()
     targets = tiers.pool[ELSEWHERE : ELSEWHERE + BLOCKS].view(torch.uint8)
     targets.zero_()
