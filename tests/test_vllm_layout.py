@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+import resource
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +52,27 @@ def test_a_trial_notices_layers_in_another_order() -> None:
     memory = BlockMemory(map_memory(placement, BLOCKS, caches))
     with pytest.raises(LayoutRefused, match="stored and restored"):
         try_memory(memory, list(caches.values())[::-1])
+
+
+def faults_of_writing(pages: np.ndarray[Any, Any]) -> int:
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    pages[..., 0] += 1
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+
+def test_memory_that_vllm_never_touched_is_there_before_its_first_use() -> None:
+    layers, blocks, page = 4, 64, mmap.PAGESIZE
+    # From the middle of a page on, as an allocator gives it, so that two pages are shared.
+    runs = np.frombuffer(mmap.mmap(-1, (layers * blocks + 1) * page), np.uint8)[64 : 64 - page]
+    memory = BlockMemory(runs.reshape(layers, blocks, page))
+    stopped = Event()
+    stopped.set()
+    assert not memory.populate(stopped)
+    assert memory.populate(Event())
+    assert not runs.any()
+    assert faults_of_writing(runs.reshape(layers, blocks, page)) <= 2
+    fresh = np.frombuffer(mmap.mmap(-1, layers * blocks * page), np.uint8)
+    assert faults_of_writing(fresh.reshape(layers, blocks, page)) >= layers * blocks // 2
 
 
 def vllm_config(**parallel: int) -> Any:

@@ -49,6 +49,8 @@ KVIST = {
     "kv_role": "kv_both",
 }
 QUESTION_TOKENS = 16
+# What one still does when it has answered, such as to store, is not to cost the next one's time.
+PAUSE_S = 0.5
 BLOCK = 128  # of vLLM on a CPU
 
 
@@ -56,17 +58,20 @@ class Engine:
     """One vLLM in a process; see vllm_host.py.
 
     Args:
-        python: that has vLLM. model: folder. transfer: kv_transfer_config. log: takes what it says.
+        python: that has vLLM. transfer: kv_transfer_config. log: takes what it says.
+        flags: model and kv_bytes.
     """
 
-    def __init__(self, python: Path, model: Path, transfer: dict[str, Any] | None, log: Path):
+    def __init__(
+        self, python: Path, transfer: dict[str, Any] | None, log: Path, flags: argparse.Namespace
+    ) -> None:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "2",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
         }
-        command = [str(python), str(HOST), str(model)]
+        command = [str(python), str(HOST), str(flags.model), "--kv-bytes", str(flags.kv_bytes)]
         with log.open("ab") as opened:
             self._process = subprocess.Popen(
                 [*command, "--transfer", json.dumps(transfer) if transfer else ""],
@@ -272,7 +277,7 @@ class Bench:
     def _start(self, name: str) -> None:
         log = self._folder / f"{name}.log"
         python, transfer = self._pythons[name], self._transfers[name]
-        self._engines[name] = Engine(python, self._arguments.model, transfer, log)
+        self._engines[name] = Engine(python, transfer, log, self._arguments)
         self._engines[name].warm_up(self._arguments.tokens)
 
     def _ask_all(self, found: dict[str, Found], what: str) -> None:
@@ -285,6 +290,7 @@ class Bench:
                 names = list(self._engines)
                 turn = number % len(names)
                 for name in names[turn:] + names[:turn]:
+                    time.sleep(PAUSE_S)
                     reply = self._engines[name].first_tokens([prompt])
                     found[str(tokens)][name].setdefault(what, []).extend(reply["seconds"])
                     if what != "own":
@@ -344,6 +350,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("build/smollm2-hf"))
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 6000])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--kv-bytes", type=int, default=3 << 29, help="of each engine; all prompts must fit"
+    )
     parser.add_argument(
         "--connectors", nargs="+", default=["none", "kvist", "example", "lmcache"],
         choices=["none", "kvist", "example", "lmcache"],

@@ -101,13 +101,21 @@ class Host:
 
     def metrics(self, command: dict[str, Any]) -> dict[str, Any]:
         """Counters and gauges whose name begins with a prefix, labels in the name."""
+        from prometheus_client import REGISTRY
+
         found = {}
-        for metric in self._llm.get_metrics():
-            if metric.name.startswith(command.get("prefix", "vllm:")) and hasattr(metric, "value"):
-                labels = {
-                    k: v for k, v in metric.labels.items() if k not in ("engine", "model_name")
-                }
-                found[metric.name + (json.dumps(labels) if labels else "")] = metric.value
+        for (
+            metric
+        ) in REGISTRY.collect():  # LLM.get_metrics() cuts a counter's seconds to whole ones
+            ending = {"counter": "_total", "gauge": ""}.get(metric.type)
+            for sample in metric.samples:
+                if ending is None or sample.name != metric.name + ending:
+                    continue
+                if metric.name.startswith(command.get("prefix", "vllm:")):
+                    labels = {
+                        k: v for k, v in sample.labels.items() if k not in ("engine", "model_name")
+                    }
+                    found[metric.name + (json.dumps(labels) if labels else "")] = sample.value
         return {"metrics": found}
 
 

@@ -46,8 +46,9 @@ ADDRESS = "kvist.cache"
 # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
 ATTACH_WAIT_S = 2.0
 # With no step to compute, vLLM asks again and again whether a load has ended, and takes from the
-# threads the time that they copy in.
-IDLE_WAIT_S = 0.005
+# threads the time that they copy in: each round holds the interpreter's lock for some 3 ms. A
+# request that arrives meanwhile waits as long at most.
+IDLE_WAIT_S = 0.02
 # The same while blocks rise: the processor that vLLM would ask with is the one that reads them.
 RISE_WAIT_S = 0.002
 _SOURCES = {"dram": CacheHitSource.HOST, "flash": CacheHitSource.DISK}

@@ -107,6 +107,7 @@ class Copier:
         self._room = self._buffers
         self._closing = threading.Event()
         targets = [("kvist-load", self._run_loads)] * LOADERS
+        targets += [("kvist-populate", self._run_populate)]
         targets += [("kvist-gather", self._run_gathers), ("kvist-store", self._run_stores)]
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True) for name, target in targets
@@ -166,7 +167,7 @@ class Copier:
 
     def close(self) -> None:
         """Let stores drain for CLOSE_DRAIN_S, end the threads, detach."""
-        *loaders, gatherer, storer = self._threads
+        *loaders, _, gatherer, storer = self._threads
         self._gathers.put(None)
         gatherer.join(CLOSE_DRAIN_S)
         self._stores.put(None)
@@ -182,6 +183,9 @@ class Copier:
 
     def _new_buffer(self) -> Bytes:
         return np.empty(self._memory.payload_bytes, np.uint8)
+
+    def _run_populate(self) -> None:
+        self._memory.populate(self._closing)
 
     def _run_loads(self) -> None:
         staging = self._new_buffer()

@@ -6,14 +6,18 @@ and shown to be right, once at start, through the tensors that its attention lay
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
+from threading import Event
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvist.engine.memory import free_memory_bytes
 from kvist.proto.layout import BlockFormat, pattern
+from kvist.proto.memory import populate
 from kvist.proto.record import Bytes
 from kvist.transfer.device import Pinner
 
@@ -32,9 +36,30 @@ class BlockMemory:
     """
 
     def __init__(self, runs: Runs) -> None:
+        self._runs = runs
         self._by_block = runs.transpose(1, 0, 2)
         self.layers, self.blocks, self.run_bytes = runs.shape
         self.payload_bytes = self.layers * self.run_bytes
+
+    def populate(self, stop: Event) -> bool:
+        """Give blocks that nobody has written yet their memory; for a background thread.
+
+        vLLM reserves its KV memory and touches none of it: the first load into a block would pay
+        for its pages. Left alone where less than twice as much is free.
+
+        Args:
+            stop: set it to end early.
+
+        Returns: whether all of it is there now.
+        """
+        layer, block, _ = self._runs.strides
+        length = (self.layers - 1) * layer + (self.blocks - 1) * block + self.run_bytes
+        first = -self._runs.ctypes.data % mmap.PAGESIZE
+        pages = (length - first) // mmap.PAGESIZE
+        if pages < 1 or 2 * length > free_memory_bytes():
+            return False
+        whole: Bytes = np.lib.stride_tricks.as_strided(self._runs, (length,), (1,))
+        return populate(whole[first : first + pages * mmap.PAGESIZE].data, stop)
 
     def gather(self, block: int, out: Bytes) -> None:
         """Copy a block out: one call for all its runs, at 0.9 of a memcpy for runs of 96 KiB.
