@@ -1,4 +1,4 @@
-"""The file of the shared index: how long it is, and whether one that is there can be read."""
+"""The index file as a whole: how long it is, and whether what is mapped is one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from kvist.proto.shm import (
 )
 
 
-def map_existing(path: Path) -> mmap.mmap:
-    """Map an index to read it. Raises: OSError, FormatRefused as IndexReader says."""
+def map_index(path: Path) -> mmap.mmap:
+    """Map an index that another process has made, read-only.
+
+    Raises: OSError: it cannot be opened. FormatRefused: it is not an index of this version.
+    """
     with path.open("rb") as file:
         try:
             mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
@@ -49,6 +52,6 @@ def _problem(mapped: mmap.mmap) -> str:
 
 
 def file_bytes(buckets: int, departed: int) -> int:
-    """Length of an index file with so many buckets, and so many departed ones."""
+    """Of an index with that many buckets of rows and of departures."""
     rest = ORIGIN_BUCKETS * ORIGIN_BUCKET.size + CLAIM_BUCKETS * CLAIM_BUCKET.size
     return HEADER_BYTES + buckets * BUCKET_BYTES + departed * DEPARTED_BUCKET.size + rest

@@ -5,9 +5,8 @@
             eviction costs no write. What found no room in the queue gets another chance when it
             or a later block of its conversation is used.
     rise    when somebody wishes it, first block first. A block rises only into free slots and
-            those of blocks that were used before it: somebody waits for it. Blocks that somebody
-            follows, to compute with their first layers while the others come, rise part by part,
-            all of them side by side, and the index shows into which slot.
+            those of blocks that were used before it: somebody waits for it. Those that somebody
+            follows rise part by part, side by side, and the index shows into which slot.
 
 When the device fails, all moves end and copies on flash are offered to nobody until it is back
 (cachesvc/flash/watch.py). Everything else goes on.
@@ -16,6 +15,7 @@ When the device fails, all moves end and copies on flash are offered to nobody u
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 
 from kvist.cachesvc.catalog.blocks import NO_ROW
@@ -23,22 +23,27 @@ from kvist.cachesvc.core.host import Threads
 from kvist.cachesvc.flash.flashio import FlashIo, Post, Record, Rise, Sink, give, refuse
 from kvist.cachesvc.flash.watch import FlashState, Watch
 from kvist.cachesvc.log import Log
+from kvist.cachesvc.placing.clearing import Clearing
 from kvist.cachesvc.placing.placement import Placement
-from kvist.proto.errors import BlockCorrupt, BlockMissing, KvistError, TierFull, TierOffline
+from kvist.cachesvc.placing.risen import check_risen
+from kvist.proto.errors import BlockMissing, KvistError, TierFull, TierOffline
 from kvist.proto.hints import NO_HINT, Hint
-from kvist.proto.keys import NO_KEY, BlockKey
+from kvist.proto.keys import BlockKey
 
 # Each holds a DRAM slot that nobody can read yet; 8 a thread keep two threads busy.
 _RISES_MAX = 16
 # Those that are followed: all blocks of a prompt are needed before its first layer computes.
 _FOLLOWED_MAX = 1024
-# 32 blocks of 1.4 MiB by two threads: whole they rise in 22 to 26 ms, in parts of 480 KiB in 28 to
-# 32, of 352 KiB in 25 to 31, of 256 KiB in 29 to 40. Who follows shorter ones begins earlier.
+# 32 blocks of 1.4 MiB rise whole in 22 to 26 ms, in parts of 480 KiB in 28 to 32, of 352 KiB in 25
+# to 31, of 256 KiB in 29 to 40. Who follows shorter ones begins earlier.
 PART_BYTES = 320 << 10
 
 
 class Moves:
     """Moves blocks between the tiers. One thread; see flashio.FlashIo for the others.
+
+    Attributes:
+        clearing: what was cleared and is not dropped yet.
 
     Args:
         placement: the blocks. Without a flash tier nothing moves.
@@ -71,6 +76,8 @@ class Moves:
         self._followed: dict[BlockKey, int] = {}
         self._turn = 0
         self._closed = False
+        self.clearing = Clearing(placement)
+        self._unlisted_at = 0
         self._io: FlashIo | None = None
         self._watch: Watch | None = None
         if self._flash is not None:
@@ -86,6 +93,11 @@ class Moves:
     def queued(self) -> dict[str, int]:
         """Blocks that wait or are under way, "read" from flash and "write" to it."""
         return {"read": len(self._wishes) + self._rising, "write": len(self._sinking)}
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is to be done at the next tick, most likely."""
+        return bool(self._placement.jobs) or self.clearing.busy
 
     def clock(self) -> float:
         """See flashio.Owner."""
@@ -118,20 +130,23 @@ class Moves:
             dropped = [job.key for job in self._sinking if job.cancelled]
             with suppress(TierOffline):
                 self._flash.index_delete([key for key in dropped if not self._reaches_flash(key)])
+        self.clearing.tell()
 
     def _reaches_flash(self, key: BlockKey) -> bool:
         row = self._placement.index.locate(key)
         return row is not None and self._placement.blocks.reaches_flash(row)
 
     def poll(self, now_s: float) -> None:
-        """Every few milliseconds: let wishes go on, look after the device."""
+        """Every few milliseconds: clearing and wishes go on, the device is looked after."""
+        self.clearing.step()
+        self._tell_cleared()
         if self._watch is None or self._flash is None:
             return
         self._unlist()
         if self.state == "ready" and self._flash.failure:
             self._fail(self._flash.failure)
         if self.state == "failed":
-            self._watch.poll(now_s, idle=not (self._sinking or self._rising))
+            self._watch.poll(now_s, idle=not (self._sinking or self._rising or self.clearing.busy))
         if self._wishes:
             self._pump()
 
@@ -222,11 +237,7 @@ class Moves:
     # Rising.
 
     def rise_chain(self, row: int, followed: bool = False) -> int:
-        """Wish a block and all before it into DRAM, first block first; how many are not there.
-
-        Args:
-            followed: somebody reads them while they come.
-        """
+        """Wish a block and all before it into DRAM, followed or not; how many are not there."""
         index = self._placement.index
         if self.state != "ready":
             return 0
@@ -235,10 +246,9 @@ class Moves:
         for each in reversed(self._placement.blocks.chain(row)):
             # More than fit into DRAM cannot rise together.
             if index.dram(each) is None and len(self._wishes) < self._placement.dram.slots:
-                key = index.key(each)
-                self._wishes.setdefault(key, [])
+                self._wishes.setdefault(index.key(each), [])
                 if followed:
-                    self._followed.setdefault(key, self._turn)
+                    self._followed.setdefault(index.key(each), self._turn)
                 wished += 1
         self._pump()
         return wished
@@ -271,8 +281,7 @@ class Moves:
     def _begin_rise(self, key: BlockKey, waiters: list[Record]) -> None:
         """Raises: BlockMissing, TierFull, TierOffline."""
         placement, index = self._placement, self._placement.index
-        turn = self._followed.pop(key, 0)
-        row = index.locate(key)
+        row, turn = index.locate(key), self._followed.pop(key, 0)
         if row is None:
             raise BlockMissing("the block is not stored")
         dram_slot, job = index.dram(row), placement.jobs.get(row)
@@ -284,7 +293,7 @@ class Moves:
             self._queue_rise(row, key, waiters, turn)
 
     def _queue_rise(self, row: int, key: BlockKey, waiters: list[Record], turn: int) -> None:
-        """Begin a rise. turn: of those that are followed, else 0. Raises: TierFull, TierOffline."""
+        """turn: of those that are followed, else 0. Raises: TierFull, TierOffline."""
         placement = self._placement
         flash_slot = placement.index.flash(row)
         assert flash_slot is not None
@@ -311,7 +320,7 @@ class Moves:
             if job.cancelled:
                 raise BlockMissing("the block was dropped meanwhile")
             del self._placement.jobs[job.row]
-            self._check(job)
+            check_risen(job, self._placement)
             self._land(job)
         except KvistError as error:
             self._placement.dram.free(job.dram_slot)
@@ -320,22 +329,6 @@ class Moves:
                 self._undo_rise(job, error)
             refuse(job.waiters, error)
         self._pump()
-
-    def _check(self, job: Rise) -> None:
-        """Raises: why the block could not be read, or BlockCorrupt: it is another one."""
-        blocks, index, header = self._placement.blocks, self._placement.index, job.header
-        if job.problem is not None:
-            raise job.problem
-        assert header is not None
-        parent = blocks.parent[job.row]
-        is_it = (
-            header.key == job.key
-            and header.parent == (NO_KEY if parent == NO_ROW else index.key(parent))
-            and header.namespace == blocks.namespace(job.row)
-            and header.depth == blocks.depth[job.row]
-        )
-        if not is_it:
-            raise BlockCorrupt("the slot holds another block")
 
     def _land(self, job: Rise) -> None:
         placement = self._placement
@@ -379,10 +372,27 @@ class Moves:
     # The device.
 
     def clear(self, namespace: bytes | None) -> int:
-        """Drop every block, or every block of one namespace; how many that were."""
+        """Have no block, or none of a namespace, found any more; how many. See placing/clearing."""
         if self._watch is not None:
             self._watch.clear(namespace)
-        return self._placement.clear(namespace)
+        blocks = self.clearing.cut(namespace)
+        self.clearing.step()
+        if self._io is not None:
+            self._unlist()
+            self._unlisted_at = self._io.deletes_asked
+        return blocks
+
+    def cleared(self) -> Future[None]:
+        """Done when all that was cleared is dropped, and out of the flash index if flash works."""
+        waiter = self.clearing.waiter()
+        self._tell_cleared()
+        return waiter
+
+    def _tell_cleared(self) -> None:
+        # What is on a tier that is away is unlisted when it is back.
+        listed = self._io is not None and self._io.deletes_done < self._unlisted_at
+        if not self.clearing.busy and not (listed and self.state == "ready"):
+            self.clearing.tell()
 
     def _fail(self, reason: str) -> None:
         assert self._watch is not None

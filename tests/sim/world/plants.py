@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvist.cachesvc.catalog.blocks import Blocks
+from kvist.cachesvc.catalog.hidden import Hidden
 from kvist.cachesvc.catalog.index import IndexWriter, Location
 from kvist.cachesvc.core import intake
 from kvist.cachesvc.flash import flashio, restore
@@ -136,6 +137,15 @@ def _leave_it_shown(real: Callable[..., None]) -> Callable[..., None]:
     return show_rise
 
 
+def _unlist_what_was_cleared_again(real: Callable[..., None]) -> Callable[..., None]:
+    def drop_flash(self: Any, row: int, why: str = "evicted") -> None:
+        if self.index.hidden.of[row]:
+            self.unlisted.append(self.index.key(row))
+        real(self, row, why)
+
+    return drop_flash
+
+
 # name -> owner, attribute, what takes its place.
 PLANTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "publish before fill": (DramTier, "allocate", _publish_before_fill),
@@ -148,7 +158,7 @@ PLANTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "eviction not taken out of the flash index": (
         flashio.FlashIo, "delete", _forget_to_delete_first,
     ),
-    "risen block not compared": (moves.Moves, "_check", lambda _: lambda *_: None),
+    "risen block not compared": (moves, "check_risen", lambda _: lambda *_: None),
     "lost wake-up": (flashio.FlashIo, "sink", _sink_without_waking),
     "flash slot of a failed sink leaked": (moves.Moves, "_undo_sink", _free_twice_as_much),
     "a block evicted before what stands on it": (
@@ -157,6 +167,12 @@ PLANTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "children on flash not counted": (Blocks, "lose_flash", _forget_flash_children),
     "what is in a folder that is opened late is not read": (
         restore.Restore, "load_late", lambda _: lambda self: self._finish(None),
+    ),
+    "what is cleared stays in the flash index": (
+        Hidden, "keys_on_flash", lambda _: lambda *_: b"",
+    ),
+    "a cleared block takes one stored anew out of the flash index": (
+        placement.Placement, "drop_flash", _unlist_what_was_cleared_again,
     ),
     "generation stays even in a freed slot": (
         DramTier, "free", lambda _: lambda self, slot: self._free.push(slot),
