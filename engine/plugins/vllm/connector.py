@@ -35,13 +35,18 @@ from kvist.cachesvc.client import CacheClient, open_cache
 from kvist.cachesvc.log import Log, debug_detail
 from kvist.engine.plugins.vllm.copying import Copier
 from kvist.engine.plugins.vllm.events import Events
-from kvist.engine.plugins.vllm.identity import check_version, namespace_of, refusal
+from kvist.engine.plugins.vllm.identity import (
+    ADDRESS,
+    check_version,
+    namespace_of,
+    refusal,
+    unknown_settings,
+)
 from kvist.engine.plugins.vllm.memory import BlockMemory, ScratchPage, map_memory, try_memory
 from kvist.engine.plugins.vllm.metrics import KvistPromMetrics, KvistStats
 from kvist.engine.plugins.vllm.plan import Handshake, Plan, Results
 from kvist.engine.plugins.vllm.planning import Planner, Roles, Work
 
-ADDRESS = "kvist.cache"
 # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
 ATTACH_WAIT_S = 2.0
 # With no step to compute, vLLM asks again and again whether a load has ended, and takes from the
@@ -68,6 +73,12 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if problem:
             raise ValueError(f"KvistConnector: {problem}")
         transfer = self._kv_transfer_config
+        unknown = unknown_settings(transfer.kv_connector_extra_config)
+        if unknown:
+            raise ValueError(
+                f"KvistConnector: kv_connector_extra_config has {', '.join(unknown)}, which it "
+                f'does not know; it knows "{ADDRESS}"'
+            )
         self._address = transfer.get_from_extra_config(ADDRESS, "")
         if not self._address:
             raise ValueError(
@@ -139,7 +150,7 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """
         assert isinstance(kv_connector_metadata, Plan)
         if self._copier is not None:
-            self._copier.wait_gathered()
+            self._copier.begin_step()
             for load in self._work(kv_connector_metadata).loads:
                 self._copier.load(load)
 
@@ -156,10 +167,9 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Nothing yet: blocks are copied whole, when the forward pass is over."""
 
     def wait_for_save(self) -> None:
-        """The forward pass is over: begin to copy what is complete."""
-        work = self._work(self._plan())
-        if self._copier is not None and work.saves:
-            self._copier.save(work.saves)
+        """The forward pass is over, or broken off: begin to copy what is complete."""
+        if self._copier is not None:
+            self._copier.end_step(self._work(self._plan()).saves)
 
     def _plan(self) -> Plan:
         plan = self._get_connector_metadata()
@@ -196,6 +206,11 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         """The workers have said what their blocks are."""
         handshakes = [metadata[rank] for rank in sorted(metadata)]
+        if not all(isinstance(one, Handshake) for one in handshakes):
+            raise ValueError(
+                "KvistConnector: vLLM handed over what another connector's workers said; list "
+                "KvistConnector first in MultiConnector's connectors"
+            )
         if len({one.namespace.format for one in handshakes}) != 1:
             raise ValueError("KvistConnector: the ranks of this model have blocks of several kinds")
         client = self._open("scheduler", handshakes[0], None)
