@@ -1,5 +1,5 @@
-"""A forward pass of vLLM that is broken off: vLLM's model runner hands its blocks over all the same,
-and none of them may reach the cache. Runs with vLLM's Python only (make test-vllm)."""
+"""A forward pass of vLLM that is broken off: vLLM's model runner hands its blocks over all the
+same, and none of them may reach the cache. Runs with vLLM's Python only (make test-vllm)."""
 
 from __future__ import annotations
 
