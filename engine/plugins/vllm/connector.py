@@ -97,7 +97,6 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._rank = 0
         self._results: dict[str, list[tuple[int, str]]] = {}
         self._bad_blocks: set[int] = set()
-        self._is_idle = False
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -156,7 +155,6 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """The step's loads have begun already; none of them is for the step itself."""
-        self._is_idle = forward_context.attn_metadata is None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: a request runs when all its blocks are there."""
@@ -183,8 +181,9 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Loads that have ended; nothing is ever held for a store."""
         if self._copier is None:
             return None, None
-        ended = self._copier.take_ended(IDLE_WAIT_S if self._is_idle else 0.0)
-        if self._is_idle and not ended and self._plan().rising:
+        plan = self._plan()
+        ended = self._copier.take_ended(IDLE_WAIT_S if plan.idle else 0.0)
+        if plan.idle and not ended and plan.rising:
             time.sleep(RISE_WAIT_S)
         for job in ended:
             self._results[job.load.request] = [(job.came, job.reason)]
@@ -253,7 +252,8 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """See Planner.plan."""
         if self._planner is None:
             return Plan()
-        return Plan(self._planner.plan(scheduler_output), self._planner.rising)
+        works = self._planner.plan(scheduler_output)
+        return Plan(works, self._planner.rising, not scheduler_output.num_scheduled_tokens)
 
     def update_connector_output(self, connector_output: Any) -> None:
         """See Planner.loaded."""
