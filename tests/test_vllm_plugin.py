@@ -10,25 +10,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from sim.fake_cache import FakeCache
 from sim.sidecar import QUIET, Sidecar, wait_until
 from sim.vllm_engine import Engine, Request, prompt, step
 from sim.vllm_memory import NAMESPACE, SIZE
 
 from kvist.cachesvc.client import CacheClient
-from kvist.cachesvc.worker.storing import StoreItem
 from kvist.engine.plugins.vllm.copying import Copier
 from kvist.engine.plugins.vllm.lookups import (
     Adapters,
     Load,
     Medium,
     Names,
-    Save,
     digest_of,
     unnamed,
 )
 from kvist.engine.plugins.vllm.planning import Planner, Roles
-from kvist.proto.keys import NO_KEY, BlockKey, block_keys
+from kvist.proto.keys import BlockKey, block_keys
 
 
 @pytest.fixture(scope="module")
@@ -298,83 +295,3 @@ def test_buffers_are_bounded_and_what_finds_none_is_counted(
     small.save(step(engine.planner, request, 3 * SIZE, [1, 2, 3]))
     small.wait_gathered()
     assert small.take_counts()["save_drops.queue_full"] == 2
-
-
-def broken_off(copier: Copier, saves: list[Save]) -> None:
-    """A step whose forward pass does not end, as vLLM's model runner leaves it."""
-    try:
-        try:
-            raise SystemExit
-        finally:
-            copier.end_step(saves)
-    except SystemExit:
-        pass
-
-
-def test_a_step_that_is_broken_off_stores_nothing_and_neither_do_those_behind_it(
-    engine: Engine,
-) -> None:
-    request = Request("a", prompt(20, 3 * SIZE))
-    saves = step(engine.planner, request, 3 * SIZE, [1, 2, 3])
-    try:
-        raise KeyError
-    except KeyError:  # whoever runs vLLM may be handling an error of its own
-        engine.copier.begin_step()
-        engine.copier.end_step(saves[:1])
-    engine.copier.begin_step()
-    broken_off(engine.copier, saves[1:2])
-    engine.copier.begin_step()
-    engine.copier.end_step(saves[2:])
-    engine.stored(Request("probe", request.all_token_ids[: SIZE + 1]))
-    counts = engine.copier.take_counts()
-    assert counts["save_blocks"] == 1
-    assert counts["save_drops.step_failed"] == 2
-
-
-def test_a_step_that_never_came_to_its_forward_pass_is_noticed_by_the_next(engine: Engine) -> None:
-    request = Request("a", prompt(21, SIZE))
-    engine.copier.begin_step()
-    engine.copier.begin_step()
-    engine.copier.end_step(step(engine.planner, request, SIZE, [1]))
-    assert engine.copier.take_counts() == {"save_drops.step_failed": 1}
-
-
-def test_a_block_that_cannot_be_copied_out_costs_itself_and_no_step_waits_for_it(
-    engine: Engine,
-) -> None:
-    request = Request("a", prompt(22, 2 * SIZE))
-    saves = step(engine.planner, request, 2 * SIZE, [1, 2])
-    lost = replace(saves[0], block=10_000)
-    for _ in range(2):
-        engine.copier.save([lost])
-        engine.copier.wait_gathered()
-    engine.copier.save(saves)
-    engine.copier.wait_gathered()
-    engine.stored(request)
-    assert engine.copier.take_counts()["save_drops.error"] == 2
-
-
-def test_a_request_whose_turn_comes_late_is_still_put_off_for_what_fell_back_to_flash(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cache = FakeCache()
-    planner = Planner(cache, [NAMESPACE], Roles(True, True))  # type: ignore[arg-type]
-    request = Request("a", prompt(23, SIZE + 1))
-    (key,) = block_keys(NAMESPACE.digest(), request.all_token_ids, SIZE)
-    item = StoreItem(key, NO_KEY, NAMESPACE.digest(), 0, b"", np.zeros(1, np.uint8))
-    cache.blocks[key] = item, b""
-    cache.flash.add(key)
-    monkeypatch.setattr("kvist.engine.plugins.vllm.planning.FLASH_WAIT_S", 0.0)
-    planner.arrive(request)  # its block rises, and ...
-    cache.flash.add(key)  # ... falls back while others are served, for longer than FLASH_WAIT_S
-    monkeypatch.setattr("kvist.engine.plugins.vllm.planning.FLASH_WAIT_S", 60.0)
-    assert planner.matched(request, 0) is None
-    assert planner.rising
-    assert planner.matched(request, 0) == SIZE
-    # vLLM asks for all requests, also for those which it then computes whatever is said.
-    cache.flash.add(key)
-    cache.stuck = True
-    unwanted = Request("b", list(request.all_token_ids))
-    assert planner.matched(unwanted, 0) is None
-    planner.admitted(unwanted, [1, 2], 0)
-    assert not planner.rising
