@@ -126,11 +126,11 @@ class StuckDisk(FakeCache):
         super().__init__()
         self.patience: list[float] = []
 
-    def load(  # waits as long as it may
+    def load(
         self,
         wanted: Wanted,
-        out: Bytes | Target,
-        deadline: float,  # noqa: ARG002
+        out: Bytes | Target,  # noqa: ARG002
+        deadline: float,
     ) -> str | None:
         self.patience.append(deadline - time.monotonic())
         return "flash_late" if wanted.key in self.flash else "never_stored"
