@@ -141,6 +141,14 @@ def test_a_dead_sidecar_is_a_miss_and_vllm_goes_on(tmp_path: Path) -> None:
     sidecar.close()
 
 
+def sessions_anew(engine: Engine, times: int) -> None:
+    """Wait until the sidecar's end was noticed, and its next life too."""
+    wait_until(
+        lambda: all(one.reattaches == times and one.state == "attached" for one in engine.clients),
+        "a new session",
+    )
+
+
 def test_a_request_is_put_off_while_its_blocks_rise_from_flash_and_then_takes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +162,7 @@ def test_a_request_is_put_off_while_its_blocks_rise_from_flash_and_then_takes_th
     engine.stored(request)
     sidecar.stop()  # writes what is in DRAM only to flash
     sidecar.start()
-    wait_until(lambda: all(one.state == "attached" for one in engine.clients), "a new session")
+    sessions_anew(engine, 1)
     again = Request("b", list(request.all_token_ids))
     assert engine.planner.matched(again, 0) is None
     assert engine.planner.rising
@@ -170,7 +178,7 @@ def test_a_request_is_put_off_while_its_blocks_rise_from_flash_and_then_takes_th
     monkeypatch.setattr("kvist.engine.plugins.vllm.planning.FLASH_WAIT_S", 0.0)
     sidecar.stop()
     sidecar.start()
-    wait_until(lambda: all(one.state == "attached" for one in engine.clients), "a new session")
+    sessions_anew(engine, 2)
     late = Request("c", list(request.all_token_ids))
     assert engine.planner.matched(late, 0) == 0
     engine.planner.admitted(late, [5, 6, 7, 8], 0)
