@@ -14,6 +14,9 @@ SGLANG_VENV ?= .venv-sglang
 # LMCache's server, for `make test-lmcache` only, without what only a GPU needs.
 LMCACHE ?= lmcache==0.5.6
 LMCACHE_VENV ?= .venv-lmcache
+# What runs on a CUDA device with `make test-gpu`; there torch is a CUDA build: make setup TORCH=...
+GPU_TESTS := $(addprefix tests/test_,paged_attention.py device_kernels.py cuda_llama.py device.py \
+	device_copies.py device_engine.py)
 # Prompts of the run under vLLM, which is nightly: its environment is too large for each commit.
 PROMPTS ?= 200
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
@@ -23,7 +26,8 @@ LMCACHE_PIP := $(LMCACHE_VENV)/bin/python -m pip --disable-pip-version-check -q
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm test-sglang test-lmcache lint format proto docs bench clean screenshots
+.PHONY: help setup demo test test-gpu test-vllm test-sglang test-lmcache lint format proto docs bench bench-gpu \
+	clean screenshots
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -91,6 +95,9 @@ $(LMCACHE_VENV)/.ready: pyproject.toml benchmarks/peers/lmcache_requirements.txt
 test-lmcache: $(LMCACHE_VENV)/.ready  ## Run the plugin inside LMCache's server
 	$(LMCACHE_VENV)/bin/python -m pytest tests/under_lmcache -o filterwarnings=default $(PYTEST_ARGS)
 
+test-gpu: $(VENV)/.dev  ## Run the tests of kernels, model, copies and engine on a CUDA device
+	TRITON_INTERPRET=0 $(VENV)/bin/pytest $(GPU_TESTS) $(PYTEST_ARGS)
+
 lint: $(VENV)/.dev  ## Only linters, types and house rules
 	$(VENV)/bin/pytest tests/test_tidy.py $(PYTEST_ARGS)
 
@@ -118,6 +125,9 @@ boards: $(VENV)/.engine  ## Write the Grafana boards from the lists of metrics
 bench: $(VENV)/.dev  ## The two headline benchmarks; each prints one JSON object last
 	$(VENV)/bin/python benchmarks/lookup.py --tokens 100000
 	$(VENV)/bin/python benchmarks/ttft_reuse.py --tokens 2048
+
+bench-gpu: $(VENV)/.dev  ## Check and measure a CUDA device, 10 minutes at most (OUT=gpu.json writes the JSON there too)
+	$(VENV)/bin/python benchmarks/gpu.py $(if $(OUT),--out $(OUT)) $(BENCH_ARGS)
 
 clean:  ## Remove what make made
 	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(LMCACHE_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,9 @@
-"""How long List and Evict keep the sidecar's loop, in a cache of a million blocks.
+"""How long List, Evict and Clear keep the sidecar's loop, in a cache of a million blocks.
 
 The real index, block tables and placement without the arena, filled with conversations by
 sidecar_memory. Every page of a whole listing is timed, and every call that evicts what stands on
-the first block of some conversations. What counts is the longest: so long a worker may wait.
+the first block of some conversations, and at last the cut and every piece of a Clear of what is
+left. What counts is the longest: so long a worker may wait.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sidecar_memory import SLOT_BYTES, NumberedSlots, fill, key_of
 from kvist.cachesvc.catalog.index import IndexWriter
 from kvist.cachesvc.core.browse import Asked, Browser
 from kvist.cachesvc.log import Log
+from kvist.cachesvc.placing.clearing import Clearing
 from kvist.cachesvc.placing.pins import Pins
 from kvist.cachesvc.placing.placement import Placement
 from kvist.cachesvc.placing.tenancy import Tenancy
@@ -53,6 +55,15 @@ def list_all(browser: Browser, **asked: Any) -> tuple[int, list[float]]:
         start = page.next
         if not start:
             return runs, times
+
+
+def clear_all(clearing: Clearing) -> tuple[list[float], list[float]]:
+    """Milliseconds of the cut, and of each piece."""
+    cut, pieces = list[float](), list[float]()
+    timed(cut, partial(clearing.cut, None))
+    while clearing.busy:
+        timed(pieces, clearing.step)
+    return cut, pieces
 
 
 def told(times: list[float]) -> dict[str, float]:
@@ -93,6 +104,7 @@ def measure(blocks: int, conversation: int) -> dict[str, Any]:
             key, more = key_of(number * conversation), True
             while more:
                 _, more = timed(evictions, partial(browser.evict, key, True))
+        cut, pieces = clear_all(Clearing(placement))
         figures = {
             "conversation_blocks": conversation,
             "runs": runs,
@@ -100,6 +112,8 @@ def measure(blocks: int, conversation: int) -> dict[str, Any]:
             "list_used": told(hottest),
             "list_by_key": told(by_key),
             "evict": told(evictions),
+            "clear_cut": told(cut),
+            "clear_pieces": told(pieces),
         }
         index.close()
     return figures

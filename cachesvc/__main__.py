@@ -36,6 +36,7 @@ from kvist.cachesvc.tracer import Tracer, open_tracer
 from kvist.cachesvc.view.dashboard import Dashboard
 from kvist.cachesvc.view.metrics import Metrics
 from kvist.proto.errors import ConfigInvalid, FormatRefused, KvistError
+from kvist.proto.numa import chosen_nodes, memory_nodes
 from kvist.tiers.segment import clear_directory
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
@@ -194,11 +195,12 @@ def freeze() -> None:
 
 
 def store_config(config: SidecarConfig, arena_folder: Path) -> StoreConfig:
-    """The part of the settings that the store knows."""
+    """The part of the settings that the store knows. Raises: ConfigInvalid: no such NUMA node."""
     return StoreConfig(
         run_dir=config.run_dir,
         shm_dir=arena_folder,
         dram_bytes=config.dram_bytes,
+        dram_nodes=chosen_nodes(config.dram_numa, memory_nodes(), os.sched_getaffinity(0)),
         flash_path=config.flash_path,
         flash_bytes=config.flash_bytes,
         slot_bytes=config.slot_bytes,

@@ -17,6 +17,7 @@ from kvist.cachesvc.log import FORMATS, LEVELS, Format, Level
 from kvist.cachesvc.placing.tenancy import Limits, check_floors, parse_tenants
 from kvist.cachesvc.policy.eviction import POLICIES, PolicyName
 from kvist.cachesvc.setting_sources import VARIABLE_PREFIX, from_environment, from_file
+from kvist.proto import numa
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.record import PAGE_BYTES
 from kvist.proto.sizes import format_bytes, parse_bytes
@@ -125,6 +126,12 @@ def _share(text: str) -> float:
     return share
 
 
+def _numa(text: str) -> str:
+    if text not in (numa.AUTO, numa.INTERLEAVE, numa.OFF) and not text.isdecimal():
+        raise ValueError(f"{text!r} is no node; give its number, auto, interleave or off")
+    return text
+
+
 def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in choices:
@@ -155,6 +162,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("run_dir", _RUN_DIR, "Folder of the lock and the bell.", _path),
     Setting("shm_dir", _SHM_DIR, "Folder of arena, index and rings, in memory.", _path),
     Setting("dram_bytes", "1GiB", "Size of the DRAM tier.", _bytes_at_least(1 << 20)),
+    Setting(
+        "dram_numa",
+        numa.AUTO,
+        "NUMA node of the DRAM tier's memory: auto: the one whose cores kvistd may use, or spread "
+        "over these if there are several; interleave: spread over all that have cores; a node's "
+        "number; off: where each page is first touched.",
+        _numa,
+    ),
     Setting("flash_path", "", "Folder of the flash tier; empty: no flash tier.", _path_or_off),
     Setting("flash_bytes", "8GiB", "Size of the flash tier.", _bytes_at_least(1 << 20)),
     Setting(
@@ -269,6 +284,7 @@ class SidecarConfig:
     run_dir: Path
     shm_dir: Path
     dram_bytes: int
+    dram_numa: str
     flash_path: Path | None
     flash_bytes: int
     slot_bytes: int | None

@@ -19,6 +19,7 @@ from kvist.engine.cache_address import CACHE_EMBEDDED, CACHE_OFF
 from kvist.engine.config import EngineConfig
 from kvist.engine.connector import Connector
 from kvist.engine.device.found import CPU, Device, find_device
+from kvist.engine.device.near import near
 from kvist.engine.models.base import ModelConfig
 from kvist.engine.models.build import compute_tag
 from kvist.engine.pages import Pages
@@ -123,22 +124,15 @@ def open_parts(
     copies, pinner = backend.copies(pool, log)
     page = PoolPage(format, backend.device.torch, pinner)
     events = open_events(config, pages, log)
-    cache = open_tiers(config, namespace, log, page, pages.journal)
-    connector = Connector(cache, copies, pages, log, now)
+    with near(backend.device):
+        cache = open_tiers(config, namespace, log, page, pages.journal)
+        connector = Connector(cache, copies, pages, log, now)
     connector.weigher = _weigher(config, format, copies.run_bytes)
     return Parts(
-        runner=runner,
-        pages=pages,
-        connector=connector,
-        limits=limits,
-        format=format,
-        digests=Digests(namespace),
-        dtype=built.dtype,
-        kernels=built.kernels,
-        device=backend.device,
-        memory=backend.memory(),
-        events=events,
-    )
+        runner=runner, pages=pages, connector=connector, limits=limits, format=format,
+        digests=Digests(namespace), dtype=built.dtype, kernels=built.kernels,
+        device=backend.device, memory=backend.memory(), events=events,
+    )  # fmt: skip
 
 
 def open_events(config: EngineConfig, pages: Pages, log: Log) -> Publisher | None:

@@ -1,17 +1,14 @@
 """Options: --seed replays one history of the simulation; --prompts sizes the runs under vLLM.
-Triton's kernels run in its interpreter where there is no GPU."""
+Triton's kernels run in its interpreter, also beside a GPU, but for make test-gpu."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
-# Read when a kernel is defined, so before any test imports one. The driver is looked for by its
-# device file, because importing torch to ask it would cost tests that need none of it a second.
-if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Read when a kernel is defined, so before any test imports one.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPLAY = "test_seed_finds_nothing"
 
@@ -19,6 +16,14 @@ REPLAY = "test_seed_finds_nothing"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--prompts", type=int, default=200, help="prompts of make test-vllm")
     parser.addoption("--seed", type=int, help="replay one seed of the simulation, step by step")
+
+
+def pytest_configure() -> None:
+    if os.environ["TRITON_INTERPRET"] != "1":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("TRITON_INTERPRET=0: torch sees no CUDA device to test on")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

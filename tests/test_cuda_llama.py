@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from sim.device import DEVICE
+from sim.device import DEVICE, on_gpu
 from sim.models import tiny_llama
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvist.engine.models.base import Chunk
 from kvist.engine.models.decode_batch import DecodeBatch
@@ -188,7 +189,7 @@ def test_pages_may_be_filled_until_a_layer_reads_them(wide: LoadedModel) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+@on_gpu
 def test_a_captured_step_draws_what_an_eager_one_does(wide: LoadedModel) -> None:
     model = CudaLlama(wide, DEVICE.type, fast=True)
     drawn = []
@@ -228,6 +229,28 @@ def test_a_checkpoint_on_the_device_is_not_copied(tmp_path: Path) -> None:
     loaded = load_model(tiny_llama(tmp_path), "float32")
     model = CudaLlama(loaded, "cpu")
     assert model._embedding.data_ptr() == loaded.tensors["model.embed_tokens.weight"].data_ptr()
+
+
+class Operations(TorchDispatchMode):
+    """Names of what torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_row_is_cleared_without_a_number_that_comes_from_the_host(wide: LoadedModel) -> None:
+    batch = DecodeBatch(CudaLlama(wide, DEVICE.type), new_pool(wide), rows=3, width=2, keys=64)
+    batch.place(1, 5, 1, OTHERS_PAGES, GREEDY)
+    with Operations() as asked:
+        batch.clear(1)
+    # On a CUDA device `lengths[1] = 0` is such a copy, which waits for every step before it.
+    assert asked.names == ["aten.slice.Tensor", "aten.zero_.default"]
+    assert batch._lengths.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["invariant", "fast"])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sim.device import DEVICE, interpreted
 from sim.models import tiny_llama
 
 from kvist.engine.config import EngineConfig
@@ -17,15 +19,22 @@ from kvist.engine.device.backend import DeviceBackend
 from kvist.engine.device.found import Device, find_device
 from kvist.engine.device.rows import Row, Rows
 from kvist.engine.device.sizing import PoolSizing, batch_keys
-from kvist.engine.models.decode_batch import GRAPH_ROWS, graph_sizes
+from kvist.engine.models.decode_batch import GRAPH_ROWS, DecodeBatch, graph_sizes
 from kvist.engine.models.llama_cuda import CudaLlama
 from kvist.engine.request import NewRequest, SamplingParams
 from kvist.engine.sequence import Limits, Sequence
 from kvist.engine.step import Work
 from kvist.engine.weights import load_model
+from kvist.kernels.device.worklist import _cut_kernel
 from kvist.proto.errors import ConfigInvalid
+from kvist.tiers.hbm import PagePool
 
 GiB = 1 << 30
+HERE = (
+    Device("interpreter", "cpu", "none")
+    if DEVICE.type == "cpu"
+    else Device("cuda", "cuda:0", "a GPU")
+)
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
@@ -56,6 +65,64 @@ def test_without_triton_the_package_to_install_is_named(monkeypatch: pytest.Monk
     monkeypatch.setattr(found.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ConfigInvalid, match=r"kvist\[gpu\]"):
         find_device("cuda")
+
+
+def test_a_gpu_without_bfloat16_is_refused_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = found.torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cuda, "get_device_name", lambda number: f"GPU {number}")
+    monkeypatch.setattr(cuda, "get_device_capability", lambda number: (7, 5) if number else (9, 0))
+    assert find_device("cuda") == Device("cuda", "cuda:0", "GPU 0")
+    with pytest.raises(ConfigInvalid, match=r"GPU 1 has compute capability 7\.5; .* need 8\.0"):
+        find_device("cuda:1")
+    with pytest.raises(ConfigInvalid, match="--device cuda:2: there are 2, cuda:0 to cuda:1"):
+        find_device("cuda:2")
+
+
+@interpreted
+def test_graphs_that_cannot_be_captured_name_the_way_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("2 GiB are wanted")
+
+    monkeypatch.setattr(DecodeBatch, "capture", refuse)
+    backend = DeviceBackend(EngineConfig(model="m"), Device("interpreter", "cpu", "none"))
+    loaded = load_model(tiny_llama(tmp_path), "float32")
+    backend.build(loaded, "float32")
+    backend.device = Device("cuda", "cpu", "a GPU that lacks memory")
+    pool = PagePool(loaded.block_format(8, "float32"), 4)
+    with pytest.raises(ConfigInvalid, match=r"2 GiB are wanted.*give --enforce-eager"):
+        backend.runner(pool, Limits(32, 8), lambda *_: None)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "invariant"])
+def test_what_a_first_request_needs_is_compiled_before_it_comes(
+    deterministic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(model="m", deterministic=deterministic, max_num_seqs=4)
+    backend = DeviceBackend(config, HERE)
+    loaded = load_model(tiny_llama(tmp_path), "float32")
+    backend.build(loaded, "float32")
+    pool = PagePool(loaded.block_format(8, "float32"), 4, HERE.torch)
+    launched: list[str] = []
+    launch = type(_cut_kernel).__getitem__
+
+    def note(kernel: Any, grid: Any) -> Any:
+        launched.append(kernel.fn.__name__)
+        return launch(kernel, grid)
+
+    monkeypatch.setattr(type(_cut_kernel), "__getitem__", note)
+    runner = backend.runner(pool, Limits(32, 8), lambda *_: None)
+    attention = {"_prefill_kernel"} | (set() if deterministic else {"_split_kernel"})
+    assert attention | {"_rope_store_kernel", "_sample_kernel"} < set(launched)
+    assert not pool.tensor.any(), "something was left in a page"
+    before = set(launched)
+    sequence = a_sequence(1)
+    sequence.draws, sequence.pages = runner.begin(SamplingParams()), [1]
+    runner.launch([Work(sequence, 0, 1, True, 0)]).result()
+    assert set(launched) == before
 
 
 def test_weights_of_4_and_8_bits_are_refused_with_a_reason() -> None:
@@ -110,7 +177,7 @@ def test_pages_get_what_is_left_beside_weights_and_the_largest_steps(tmp_path: P
     format = loaded.block_format(8, "float32")
     small = {"max_num_batched_tokens": 6, "max_num_seqs": 2, "max_model_len": 16}
     config = EngineConfig(model="m", gpu_memory_utilization=0.5, **small)  # type: ignore[arg-type]
-    model = CudaLlama(loaded, "cpu", fast=True)
+    model = CudaLlama(loaded, DEVICE.type, fast=True)
     memory = Memory(60 * GiB, 80 * GiB, 3 * GiB, 2 * GiB)
     # Half of 80, without the 20 in use and the 5 of the steps, which have both been run.
     assert PoolSizing(config, model, memory).pool_bytes(format) == 15 * GiB

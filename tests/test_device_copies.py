@@ -6,11 +6,14 @@ planted here: a wait that is left out gives wrong bytes, every time.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ import pytest
 import torch
 from sim.blocks import SHAPE, SLOT_BYTES, Block, empty, make_block
 from sim.core_thread import CoreThread, make_parts
-from sim.device import DEVICE
+from sim.device import interpreted, on_gpu
 from sim.fake_model import BLOCK_TOKENS, FORMAT, FakeDeviceModel, config, continuation
 
 from kvist.cachesvc.client import CacheClient
@@ -41,7 +44,10 @@ SLOTS, PAGES = 6, 8
 PAYLOAD = SHAPE.payload_bytes
 LAYERS = 6
 LATE_S = 0.02
-on_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+
+
+def _nothing(*_: object) -> None:
+    """No wait, or one that was forgotten."""
 
 
 class Bench:
@@ -53,6 +59,7 @@ class Bench:
         device = "cuda" if kind == "cuda" else "cpu"
         self.pool = torch.zeros(PAGES, PAYLOAD, dtype=torch.uint8, device=device)
         self.copies: Any = CudaCopies(self.pool) if kind == "cuda" else self._late()
+        self.sync = torch.cuda.synchronize if kind == "cuda" else _nothing
         self.told: list[tuple[int, int, str]] = []
         self.pages = DevicePages(self.copies, PAYLOAD, lambda *one: self.told.append(one))
         if pinned:
@@ -87,13 +94,17 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[True, False], ids=["pinned", "staged"])
 def bench(
-    request: pytest.FixtureRequest, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Bench]:
     # Several parts to a block, and more than there are.
     monkeypatch.setattr(pages, "STAGING_BYTES", PAYLOAD // 5 + 1)
-    made = Bench(tmp_path, kind, request.param)
-    yield made
-    made.close()
+    # A device cannot pin every file, but those of /dev/shm.
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        made = Bench(Path(folder), kind, request.param)
+        if request.param:
+            assert made.told[-1] == (SLOTS * SLOT_BYTES, SLOTS * SLOT_BYTES, "")
+        yield made
+        made.close()
 
 
 def test_a_block_is_in_its_page_when_the_read_returns(bench: Bench) -> None:
@@ -169,6 +180,7 @@ def test_a_slot_that_is_rewritten_while_a_device_copies_is_torn(bench: Bench) ->
 def test_a_page_goes_into_a_reserved_slot_and_comes_back(bench: Bench) -> None:
     block, slot = make_block(5), bench.tier.allocate()
     bench.pool[2] = torch.from_numpy(block.payload.copy()).to(bench.pool.device)
+    bench.sync()  # a store begins when the step has landed
     source = bench.pages.source(2)
     place = bench.arena.begin_fill(slot, len(block.header.tokens), source)
     source.settle()
@@ -204,6 +216,25 @@ def test_memory_that_cannot_be_pinned_is_told_of_once_and_copied_through_parts(
     bench.arena.read(slot, block.wanted, bench.pages.target(3))
     assert np.array_equal(bench.page(3), block.payload)
     bench.close()
+
+
+def test_what_cuda_says_against_pinning_is_told_in_its_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(code: int) -> None:
+        raise RuntimeError(f"part or all of the requested memory range is already mapped ({code})")
+
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 712)
+    for name, stand_in in (
+        ("cudart", lambda: runtime),
+        ("check_error", refuse),
+        ("device", lambda _device: contextlib.nullcontext()),
+        ("synchronize", _nothing),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    copies = CudaCopies(torch.zeros(2, 16))
+    with pytest.raises(OSError, match=r"cudaHostRegister of 64 bytes: .* already mapped \(712\)"):
+        copies.register(4096, 64)
 
 
 def test_where_the_order_of_accesses_is_not_kept_what_is_copied_is_what_is_summed(
@@ -269,6 +300,7 @@ def outcome(folder: Path, by_layers: bool, delay_s: float = 0.001) -> Outcome:
         return right, core.stats.hits_tokens.get("dram", 0), core.stats.misses_tokens
 
 
+@interpreted
 @pytest.mark.parametrize("by_layers", [True, False], ids=["by layers", "whole blocks"])
 def test_a_prefix_comes_back_from_dram_and_the_answer_is_the_same(
     tmp_path: Path, by_layers: bool
@@ -279,10 +311,6 @@ def test_a_prefix_comes_back_from_dram_and_the_answer_is_the_same(
     assert set(misses) == {"never_stored", "tail"}
 
 
-def _nothing(*_: object) -> None:
-    """A wait that was forgotten."""
-
-
 FORGOTTEN: list[tuple[str, bool, Callable[[pytest.MonkeyPatch], None]]] = [
     ("a layer", True, lambda patch: patch.setattr(delayed.DelayedMark, "hold", _nothing)),
     ("a load", False, lambda patch: patch.setattr(DeviceTarget, "settle", _nothing)),
@@ -290,6 +318,7 @@ FORGOTTEN: list[tuple[str, bool, Callable[[pytest.MonkeyPatch], None]]] = [
 ]
 
 
+@interpreted
 @pytest.mark.parametrize(
     ("by_layers", "forget"), [one[1:] for one in FORGOTTEN], ids=[one[0] for one in FORGOTTEN]
 )

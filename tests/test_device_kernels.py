@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from sim.device import DEVICE, DTYPES, ULP32, randn, random_pages, rounding, sizes
@@ -140,24 +142,30 @@ def test_pages_are_gathered_and_scattered_bit_for_bit(dtype: torch.dtype, layers
     assert torch.equal(target.view(torch.uint8), expected)
 
 
-def philox_reference(seed: int, counter: list[int]) -> int:
-    """First word of Philox 4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3)."""
-    word, keys = 2**32 - 1, [seed & (2**32 - 1), seed >> 32 & (2**32 - 1)]
-    c = counter
+def philox_reference(seed: int, drawn: int, tokens: int) -> npt.NDArray[np.uint64]:
+    """First words of Philox 4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3)
+    of the counters (token, drawn, 0)."""
+    word = 2**32 - 1
+    keys = [seed & word, seed >> 32 & word]
+    zero = np.zeros(tokens, np.uint64)
+    c = [np.arange(tokens, dtype=np.uint64), zero + (drawn & word), zero + (drawn >> 32), zero]
     for _ in range(10):
-        low, high = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
-        c = [high >> 32 ^ c[1] ^ keys[0], high & word, low >> 32 ^ c[3] ^ keys[1], low & word]
+        low, high = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [
+            high >> np.uint64(32) ^ c[1] ^ np.uint64(keys[0]),
+            high & np.uint64(word),
+            low >> np.uint64(32) ^ c[3] ^ np.uint64(keys[1]),
+            low & np.uint64(word),
+        ]
         keys = [keys[0] + 0x9E3779B9 & word, keys[1] + 0xBB67AE85 & word]
     return c[0]
 
 
 def noise_reference(seed: int, drawn: int, tokens: int) -> torch.Tensor:
     """Gumbel noise of every token, in float64: u is the word, folded to 31 bits as Triton does."""
-    words = [
-        philox_reference(seed, [t, drawn & (2**32 - 1), drawn >> 32, 0]) for t in range(tokens)
-    ]
-    folded = [word if word < 2**31 else 2**32 - 1 - word for word in words]
-    u = torch.tensor(folded, dtype=torch.float64) * 4.6566127342e-10
+    words = philox_reference(seed, drawn, tokens).astype(np.int64)
+    folded = np.where(words < 2**31, words, 2**32 - 1 - words)
+    u = torch.from_numpy(folded).double() * 4.6566127342e-10
     return -torch.log(-torch.log1p(-u))
 
 

@@ -1,5 +1,5 @@
 """Attention over pages computes its reference, reads no byte that is not a key, and gives a row the
-same bits whatever is beside it. On a GPU: `pytest -m gpu`, real sizes."""
+same bits whatever is beside it. On a GPU: real sizes too."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sim.sidecar import Prompt, Sidecar, load_all, namespace, wait_until
 
 from kvist.cachesvc.api.service import STATUS
+from kvist.cachesvc.placing.clearing import STEP_BLOCKS
 from kvist.cachesvc.worker.control import KEYS_MAX, PROTOCOL_VERSION, SLOTS_MAX
 from kvist.proto import cache_pb2, errors
 from kvist.proto.cache_pb2_grpc import CacheStub
@@ -282,6 +283,19 @@ def test_clear_of_a_namespace_leaves_the_others(sidecar: Sidecar, stub: CacheStu
     assert stub.Clear(request).dropped_blocks == 2
     assert worker.tiers([BlockKey(key) for key in mine.keys]) == ()
     assert worker.tiers(other.keys) == ("dram", "dram")
+
+
+def test_a_clear_of_many_blocks_answers_when_their_slots_are_free(
+    sidecar: Sidecar, stub: CacheStub
+) -> None:
+    worker = sidecar.client()
+    prompt = Prompt(4, 2 * STEP_BLOCKS + 1)
+    stored = worker.store(prompt.items).stored
+    assert stored > STEP_BLOCKS
+    assert stub.Clear(cache_pb2.ClearRequest()).dropped_blocks >= stored
+    (dram,) = stub.Stats(cache_pb2.StatsRequest()).tiers
+    assert dram.used_slots == 0
+    assert worker.store(prompt.items[:2]).stored == 2
 
 
 def test_stats_have_a_row_per_tier_and_sums_that_agree(sidecar: Sidecar, stub: CacheStub) -> None:

@@ -3,6 +3,7 @@ it out, and requests that have the fields which the plugin reads (pinned in unde
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from kvist.engine.plugins.vllm.lookups import (
     unnamed,
 )
 from kvist.engine.plugins.vllm.planning import Planner, Roles
+from kvist.engine.plugins.vllm.pool import STEP_BLOCKS, PoolGauge
 from kvist.proto.keys import BlockKey, block_keys
 
 
@@ -209,6 +211,36 @@ def test_kv_role_says_what_is_done(engine: Engine, roles: Roles, found: bool, sa
     assert bool(other.matched(Request("b", list(request.all_token_ids)), 0)) is found
     unseen = Request("c", prompt(80 + saved, 2 * SIZE + 1))
     assert len(step(other, unseen, 2 * SIZE + 1, [1, 2, 3])) == saved
+
+
+def test_the_sidecar_is_told_how_full_vllms_pool_is_a_few_blocks_a_step(
+    engine: Engine, sidecar: Sidecar
+) -> None:
+    blocks = [SimpleNamespace(ref_cnt=0, block_hash=None) for _ in range(3 * STEP_BLOCKS - 10)]
+    null, held, kept = blocks[0], blocks[1 : 2 * STEP_BLOCKS], blocks[2 * STEP_BLOCKS : -40]
+    null.ref_cnt = 1
+    for block in held:
+        block.ref_cnt = 2
+    for block in kept:
+        block.block_hash = b"hash"
+    gauge = PoolGauge(SimpleNamespace(blocks=blocks, null_block=null))
+
+    def told() -> dict[str, float]:
+        workers = json.loads(sidecar.get("stats.json"))["workers"]
+        rates = [one["rates"] for one in workers if one["rates"]]
+        return rates[0] if rates else {}
+
+    for _ in range(2):
+        engine.planner.tell(gauge)
+    assert told() == {}
+    engine.planner.tell(gauge)
+    filled = len(held) + len(kept)
+    assert told() == {"pool_blocks.total": len(blocks) - 1, "pool_blocks.filled": filled}
+    for block in blocks:
+        block.ref_cnt, block.block_hash = 0, None
+    for _ in range(3):
+        engine.planner.tell(gauge)
+    assert told().get("pool_blocks.filled", 0) == 0
 
 
 def changed(change: Callable[[Request], None]) -> bytes:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Event
 
@@ -20,6 +21,7 @@ import numpy as np
 from kvist.proto import slot as protocol
 from kvist.proto.errors import BlockMissing, ConfigInvalid, TierFull
 from kvist.proto.memory import HUGE_BYTES, collapse, map_shared, populate
+from kvist.proto.numa import place, placement
 from kvist.proto.record import MAGIC, PAGE_BYTES, BlockHeader, Bytes, Wanted, unpack_header
 from kvist.proto.sizes import format_bytes
 from kvist.tiers.slots import FreeSlots, Quarantine
@@ -38,17 +40,21 @@ class DramTier(Quarantine):
         slots: how many blocks fit.
         slot_bytes: bytes of a slot, a multiple of PAGE_BYTES.
         huge_bytes: how much of the arena lies in huge pages, as far as prefault has come.
+        unplaced: why it does not lie on the nodes that were asked for, in words; "" if it does.
+        node_bytes: how much of it lies on which NUMA node, once prefault is over; {} before, and
+            where the kernel does not tell.
     """
 
     name = "dram"
 
-    def __init__(self, path: Path, slots: int, slot_bytes: int) -> None:
+    def __init__(self, path: Path, slots: int, slot_bytes: int, nodes: Sequence[int] = ()) -> None:
         """Make the file, replacing one that is there.
 
         Args:
             path: where; its directory exists, best on a tmpfs such as /dev/shm.
             slots: how many, >= 1.
             slot_bytes: bytes of a slot, a multiple of PAGE_BYTES.
+            nodes: NUMA nodes whose memory it is to be made of, see numa.place; none: any.
 
         Raises:
             ConfigInvalid: the sizes make no arena, or the file system cannot hold one.
@@ -62,32 +68,52 @@ class DramTier(Quarantine):
         self.slots = slots
         self.slot_bytes = slot_bytes
         self.huge_bytes = 0
+        self.unplaced = ""
+        self.node_bytes: Mapping[int, int] = {}
         self._free = FreeSlots(slots)
         self._backed = bytearray(slots)
         path.unlink(missing_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            self._lay_out()
+            self._claim(slots * slot_bytes)
             self._view = map_shared(self._fd, slots * slot_bytes)
+            self._place(nodes)
+            self._lay_out()
         except BaseException:
             os.close(self._fd)
             path.unlink(missing_ok=True)
             raise
 
-    def _lay_out(self) -> None:
-        size = self.slots * self.slot_bytes
+    def _claim(self, size: int) -> None:
         room = os.fstatvfs(self._fd)
         try:
             if size > room.f_blocks * room.f_frsize:
                 raise OSError("the file system is smaller")
             os.truncate(self._fd, size)
+        except OSError as error:
+            raise self._too_large(error) from error
+
+    def _too_large(self, error: OSError) -> ConfigInvalid:
+        size = format_bytes(self.slots * self.slot_bytes)
+        return ConfigInvalid(
+            f"dram_bytes: {self.path.parent} cannot hold an arena of {size}"
+            f" ({error}); lower dram_bytes or give it more room (docker run --shm-size)"
+        )
+
+    def _place(self, nodes: Sequence[int]) -> None:
+        """Before the first page is there."""
+        try:
+            if nodes:
+                place(self._view, nodes)
+        except OSError as error:  # no privilege, no such call, no memory on that node
+            self.unplaced = error.strerror or str(error)
+
+    def _lay_out(self) -> None:
+        try:
             for slot in range(self.slots):
                 os.pwrite(self._fd, _EMPTY_GENERATION, slot * self.slot_bytes)
         except OSError as error:
-            raise ConfigInvalid(
-                f"dram_bytes: {self.path.parent} cannot hold an arena of {format_bytes(size)}"
-                f" ({error}); lower dram_bytes or give it more room (docker run --shm-size)"
-            ) from error
+            raise self._too_large(error) from error
 
     @property
     def pages(self) -> str:
@@ -180,6 +206,7 @@ class DramTier(Quarantine):
             if stop.is_set() or not self._back(slot):
                 return False
             populate(self.slot_view(slot), stop)
+        self.node_bytes = placement(self._view)
         return True
 
     def _collapse(self, stop: Event) -> None:

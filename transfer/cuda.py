@@ -69,6 +69,8 @@ class CudaCopies:
 
     def __init__(self, pool: torch.Tensor) -> None:
         self._pages = pool.view(len(pool), -1).view(torch.uint8)
+        # A lane waits for nothing that was launched before: the pool may still be being zeroed.
+        torch.cuda.synchronize(pool.device)
 
     def lane(self) -> CudaLane:
         """See Copies."""
@@ -84,13 +86,16 @@ class CudaCopies:
         with torch.cuda.device(self._pages.device):
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             code = runtime.cudaHostRegister(address, count, PORTABLE)
-        if int(code) != 0:
-            raise OSError(f"cudaHostRegister of {count} bytes: {code}")
+            try:
+                torch.cuda.check_error(code)
+            except RuntimeError as error:
+                raise OSError(f"cudaHostRegister of {count} bytes: {error}") from None
 
     def unregister(self, address: int) -> None:
         """See Copies."""
         with torch.cuda.device(self._pages.device):
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            # Whatever it answers: the memory goes in any case, and its registration with it.
             runtime.cudaHostUnregister(address)
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:

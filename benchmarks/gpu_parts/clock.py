@@ -15,6 +15,8 @@ from kvist.engine.models.base import ModelConfig
 
 Result = dict[str, Any]
 
+LINK_BYTES = 256 << 20  # of a copy between host and device
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -118,7 +120,8 @@ class Clock:
             call()
         self.sync()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Threads of the tiers may copy meanwhile: what they ask of CUDA is no fault of the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for call in calls:
                 call()
         graph.replay()
@@ -163,7 +166,8 @@ def fit_line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
 
 @torch.inference_mode()
 def ceilings(sizes: Sizes, clock: Clock) -> Result:
-    """What the device does at best: a large copy, read plus written, and a large product."""
+    """What the device does at best: a large copy, read plus written, a large product, and copies
+    from and to pinned memory."""
     count = sizes.copy_bytes // sizes.dtype.itemsize
     source = torch.empty(count, dtype=sizes.dtype, device=clock.device).normal_()
     target = torch.empty_like(source)
@@ -175,7 +179,14 @@ def ceilings(sizes: Sizes, clock: Clock) -> Result:
         for _ in range(2)
     )
     product = clock.time(lambda: left @ right)
+    count = min(sizes.copy_bytes, LINK_BYTES)
+    host = torch.empty(count, dtype=torch.uint8, pin_memory=clock.cuda)
+    device = torch.empty(count, dtype=torch.uint8, device=clock.device)
+    upward = clock.time(lambda: device.copy_(host, non_blocking=True))
+    downward = clock.time(lambda: host.copy_(device, non_blocking=True))
     return {
+        "host_to_device_gb_per_s": count / upward.ms / 1e6,
+        "device_to_host_gb_per_s": count / downward.ms / 1e6,
         "copy_gb_per_s": 2 * sizes.copy_bytes / copy.ms / 1e6,
         "copy_spread_percent": round(copy.spread_percent, 1),
         "matmul_tflop_per_s": 2 * side**3 / product.ms / 1e9,

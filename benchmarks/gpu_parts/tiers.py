@@ -3,12 +3,13 @@ step, and what hits save."""
 
 from __future__ import annotations
 
-import io
 import statistics
-import tempfile
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ from kvist.transfer.pages import DevicePages
 
 # As many as the engine has: engine/copying.
 LOADERS = 2
+MORE_LOADERS = (1, 2, 4)
+RUN_BYTES = (64 << 10, 256 << 10, 1 << 20, 2 << 20, 4 << 20)
 # A hit's last tokens are computed: the rest of a block, and the token that logits are wanted of.
 TAIL_TOKENS = 16
 PIN_WAIT_S = 60.0
@@ -45,25 +48,28 @@ class Tiers:
         client: of the cache; closed by close.
         pinned_bytes: of the arena; what is not is copied through parts that are.
         why: it is not all pinned; "" when it is.
+        dropped: why blocks were not stored or did not come, and how many.
+        pin_s: from the opening until it was, or it was not waited for any longer.
     """
 
-    def __init__(self, sizes: Sizes, clock: Clock, pool: torch.Tensor, model: CudaLlama) -> None:
-        shape = sizes.model
+    def __init__(
+        self, sizes: Sizes, clock: Clock, pool: torch.Tensor, compute: str, blocks: int
+    ) -> None:
+        _, layers, _, kv_heads, block_tokens, head_dim = pool.shape
         dtype = str(sizes.dtype).removeprefix("torch.")
-        format = BlockFormat(
-            shape.layers, shape.kv_heads, shape.head_dim, dtype, sizes.block_tokens
-        )
+        format = BlockFormat(layers, kv_heads, head_dim, dtype, block_tokens)
         self.block_bytes = format.payload_bytes
         self._sizes = sizes
         self.pool = pool
         self.pinned_bytes, self.why = 0, ""
+        self.dropped: Counter[str] = Counter()
         self._pinned = threading.Event()
         self.link = CudaCopies(pool) if clock.cuda else DelayedCopies(pool)
         self.pages = DevicePages(self.link, format.payload_bytes, self._told)
-        self.namespace = Namespace("random", format, "", model.compute)
-        self.log = Log(io.StringIO())
-        folder = Path(tempfile.gettempdir())
-        blocks = 2 * max(sizes.slots, max(sizes.hits) // sizes.block_tokens) + 8
+        self.namespace = Namespace("random", format, "", compute)
+        self.log = Log(sys.stderr)
+        began = time.perf_counter()
+        folder = Path()  # of the store's own choice: in /dev/shm where that has room
         room = blocks * (format.payload_bytes + (8 << 10))
         store = StoreConfig(folder, folder, room, None, 0, None)
         control = DirectControl(store, self.log)
@@ -72,6 +78,9 @@ class Tiers:
         self.client.start()
         assert self.client.wait_attached(60.0), "the cache did not open"
         self._pinned.wait(PIN_WAIT_S)
+        self.pin_s = time.perf_counter() - began
+        # Threads that stay, as an engine's do: each has a stream of its own.
+        self._loaders = ThreadPoolExecutor(max(MORE_LOADERS), "loader")
 
     def _told(self, done: int, total: int, why: str) -> None:
         self.pinned_bytes, self.why = done, why
@@ -93,13 +102,15 @@ class Tiers:
             made.append(StoreItem(keys[depth], parent, digest, depth, own, source))
         return made
 
-    def store(self, items: list[StoreItem]) -> None:
-        """Store blocks and wait until they are committed."""
-        stored = self.client.store(items).stored
-        assert stored == len(items), f"{stored} of {len(items)} blocks were stored"
+    def store(self, items: list[StoreItem]) -> int:
+        """Store blocks and wait until they are committed: how many are."""
+        result = self.client.store(items)
+        self.dropped.update(result.dropped)
+        return result.stored
 
-    def load(self, items: list[StoreItem], pages: list[int]) -> None:
-        """Load blocks into pages, by as many threads as an engine has; all are verified then."""
+    def load(self, items: list[StoreItem], pages: list[int], loaders: int = LOADERS) -> int:
+        """Load blocks into pages, by as many threads as an engine has; all are verified then. How
+        many came."""
         todo, lost = list(zip(items, pages, strict=True)), []
 
         def run() -> None:
@@ -113,24 +124,32 @@ class Tiers:
                 if reason is not None:
                     lost.append(reason)
 
-        threads = [threading.Thread(target=run) for _ in range(LOADERS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not lost, f"blocks did not come: {lost}"
+        for ended in [self._loaders.submit(run) for _ in range(loaders)]:
+            ended.result()
+        self.dropped.update(lost)
+        return len(items) - len(lost)
 
     def close(self) -> None:
         """End the cache."""
+        self._loaders.shutdown()
         self.client.close()
 
 
-def moved_right(tiers: Tiers) -> bool:
+def arena_blocks(sizes: Sizes) -> int:
+    """Blocks of an arena in which all that the phases look for stays."""
+    return sizes.slots + max(sizes.hits) // sizes.block_tokens + 8
+
+
+def moved_right(tiers: Tiers, seed: int = 1) -> bool:
     """Whether a page that went through a slot is the same, bit for bit."""
     page = tiers.pool[0].view(torch.uint8).clone()
-    items = tiers.items(1, [0])
+    if page.is_cuda:
+        torch.cuda.synchronize()  # a store begins when the step that wrote the page has ended
+    items = tiers.items(seed, [0])
     tiers.store(items)
     tiers.pool[0].zero_()
+    if page.is_cuda:
+        torch.cuda.synchronize()
     tiers.load(items, [0])
     return torch.equal(tiers.pool[0].view(torch.uint8), page)
 
@@ -142,23 +161,62 @@ def tier_rates(sizes: Sizes, tiers: Tiers) -> Result:
     result: Result = {
         "block_bytes": sizes.page_bytes,
         "pinned_bytes": tiers.pinned_bytes,
+        "pin_s": tiers.pin_s,
         "not_pinned_because": tiers.why,
         "right": moved_right(tiers),
     }
-    seconds: dict[str, list[float]] = {"load": [], "store": []}
+    rates: dict[str, list[float]] = {"load": [], "store": []}
     for turn in range(max(3, sizes.repeats // 4)):
+        tiers.client.clear()  # nothing has to make room
         items = tiers.items(10 + turn, pages)
         began = time.perf_counter()
-        tiers.store(items)
-        stored = time.perf_counter()
-        tiers.load(items, pages)
-        seconds["load"].append(time.perf_counter() - stored)
-        seconds["store"].append(stored - began)
-    for name, taken in seconds.items():
-        middle = statistics.median(taken)
-        result[f"{name}_gb_per_s"] = len(pages) * sizes.page_bytes / middle / 1e9
-        result[f"{name}_spread_percent"] = percent(max(taken) - min(taken), middle)
+        stored = tiers.store(items)
+        middle = time.perf_counter()
+        loaded = tiers.load(items, pages)
+        rates["load"].append(loaded * sizes.page_bytes / (time.perf_counter() - middle) / 1e9)
+        rates["store"].append(stored * sizes.page_bytes / (middle - began) / 1e9)
+    for name, measured in rates.items():
+        result[f"{name}_gb_per_s"] = statistics.median(measured)
+        result[f"{name}_spread_percent"] = percent(
+            max(measured) - min(measured), statistics.median(measured)
+        )
+    result["load_gb_per_s_by_loaders"] = {
+        loaders: _load_rate(tiers, items, pages, loaders) for loaders in MORE_LOADERS
+    }
+    result["dropped"] = dict(tiers.dropped)
+    result["runs"] = {count: _run_rate(tiers, count) for count in RUN_BYTES}
     return result
+
+
+def _load_rate(tiers: Tiers, items: list[StoreItem], pages: list[int], loaders: int) -> float:
+    """GB/s of blocks by so many threads, after a first time in which the threads begin."""
+    rates = []
+    for _ in range(3):
+        began = time.perf_counter()
+        loaded = tiers.load(items, pages, loaders)
+        rates.append(loaded * tiers.block_bytes / (time.perf_counter() - began) / 1e9)
+    return max(rates)
+
+
+def _run_rate(tiers: Tiers, count: int) -> Result:
+    """Copies of so many bytes from pinned memory to pages by one lane: GB/s, and what each costs
+    the host to ask for."""
+    count = min(count, tiers.block_bytes)
+    lane, source = tiers.link.lane(), tiers.link.staging(count)
+    pages = min(len(tiers.pool), 16)
+    lane.load(source, 0, 0)
+    lane.mark().wait()
+    began = time.perf_counter()
+    for page in range(pages):
+        for first in range(0, tiers.block_bytes - count + 1, count):
+            lane.load(source, page, first)
+    asked = time.perf_counter()
+    lane.mark().wait()
+    copies = pages * (tiers.block_bytes // count)
+    return {
+        "gb_per_s": copies * count / (time.perf_counter() - began) / 1e9,
+        "ask_us": 1e6 * (asked - began) / copies,
+    }
 
 
 class Mover:
@@ -193,16 +251,15 @@ def step_inflation(sizes: Sizes, steps: Steps, tiers: Tiers) -> Result:
     result: Result = {"rows": rows, "context": sizes.contexts[0]}
     # The last pages of the pool: the first ones are being read.
     pages = list(range(len(tiers.pool) - min(16, sizes.slots), len(tiers.pool)))
+    tiers.client.clear()
     loaded, seeds = tiers.items(5, pages), iter(range(1000, 1 << 20))
     tiers.store(loaded)
 
     def load() -> int:
-        tiers.load(loaded, pages)
-        return len(pages)
+        return tiers.load(loaded, pages)
 
     def store() -> int:
-        tiers.store(tiers.items(next(seeds), pages))
-        return len(pages)
+        return tiers.store(tiers.items(next(seeds), pages))
 
     for name, move in (("load", load), ("store", store)):
         alone = steps.time_ms(rows, sizes.contexts[0])
@@ -232,6 +289,7 @@ def hits(sizes: Sizes, model: CudaLlama, pool: torch.Tensor, tiers: Tiers) -> Re
         prompt = [(p * 37 + tokens) % sizes.model.vocab for p in range(tokens)]
         times: dict[str, list[float]] = {"recompute": [], "dram_hit": []}
         from_dram = cached
+        tiers.client.clear()
         with Engine(sizes, model, pool, tiers) as first:
             first.ttft_ms(prompt[:cached], "on")
             first.settle()

@@ -179,8 +179,12 @@ class CacheService(cache_pb2_grpc.CacheServicer):
     async def Clear(
         self, request: cache_pb2.ClearRequest, context: Context
     ) -> cache_pb2.ClearReply:
-        """Drop the blocks of one namespace, or all."""
-        return await self._reply(self._answers.clear, request, context)
+        """Drop the blocks of one namespace, or all. Answers when they are gone, and a worker's
+        call of the same (api/desk) as soon as none is found."""
+        reply = await self._reply(self._answers.clear, request, context)
+        if self._store.parts is not None:
+            await asyncio.wrap_future(self._store.parts.moves.cleared())
+        return reply
 
     async def Pin(self, request: cache_pb2.PinRequest, context: Context) -> cache_pb2.PinReply:
         """Have blocks go later than others."""

@@ -72,12 +72,14 @@ class Blocks:
         self.block_tokens: dict[int, int] = {}
         self.on_copy: Callable[[int, str, bool], None] | None = None
         self._space_ids: dict[bytes, int] = {}
+        self._hidden_spaces: dict[int, bytes] = {}
         self._space_blocks: dict[int, int] = {}
         self._spaces_seen = 0
 
     def __len__(self) -> int:
-        """Blocks stored."""
-        return self.index.used_rows
+        """Blocks stored, without those that are hidden."""
+        hidden = sum(self._space_blocks[number] for number in self._hidden_spaces)
+        return self.index.used_rows - hidden
 
     def add(self, key: BlockKey, parent: int, namespace: bytes, location: Location) -> int:
         """Store a new block and make it visible.
@@ -124,7 +126,7 @@ class Blocks:
         self.block_tokens.setdefault(self._space[row], block_tokens)
 
     def space(self, row: int) -> int:
-        """Number of a stored block's namespace in spaces."""
+        """Number of a stored block's namespace in spaces, or as hide gave it; -1 of a free row."""
         return self._space[row]
 
     def spaces_of(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -136,10 +138,11 @@ class Blocks:
         return self._space_blocks[space]
 
     def tails(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Rows from start up to stop of stored blocks on which stand none, or several."""
+        """Rows from start up to stop of blocks on which stand none, or several; none hidden."""
         child = np.asarray(self.first_child)[start:stop]
         has_two = np.asarray(self.next_sibling)[child] != NO_ROW
         stored = np.asarray(self._space)[start:stop] != _NO_SPACE
+        stored &= ~self.index.hidden.are(slice(start, stop))
         return np.flatnonzero(stored & ((child == NO_ROW) | has_two)) + start
 
     def run(self, tail: int) -> list[int]:
@@ -153,7 +156,8 @@ class Blocks:
 
     def namespace(self, row: int) -> bytes:
         """Digest of a block's namespace."""
-        return self.spaces[self._space[row]]
+        space = self._space[row]
+        return self.spaces.get(space) or self._hidden_spaces[space]
 
     def held(self, namespace: bytes, tier: str) -> int:
         """Copies of a namespace's blocks in a tier."""
@@ -164,18 +168,45 @@ class Blocks:
         return list(self.spaces.values())
 
     def in_namespace(self, namespace: bytes | None) -> list[int]:
-        """Rows of the stored blocks of a namespace, or of all with None; children first."""
-        spaces = np.asarray(self._space)
+        """Rows of the stored blocks of a namespace, or of all with None, those that are hidden
+        included; children first."""
         if namespace is None:
-            rows = np.flatnonzero(spaces != _NO_SPACE)
+            rows = np.flatnonzero(np.asarray(self._space) != _NO_SPACE)
         else:
-            rows = np.flatnonzero(spaces == self._space_ids.get(namespace, _NO_SPACE - 1))
-        deepest_first = np.argsort(-np.asarray(self.depth)[rows], kind="stable")
-        return [int(row) for row in rows[deepest_first]]
+            rows = self.in_spaces([self._space_ids.get(namespace, _NO_SPACE - 1)])
+        return [int(row) for row in self._deepest_first(rows)]
+
+    def _deepest_first(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        heights = -np.asarray(self.depth)[rows]
+        heights -= heights.min(initial=0)
+        # By radix where 16 bits will do.
+        short = heights.max(initial=0) < 1 << 16
+        return rows[np.argsort(heights.astype(np.uint16) if short else heights, kind="stable")]
+
+    def hide(self, namespace: bytes | None) -> tuple[NDArray[np.int64], frozenset[int]]:
+        """Have nobody find the blocks of a namespace any more, or any block with None.
+
+        They are stored until they are dropped, but no key leads to them, and their namespace has
+        another number from now on. No block can come to stand on one of them.
+
+        Returns: rows, children first, and the numbers that their namespaces had. A row is one of
+            these blocks as long as its number is one of those.
+        """
+        of_one = self._space_ids.get(namespace or b"")
+        numbers = list(self.spaces) if namespace is None else [of_one] if of_one is not None else []
+        rows = self.in_spaces(numbers)
+        self.index.hidden.add(rows)  # in the order in which they lie in memory
+        for number in numbers:
+            digest = self._hidden_spaces[number] = self.spaces.pop(number)
+            del self._space_ids[digest]
+        self.spaces_version += 1
+        return self._deepest_first(rows), frozenset(numbers)
 
     def in_spaces(self, numbers: Sequence[int]) -> NDArray[np.int64]:
         """Rows of the stored blocks of some namespaces, given by their numbers in spaces."""
-        return np.flatnonzero(np.isin(np.asarray(self._space), numbers))
+        spaces = np.asarray(self._space)
+        is_mine = spaces == numbers[0] if len(numbers) == 1 else np.isin(spaces, numbers)
+        return np.flatnonzero(is_mine)
 
     def chain(self, row: int) -> list[int]:
         """A block and all before it, itself first."""
@@ -303,7 +334,8 @@ class Blocks:
             self.spaces_version += 1
             for copies in self.copies.values():
                 copies.pop(space, None)
-            del self._space_ids[self.spaces.pop(space)]
+            if self._hidden_spaces.pop(space, None) is None:
+                del self._space_ids[self.spaces.pop(space)]
 
 
 def _per_row(rows: int, value: int) -> memoryview:

@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvist.cachesvc.catalog.departed import Departed, Origins, departed_buckets
+from kvist.cachesvc.catalog.hidden import Hidden, inverse
+from kvist.cachesvc.catalog.index_file import file_bytes, map_index
 from kvist.cachesvc.catalog.location import Location, pack_location, unpack_location
 from kvist.cachesvc.core.claims import ClaimTable
 from kvist.proto.errors import ConfigInvalid, FormatRefused, TierFull
@@ -28,8 +30,6 @@ from kvist.proto.shm import (
     BUCKET_BYTES,
     BUCKET_KEYS_BYTES,
     BUCKET_ROWS,
-    CLAIM_BUCKET,
-    CLAIM_BUCKETS,
     DEPARTED_BUCKET,
     FLASH_FAILED,
     FLASH_OFF,
@@ -105,24 +105,27 @@ class _Table:
         """CLOCK_MONOTONIC of the sidecar's last sign of life."""
         return int(self._words[HEARTBEAT_OFFSET // 8])
 
-    def _word_at(self, key: bytes) -> int:
+    def _word_at(self, key: bytes, written: bytes = b"") -> int:
         """Position of the key's location word in _words; 0, which is no such position, if none.
+
+        Args:
+            written: what is to stand there, if not the key itself.
 
         mmap.find over the 128 key bytes of a bucket is the fastest probe in pure Python: 0.4 us.
         A stale copy of the key in a freed row, or one that begins amid a row, is stepped over.
         """
-        find, words = self._map.find, self._words
+        find, words, written = self._map.find, self._words, written or key
         for half in _HALVES.unpack(key):
             bucket = half % self.buckets
             start = HEADER_BYTES + bucket * BUCKET_BYTES
-            at = find(key, start, start + BUCKET_KEYS_BYTES)
+            at = find(written, start, start + BUCKET_KEYS_BYTES)
             while at >= 0:
                 way, rest = divmod(at - start, KEY_BYTES)
                 if not rest:
                     word_at: int = _HEADER_WORDS + bucket * _BUCKET_WORDS + _KEYS_WORDS + way
                     if words[word_at]:
                         return word_at
-                at = find(key, at + 1, start + BUCKET_KEYS_BYTES)
+                at = find(written, at + 1, start + BUCKET_KEYS_BYTES)
         return 0
 
     def find(self, key: BlockKey) -> Location | None:
@@ -179,7 +182,8 @@ class _Table:
         state = self.flash_state
         if self._word_at(key) and state != FLASH_READY:
             return "flash_rebuilding" if state == FLASH_REBUILDING else "flash_off"
-        departure = self.departed.reason(key)
+        is_hidden = self._word_at(key, inverse(key))
+        departure = "cleared" if is_hidden else self.departed.reason(key)
         if state == FLASH_REBUILDING and departure != "corrupt":
             return "flash_rebuilding"
         return departure or ("flash_off" if state == FLASH_UNREAD else "never_stored")
@@ -200,39 +204,7 @@ class IndexReader(_Table):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(_map_existing(path))
-
-
-def _map_existing(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        try:
-            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        except ValueError:
-            raise FormatRefused(f"{path} is empty") from None
-    problem = _problem(mapped)
-    if problem:
-        mapped.close()
-        raise FormatRefused(f"{path}: {problem}")
-    return mapped
-
-
-def _problem(mapped: mmap.mmap) -> str:
-    if len(mapped) < HEADER_BYTES:
-        return "shorter than a header"
-    magic, version, _, _, buckets, _, _, _, departed, _ = INDEX_HEADER.unpack_from(mapped)
-    if magic != INDEX_MAGIC:
-        return "not a Kvist index"
-    if version != SHM_VERSION:
-        return f"version {version}, this program reads {SHM_VERSION}"
-    is_power = departed > 0 and departed & (departed - 1) == 0
-    if not is_power or not buckets or len(mapped) != _file_bytes(buckets, departed):
-        return f"{len(mapped)} bytes do not fit {buckets} buckets"
-    return ""
-
-
-def _file_bytes(buckets: int, departed: int) -> int:
-    rest = ORIGIN_BUCKETS * ORIGIN_BUCKET.size + CLAIM_BUCKETS * CLAIM_BUCKET.size
-    return HEADER_BYTES + buckets * BUCKET_BYTES + departed * DEPARTED_BUCKET.size + rest
+        super().__init__(map_index(path))
 
 
 def _key_at(row: int) -> int:
@@ -255,6 +227,7 @@ class IndexWriter(_Table):
     Attributes:
         rows: row numbers are below this.
         used_rows: rows that hold a block.
+        hidden: those of them that no key leads to any more.
 
     Args:
         path: made anew; a file that is there is unlinked, so old readers keep the old one.
@@ -271,7 +244,7 @@ class IndexWriter(_Table):
     ) -> None:
         buckets = bucket_count(dram_slots + flash_slots)
         departed = departed_buckets(dram_slots + flash_slots)
-        size = _file_bytes(buckets, departed)
+        size = file_bytes(buckets, departed)
         path.unlink(missing_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -296,6 +269,7 @@ class IndexWriter(_Table):
         self.path = path
         self.rows = buckets * BUCKET_ROWS
         self.used_rows = 0
+        self.hidden: Final = Hidden(self._words, self.rows)
 
     def locate(self, key: BlockKey) -> int | None:
         """Row of a key, or None when the block is not stored."""
@@ -327,7 +301,8 @@ class IndexWriter(_Table):
     def key(self, row: int) -> BlockKey:
         """Key of a used row."""
         start = _key_at(row)
-        return BlockKey(self._map[start : start + KEY_BYTES])
+        key = self._map[start : start + KEY_BYTES]
+        return inverse(key) if self.hidden.of[row] else BlockKey(key)
 
     def is_free(self, row: int) -> bool:
         """Whether a row holds no block."""
@@ -359,6 +334,7 @@ class IndexWriter(_Table):
         self._words[self._position(row)] = 0
         start = _key_at(row)
         self._map[start : start + KEY_BYTES] = _FREE_KEY
+        self.hidden.of[row] = 0
         self.used_rows -= 1
 
     def set_flash_state(self, state: int) -> None:

@@ -159,6 +159,7 @@ class Browser:
         if asked.key:
             tails = self._scan.beginning_with(asked.key, asked.start, stop)
             tails = tails[(tails >= asked.start) & (tails < stop)]
+            tails = tails[~self._parts.index.hidden.are(tails)]
         else:
             tails = self._blocks.tails(asked.start, stop)
         if asked.min_uses:

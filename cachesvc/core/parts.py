@@ -64,6 +64,7 @@ class StoreConfig:
         show_tokens: the page may show token ids of prompts.
         journal: where what comes to the tiers and goes is written down for cachesvc.events; None:
             nowhere.
+        dram_nodes: NUMA nodes whose memory the arena is made of, see proto/numa.py; none: any.
         prefault: touch the arena's memory in the background, so that no copy waits for it.
     """
 
@@ -84,6 +85,7 @@ class StoreConfig:
     eviction: PolicyName = "rgg"
     show_tokens: bool = False
     journal: Journal | None = None
+    dram_nodes: tuple[int, ...] = ()
     prefault: bool = True
     dram_verify: Verify = "always"
     flash_verify: Verify = "always"
@@ -155,7 +157,7 @@ class Maker:
         if slot_bytes is None:
             return None
         slots = config.dram_bytes // slot_bytes
-        dram = DramTier(config.shm_dir / ARENA_NAME, slots, slot_bytes)
+        dram = DramTier(config.shm_dir / ARENA_NAME, slots, slot_bytes, config.dram_nodes)
         undo.callback(dram.close)
         # After the arena: a size that makes none must not format the folder.
         flash = flash or self._open_flash(slot_bytes)
@@ -268,8 +270,13 @@ class Maker:
             self._log.info(
                 "arena populated" if whole else "arena not populated", pages=dram.pages,
                 huge_bytes=dram.huge_bytes, bytes=dram.slots * dram.slot_bytes,
+                nodes=" ".join(f"{node}:{held}" for node, held in sorted(dram.node_bytes.items()))
+                or "unknown",
             )  # fmt: skip
 
+        if dram.unplaced:
+            nodes = ",".join(map(str, self._config.dram_nodes))
+            self._log.warning("arena not placed", nodes=nodes, reason=dram.unplaced)
         thread = threading.Thread(target=prefault, name="kvist-prefault", daemon=True)
         thread.start()
         self._undo.callback(thread.join)

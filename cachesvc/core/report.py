@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from kvist.cachesvc.core.accounts import TenantUse, Worth, tenant_uses, worth_of_tiers
@@ -29,6 +29,7 @@ class TierUse:
     Attributes:
         failure: why it is in state "failed", in words; "" when it is not.
         written_bytes, read_bytes: of those blocks, whole slots.
+        node_bytes: of its memory on each NUMA node, once it is populated; {} where unknown.
     """
 
     tier: str
@@ -44,6 +45,7 @@ class TierUse:
     failure: str = ""
     written_bytes: int = 0
     read_bytes: int = 0
+    node_bytes: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ def tier_uses(placement: Placement, moves: Moves) -> tuple[TierUse, ...]:
         TierUse(
             "dram", "ready", dram.slots, dram.slots - dram.free_slots - dram.quarantined,
             dram.slot_bytes, counts.dram_evicted, counts.dram_written, counts.dram_read,
-            dram.quarantined, dram.huge_bytes,
+            dram.quarantined, dram.huge_bytes, node_bytes=dram.node_bytes,
         )
     ]  # fmt: skip
     if flash is not None:

@@ -306,7 +306,7 @@ class Store:
         return list(takewhile(lambda row: row is not None, map(locate, keys)))  # type: ignore[arg-type]
 
     def clear(self, namespace: bytes | None) -> int:
-        """Drop every block, or every block of one namespace; how many that were."""
+        """Drop every block, or every block of one namespace; how many. See placing/clearing."""
         if self._parts is None:
             return 0
         dropped = self._parts.moves.clear(namespace)
@@ -353,7 +353,7 @@ class Store:
         self._parts.expiry.tick(now_s)
         self._parts.moves.poll(now_s)
         self._parts.admission.tick(now_s, self._host.threads)
-        return busy or bool(self._parts.placement.jobs)
+        return busy or self._parts.moves.busy
 
     def _run_posted(self, call: Callable[[], None]) -> None:
         try:

@@ -43,13 +43,16 @@ class TierEvents:
         placement.blocks.on_copy = self._changed
 
     def _changed(self, row: int, tier: str, is_there: bool) -> None:
-        key = self._placement.index.key(row)
+        index = self._placement.index
+        key = index.key(row)
         if key.startswith(TRIAL_PREFIX):
             return
         if not is_there:
-            self._journal.removed(key, _MEDIA[tier])
+            again = index.find(key) if index.hidden.of[row] else None
+            if again is None or getattr(again, tier) is None:  # not stored anew since its Clear
+                self._journal.removed(key, _MEDIA[tier])
             return
-        facts, slot = self._facts(row), self._placement.index.flash(row)
+        facts, slot = self._facts(row), index.flash(row)
         self._journal.stored(key, _MEDIA[tier], facts)
         if not facts.tokens and slot is not None and self._reader is not None:
             self._reader.wish(key, slot, facts.space)

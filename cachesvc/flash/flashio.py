@@ -19,7 +19,7 @@ import numpy as np
 
 from kvist.cachesvc.core.host import Threads
 from kvist.proto.errors import BlockCorrupt, BlockMissing, FormatRefused, KvistError, TierOffline
-from kvist.proto.keys import BlockKey
+from kvist.proto.keys import KEY_BYTES, BlockKey
 from kvist.proto.record import BlockHeader, seal
 from kvist.proto.slot import payload_of
 from kvist.tiers.dram import DramTier
@@ -109,6 +109,12 @@ def _bare(error: KvistError) -> KvistError:
     return type(error)(*error.args)
 
 
+def _split(queued: list[bytes]) -> list[BlockKey]:
+    packed = b"".join(queued)
+    starts = range(0, len(packed), KEY_BYTES)
+    return [BlockKey(packed[start : start + KEY_BYTES]) for start in starts]
+
+
 class Owner(Protocol):
     """Who is told how jobs ended, on the service's thread."""
 
@@ -130,6 +136,9 @@ class Owner(Protocol):
 
 class FlashIo:
     """The queues and their threads. Its methods are called on the service's thread.
+
+    Attributes:
+        deletes_asked, deletes_done: calls of delete, and those whose keys are out of the index.
 
     Args:
         dram, flash: the tiers.
@@ -154,7 +163,8 @@ class FlashIo:
         self._wake = threads.condition()
         self._reads: deque[Callable[[], None]] = deque()
         self._sinks: deque[Sink] = deque()
-        self._deletes: list[BlockKey] = []
+        self._deletes: list[bytes] = []
+        self.deletes_asked = self.deletes_done = 0
         self._idle = 0
         self._broken = False
         self._writing = False
@@ -179,19 +189,23 @@ class FlashIo:
             self._sinks.append(job)
             self._wake.notify()
 
-    def delete(self, key: BlockKey) -> None:
-        """Take a block out of the flash index before anything that is queued later is written.
+    def delete(self, keys: bytes) -> None:
+        """Take blocks out of the flash index before anything that is queued later is written.
 
-        A batch that fails keeps its keys for the next one.
+        What waits goes in one transaction; a batch that fails keeps its keys for the next one.
+
+        Args:
+            keys: of one block or more, one after the other.
         """
         with self._wake:
-            self._deletes.append(key)
+            self.deletes_asked += 1
+            self._deletes.append(keys)
             self._wake.notify()
 
     def undeleted(self) -> frozenset[BlockKey]:
         """Keys that delete was told and that may still be in the flash index."""
         with self._wake:
-            return frozenset(self._deletes)
+            return frozenset(_split(self._deletes))
 
     def _run(self, task: Callable[[], None]) -> None:
         with self._wake:
@@ -288,11 +302,12 @@ class FlashIo:
 
     def _delete_queued(self) -> None:
         with self._wake:
-            keys = list(self._deletes)
-        if keys:
-            self._flash.index_delete(keys)
+            queued = list(self._deletes)
+        if queued:
+            self._flash.index_delete(_split(queued))
             with self._wake:
-                del self._deletes[: len(keys)]
+                self.deletes_done += len(queued)
+                del self._deletes[: len(queued)]
 
     def _write(self, job: Sink) -> list[tuple[Sink, FlashEntry]]:
         """Write a record; the entry to put into the index, or nothing."""

@@ -128,6 +128,7 @@ class Watch:
         elif not self._probing and now_s >= self._probe_at_s:
             patience_over = self._failed_probes >= PROBES_BEFORE_LETTING_GO
             if patience_over and not self._unread and idle and not self._restore.busy:
+                self._restore.expect(frozenset())  # what is cleared from here on is not wanted
                 self._leaving = self._forget()
                 return
             self._probing = True

@@ -14,6 +14,7 @@ When the device fails, all moves end and copies on flash are offered to nobody u
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 
 from kvist.cachesvc.catalog.blocks import NO_ROW
@@ -21,6 +22,7 @@ from kvist.cachesvc.core.host import Threads
 from kvist.cachesvc.flash.flashio import FlashIo, Post, Record, Rise, Sink, give, refuse
 from kvist.cachesvc.flash.watch import FlashState, Watch
 from kvist.cachesvc.log import Log
+from kvist.cachesvc.placing.clearing import Clearing
 from kvist.cachesvc.placing.placement import Placement
 from kvist.proto.errors import BlockCorrupt, BlockMissing, KvistError, TierFull, TierOffline
 from kvist.proto.hints import NO_HINT, Hint
@@ -32,6 +34,9 @@ _RISES_MAX = 16
 
 class Moves:
     """Moves blocks between the tiers. One thread; see flashio.FlashIo for the others.
+
+    Attributes:
+        clearing: what was cleared and is not dropped yet.
 
     Args:
         placement: the blocks. Without a flash tier nothing moves.
@@ -60,6 +65,8 @@ class Moves:
         self._rising = 0
         self._wishes: dict[BlockKey, list[Record]] = {}
         self._closed = False
+        self.clearing = Clearing(placement)
+        self._unlisted_at = 0
         self._io: FlashIo | None = None
         self._watch: Watch | None = None
         if self._flash is not None:
@@ -75,6 +82,11 @@ class Moves:
     def queued(self) -> dict[str, int]:
         """Blocks that wait or are under way, "read" from flash and "write" to it."""
         return {"read": len(self._wishes) + self._rising, "write": len(self._sinking)}
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is to be done at the next tick, most likely."""
+        return bool(self._placement.jobs) or self.clearing.busy
 
     def clock(self) -> float:
         """See flashio.Owner."""
@@ -107,20 +119,23 @@ class Moves:
             dropped = [job.key for job in self._sinking if job.cancelled]
             with suppress(TierOffline):
                 self._flash.index_delete([key for key in dropped if not self._reaches_flash(key)])
+        self.clearing.tell()
 
     def _reaches_flash(self, key: BlockKey) -> bool:
         row = self._placement.index.locate(key)
         return row is not None and self._placement.blocks.reaches_flash(row)
 
     def poll(self, now_s: float) -> None:
-        """Every few milliseconds: let wishes go on, look after the device."""
+        """Every few milliseconds: clearing and wishes go on, the device is looked after."""
+        self.clearing.step()
+        self._tell_cleared()
         if self._watch is None or self._flash is None:
             return
         self._unlist()
         if self.state == "ready" and self._flash.failure:
             self._fail(self._flash.failure)
         if self.state == "failed":
-            self._watch.poll(now_s, idle=not (self._sinking or self._rising))
+            self._watch.poll(now_s, idle=not (self._sinking or self._rising or self.clearing.busy))
         if self._wishes:
             self._pump()
 
@@ -351,10 +366,27 @@ class Moves:
     # The device.
 
     def clear(self, namespace: bytes | None) -> int:
-        """Drop every block, or every block of one namespace; how many that were."""
+        """Have no block, or none of a namespace, found any more; how many. See placing/clearing."""
         if self._watch is not None:
             self._watch.clear(namespace)
-        return self._placement.clear(namespace)
+        blocks = self.clearing.cut(namespace)
+        self.clearing.step()
+        if self._io is not None:
+            self._unlist()
+            self._unlisted_at = self._io.deletes_asked
+        return blocks
+
+    def cleared(self) -> Future[None]:
+        """Done when all that was cleared is dropped, and out of the flash index if flash works."""
+        waiter = self.clearing.waiter()
+        self._tell_cleared()
+        return waiter
+
+    def _tell_cleared(self) -> None:
+        # What is on a tier that is away is unlisted when it is back.
+        listed = self._io is not None and self._io.deletes_done < self._unlisted_at
+        if not self.clearing.busy and not (listed and self.state == "ready"):
+            self.clearing.tell()
 
     def _fail(self, reason: str) -> None:
         assert self._watch is not None

@@ -44,7 +44,8 @@ class Placement:
         policy: says which block goes first.
         uses: what is told to the policy. hottest: what is used most. history: last uses, by row.
         jobs: moves under way by row; such a block is not evicted.
-        unlisted: keys that left flash, to be taken out of the flash index.
+        unlisted: keys that left flash, to be taken out of the flash index; see FlashIo.delete.
+        reclaim: called where a slot is wanted and none is free, before a block is evicted for it.
         counts, measures: what happened, and how long it took.
         now: seconds, of a clock that does not jump.
         passed_over: by row, 1 when flash did not take a block that was offered to it.
@@ -83,7 +84,8 @@ class Placement:
         learners = (self.policy, self._what_if, self.measures, self.hottest)
         self.uses = Uses(self.blocks, history, learners, now)
         self.jobs: dict[int, Sink | Rise] = {}
-        self.unlisted: list[BlockKey] = []
+        self.unlisted: list[bytes] = []
+        self.reclaim: Callable[[], None] = lambda: None
         self.counts = Counts()
         self.tenancy, self.pins = rules.tenancy, rules.pins
         self.passed_over = bytearray(index.rows)
@@ -151,6 +153,8 @@ class Placement:
 
         Raises: TierFull when nothing may go.
         """
+        if not self.dram.free_slots:
+            self.reclaim()
         while True:
             if self.dram.free_slots and not self._dram_wards.is_full(group):
                 # It may lack memory, when others fill /dev/shm; one just evicted has it.
@@ -171,6 +175,8 @@ class Placement:
         """
         assert self.flash is not None
         assert self._flash_leaves is not None
+        if not self.flash.free_slots:
+            self.reclaim()
         while not self.flash.free_slots or self._flash_wards.is_full(group):
             take = partial(self._flash_leaves.take, self.uses.clock())
             row = self._flash_wards.take(group, take, self._flash_leaves.offer)
@@ -209,7 +215,7 @@ class Placement:
             why: one of proto.shm.DEPARTURES, what misses of the block will say; "" says nothing.
         """
         parent, key = self.blocks.parent[row], self.index.key(row)
-        group = self.group(row)
+        group, why = self.group(row), self._reason(row, why)
         if self.index.flash(row) is None:
             self.uses.removed(row)
         slot = self.blocks.lose_dram(row)
@@ -231,11 +237,16 @@ class Placement:
         """Drop a flash copy with no child on flash. If it is the last one, nothing stands on it."""
         assert self.flash is not None
         parent, key = self.blocks.parent[row], self.index.key(row)
+        why = self._reason(row, why)
         if self.index.dram(row) is None:
             self.uses.removed(row)
+        if not self.index.hidden.of[row]:  # or else it was unlisted as it was hidden
+            self.unlisted.append(key)
         self.flash.free(self.blocks.lose_flash(row))
-        self.unlisted.append(key)
         self._settle(row, parent, key, why)
+
+    def _reason(self, row: int, why: str) -> str:
+        return "cleared" if why and self.index.hidden.of[row] else why
 
     def _settle(self, row: int, parent: int, key: BlockKey, why: str) -> None:
         if self.index.is_free(row):
@@ -350,9 +361,3 @@ class Placement:
             self.drop_flash(row)
         else:
             self.offer(row)
-
-    def clear(self, namespace: bytes | None) -> int:
-        """Drop every block, or every block of one namespace; how many that were."""
-        rows = self.blocks.in_namespace(namespace)
-        self.drop_all(rows, "cleared")
-        return len(rows)

@@ -96,6 +96,10 @@ class Hottest:
         """See Learner."""
         self._uses[row] = 0
 
+    def forget(self, rows: Rows) -> None:
+        """Blocks that were cleared are not of interest any more."""
+        self._uses[rows] = 0
+
     def uses(self, rows: Rows) -> Rows:
         """Requests that found each of some stored blocks since it was stored."""
         return self._uses[rows].astype(np.int64)

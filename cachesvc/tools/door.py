@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvist.proto import cache_pb2
 
 TIMEOUT_S = 10.0
-# Clear drops all of its blocks in one call; 10 us a block.
+# Clear answers when the last of its blocks is dropped; up to 20 us a block.
 CLEAR_TIMEOUT_S = 600.0
 CHOICES_SHOWN = 8
 _HEX = re.compile(r"[0-9a-f]+")

@@ -10,11 +10,13 @@ from kvist.engine.config import EngineConfig
 from kvist.engine.device.found import Device
 from kvist.engine.device.runner import DeviceRunner
 from kvist.engine.device.sizing import CudaMemory, PoolSizing, batch_keys
+from kvist.engine.models.base import Chunk
 from kvist.engine.models.decode_batch import DecodeBatch, graph_sizes
 from kvist.engine.models.llama_cuda import CudaLlama
 from kvist.engine.sampler import Sampler
 from kvist.engine.sequence import Limits
 from kvist.engine.weights import LoadedModel
+from kvist.kernels.device.sampling import new_draws, sample
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.layout import BlockFormat
 from kvist.proto.sizes import format_bytes
@@ -84,21 +86,27 @@ class DeviceBackend:
         return PoolSizing(self._config, self.model, self._memory).pool_bytes(format)
 
     def runner(self, pool: PagePool, limits: Limits, progress: Progress) -> DeviceRunner:
-        """See Backend; captures graphs."""
+        """See Backend; compiles kernels and captures graphs."""
+        self._warm(pool)
         rows, size = self._config.max_num_seqs, limits.block_tokens
         width = -(-limits.max_model_len // size)
         keys = batch_keys(self._config, limits.max_model_len, pool.pages * size)
         batch = DecodeBatch(self.model, pool.tensor, rows, width, keys)
         if self.device.kind == "cuda" and not self._config.enforce_eager:
-            sizes = graph_sizes(rows)
-
-            def tell(done: int, rows: int, free: int) -> None:
-                what = f"Capturing graphs: {rows} rows, {format_bytes(free)} left"
-                progress(done, len(sizes), what)
-
-            batch.capture(sizes, tell)
+            _capture(batch, progress)
+        else:
+            batch.warm()
         sampler = Sampler(self._config.seed)
         return DeviceRunner(self.model, pool.tensor, batch, sampler, self._link(pool).fetch)
+
+    def _warm(self, pool: PagePool) -> None:
+        """A prompt beside a decode, in a page that nobody has yet: kernels are compiled when they
+        are first launched, 1 to 5 s each, and the first request is not to wait for that."""
+        chunks = [Chunk([0], 0, [0], True), Chunk([0, 0], 0, [0], True)]
+        logits = self.model.forward(chunks, pool.tensor)
+        tokens = torch.zeros(len(chunks), dtype=torch.int64, device=logits.device)
+        sample(logits, new_draws(len(chunks), logits.device), tokens)
+        pool.tensor[:1].zero_()
 
     def copies(self, pool: PagePool, log: Log) -> tuple[PageCopies, Pinner]:
         """See Backend."""
@@ -116,6 +124,22 @@ class DeviceBackend:
             return ""
         free, total = self._memory.room()
         return f"{format_bytes(free)} of {format_bytes(total)} left"
+
+
+def _capture(batch: DecodeBatch, progress: Progress) -> None:
+    """Capture a batch's graphs; raises ConfigInvalid with the way without them."""
+    sizes = graph_sizes(batch.rows)
+
+    def tell(done: int, rows: int, free: int) -> None:
+        progress(done, len(sizes), f"Capturing graphs: {rows} rows, {format_bytes(free)} left")
+
+    try:
+        batch.capture(sizes, tell)
+    except RuntimeError as error:  # out of memory is one
+        raise ConfigInvalid(
+            f"CUDA graphs could not be captured ({error}); lower --gpu-memory-utilization if "
+            "memory was short, or give --enforce-eager"
+        ) from error
 
 
 class PinLog:

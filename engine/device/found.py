@@ -10,6 +10,8 @@ import torch
 
 from kvist.proto.errors import ConfigInvalid
 
+LEAST_CAPABILITY = (8, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -70,4 +72,11 @@ def _find_cuda(asked: str) -> Device:
     number, there = int(asked.partition(":")[2] or 0), torch.cuda.device_count()
     if number >= there:
         raise ConfigInvalid(f"--device {asked}: there are {there}, cuda:0 to cuda:{there - 1}")
-    return Device("cuda", f"cuda:{number}", torch.cuda.get_device_name(number))
+    name, capability = torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)
+    if capability < LEAST_CAPABILITY:
+        have, need = (".".join(map(str, one)) for one in (capability, LEAST_CAPABILITY))
+        raise ConfigInvalid(
+            f"--device {asked}: {name} has compute capability {have}; the kernels need {need}, "
+            "which has bfloat16; give --device cpu"
+        )
+    return Device("cuda", f"cuda:{number}", name)

@@ -141,7 +141,8 @@ class DecodeBatch:
 
     def clear(self, row: int) -> None:
         """Take a request away; its row is computed for nothing until it is placed anew."""
-        self._lengths[row] = 0
+        # Not `[row] = 0`: torch copies that number from the host, which waits for all steps before.
+        self._lengths[row : row + 1].zero_()
         self._held[row] = 0
 
     def size_of(self, rows: int) -> int:
@@ -180,6 +181,11 @@ class DecodeBatch:
         used = lengths > 0
         draws.drawn.add_(used & (draws.temperature > 0))
         lengths.add_(used)
+
+    def warm(self) -> None:
+        """Run a step of nobody, so that its kernels are compiled; for who captures no graphs."""
+        assert not self._held.any(), "a row is used: this would advance it"
+        self._step(1)
 
     def capture(self, sizes: Sequence[int], progress: Callable[[int, int, int], None]) -> None:
         """Capture graphs; all rows must be clear. Needs a CUDA device.

@@ -33,6 +33,7 @@ from kvist.kernels.device.worklist import WorkList, cut, new_work_list
 SPLIT = 256
 LEAST_ROWS = 16  # of a tl.dot; the query heads of a KV head are padded to it
 MERGED = 32  # splits that are added up at a time; part of a row's arithmetic
+WARPS, STAGES = 4, 3  # of a program of the splits; see launch.PROGRAMS_PER_SM
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +157,15 @@ def _split(q: torch.Tensor, paged: Paged, layer: int, plan: DecodePlan) -> None:
         ROWS=max(LEAST_ROWS, triton.next_power_of_2(groups)),
         SPLIT=SPLIT,
         PRECISION=dot_precision(q),
-        num_warps=4,
-        num_stages=3,
+        num_warps=WARPS,
+        num_stages=STAGES,
         **OPTIONS,
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tables", "lengths"]
+)
 @no_type_check
 def _split_kernel(  # noqa: PLR0913
     q,
@@ -216,7 +219,7 @@ def _split_kernel(  # noqa: PLR0913
         tl.store(stats + 2 * place + 1, total, mask=row < GROUPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lengths", "firsts"])
 @no_type_check
 def _merge_kernel(  # noqa: PLR0913
     out,

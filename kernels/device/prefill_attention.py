@@ -30,6 +30,7 @@ from kvist.kernels.device.paged import TILE, Paged, attend_keys, gather_referenc
 from kvist.kernels.device.worklist import WorkList, cut, new_work_list
 
 ROWS = 128  # lines of a tile: tokens times query heads of a KV head
+WARPS, STAGES = 8, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +131,16 @@ def prefill_attention(
         ROWS=ROWS,
         TOKENS=plan.work.part,
         PRECISION=dot_precision(q),
-        num_warps=8,
+        num_warps=WARPS,
+        num_stages=STAGES,
         **OPTIONS,
-        num_stages=3,
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["tables", "lengths", "firsts", "counts"],
+)
 @no_type_check
 def _prefill_kernel(  # noqa: PLR0913
     q,

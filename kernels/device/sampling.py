@@ -76,9 +76,12 @@ def probabilities_reference(
     if temperature == 0:
         return torch.nn.functional.one_hot(x.argmax(), len(x)).double()
     weights = torch.exp((x - x.max()) / temperature)
+    ordered, order = x.sort(descending=True)
     if 0 < top_k < len(x):
-        weights = torch.where(x >= x.sort(descending=True).values[top_k - 1], weights, 0.0)
-    likelier = torch.where(x[None, :] > x[:, None], weights[None, :], 0.0).sum(-1)
+        weights = torch.where(x >= ordered[top_k - 1], weights, 0.0)
+    # Of each token, how many are likelier; then what those weigh together.
+    before = torch.searchsorted(-ordered, -x)
+    likelier = torch.cat([x.new_zeros(1), weights[order].cumsum(0)])[before]
     kept = (likelier < top_p * weights.sum()) & (weights >= min_p)
     weights = torch.where(kept, weights, 0.0)
     return weights / weights.sum()

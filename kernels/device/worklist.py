@@ -22,6 +22,7 @@ import triton.language as tl
 from kvist.kernels.device.launch import OPTIONS
 
 STORES = 128  # items that a program writes at a time
+LEAST = 256  # sequences of a sum: one code for all batches up to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +80,16 @@ def cut(lengths: torch.Tensor, work: WorkList) -> None:
         sequences,
         work.items.shape[0],
         PART=work.part,
-        SEQUENCES=triton.next_power_of_2(sequences),
+        SEQUENCES=max(LEAST, triton.next_power_of_2(sequences)),
         STORES=STORES,
         **OPTIONS,
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["sequences", "capacity"],
+    do_not_specialize_on_alignment=["lengths", "firsts"],
+)
 @no_type_check
 def _cut_kernel(  # noqa: PLR0913
     lengths,

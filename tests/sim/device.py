@@ -1,8 +1,9 @@
-"""Where kernels are tested: on the GPU if there is one, else in Triton's interpreter, with sizes
-that it can bear."""
+"""Where kernels are tested: in Triton's interpreter, with sizes that it can bear, or, with
+TRITON_INTERPRET=0, on a GPU (make test-gpu)."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -10,16 +11,18 @@ import torch
 
 from kvist.kernels.device.paged import Paged
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+# What stands in for a device computes on the host, where only the interpreter runs kernels.
+interpreted = pytest.mark.skipif(DEVICE.type != "cpu", reason="in Triton's interpreter only")
+on_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="on a GPU only: make test-gpu")
 DTYPES = [torch.float32, torch.bfloat16]
 # Rounding of float32 arithmetic. Matrix units truncate where they add up: one ulp and not half.
 ULP32 = torch.finfo(torch.float32).eps
 
 
 def sizes(small: list[Any], real: list[Any]) -> list[Any]:
-    """Parameters for everywhere, and others for a GPU only (pytest -m gpu)."""
-    reason = "needs a CUDA device"
-    marks = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type == "cpu", reason=reason)]
+    """Parameters for everywhere, and others for a GPU only."""
+    marks = [pytest.mark.gpu, on_gpu]
     return [*small, *(pytest.param(one, marks=marks, id=f"real-{one}") for one in real)]
 
 

@@ -168,7 +168,7 @@ class Bench:
 
     def settle(self) -> None:
         """Until nothing moves."""
-        self.run_until(lambda: not self.parts.placement.jobs)
+        self.run_until(lambda: not self.parts.moves.busy)
         while self.deliver():
             pass
 
@@ -213,12 +213,14 @@ def check(bench: Bench) -> None:
     parts = bench.parts
     placement, blocks, index = parts.placement, parts.placement.blocks, parts.index
     rows = [row for row in range(index.rows) if not index.is_free(row)]
-    assert len(rows) == len(blocks)
+    hidden = index.hidden.of
+    assert len(rows) == len(blocks) + sum(hidden)
+    assert not any(hidden) or parts.moves.clearing.busy
     children = dict.fromkeys(rows, 0)
     in_dram, on_flash = dict(children), dict(children)
     for row in rows:
         parent = blocks.parent[row]
-        assert index.locate(index.key(row)) == row
+        assert (index.locate(index.key(row)) == row) == (not hidden[row])
         assert blocks.depth[row] == (0 if parent == NO_ROW else blocks.depth[parent] + 1)
         if parent == NO_ROW:
             continue

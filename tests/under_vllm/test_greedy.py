@@ -14,6 +14,7 @@ wander: DRAM, flash, DRAM.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def hits(engine: VllmProcess) -> float:
     return engine.count('hit_tokens{"tier": "hbm"}') + engine.count(DRAM)
 
 
+def told_pool(sidecar: Sidecar) -> tuple[float, float]:
+    workers = json.loads(sidecar.get("stats.json"))["workers"]
+    (rates,) = [one["rates"] for one in workers if "pool_blocks.total" in one["rates"]]
+    return rates["pool_blocks.filled"], rates["pool_blocks.total"]
+
+
 def test_cold_own_cache_and_dram_in_one_process(
     model: Path, prompts: list[Prompt], folder: Path, sidecar: Sidecar, right: list[Prompt]
 ) -> None:
@@ -94,6 +101,10 @@ def test_cold_own_cache_and_dram_in_one_process(
             assert hits(engine) - before == usable_tokens(prompts[part])
         assert engine.count(DRAM) > usable_tokens(prompts) / 2
         assert engine.count("load_blocks") == engine.count(DRAM) / 128
+
+        # vLLM's pool is told: what it keeps to find again counts, which vLLM calls free.
+        filled, total = told_pool(sidecar)
+        assert 0 < filled <= total
 
         # Another tenant shares nothing, and after a reset of the connector nobody does.
         before = engine.count(DRAM)

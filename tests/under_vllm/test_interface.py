@@ -28,6 +28,7 @@ from kvist.proto.layout import BlockFormat  # noqa: E402
 SIGNATURES = {
     "__init__": ("vllm_config", "role", "kv_cache_config"),
     "bind_connector_metadata": ("connector_metadata",),
+    "bind_gpu_block_pool": ("gpu_block_pool",),
     "build_connector_meta": ("scheduler_output",),
     "build_connector_worker_meta": (),
     "build_kv_connector_stats": ("data",),
@@ -122,10 +123,15 @@ def test_vllms_own_factory_finds_the_connector_by_the_flag() -> None:
 
 
 def test_fields_that_are_read_of_vllms_objects_are_there() -> None:
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheTensor
     from vllm.v1.outputs import KVConnectorOutput
 
+    pool = BlockPool(num_gpu_blocks=2, enable_caching=True, hash_block_size=16)
+    assert [block.ref_cnt for block in pool.blocks] == [0, 0]
+    assert [block.block_hash for block in pool.blocks] == [None, None]
+    assert pool.null_block is pool.blocks[0]
     assert {"num_scheduled_tokens", "kv_connector_block_state"} <= fields(SchedulerOutput)
     assert names(KVConnectorBlockState.get_block_ids) == ("req_id",)
     assert "kv_connector_worker_meta" in fields(KVConnectorOutput)

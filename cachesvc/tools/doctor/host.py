@@ -130,7 +130,8 @@ def numa(host: Host) -> Finding:
         "NUMA",
         "warn",
         f"{len(nodes)} nodes ({shown}); memory of another node is slower",
-        "numactl --cpunodebind=0 --membind=0 kvistd ... and the engines that use it, too",
+        "nothing if workers run on all of them: kvistd spreads the arena (dram_numa=auto); workers "
+        "of one node: dram_numa=0, and numactl --cpunodebind=0 for kvistd and for them",
     )
 
 

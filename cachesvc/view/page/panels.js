@@ -138,7 +138,7 @@ function flow(kind, way, bytesPerSecond) {
     element("i", { class: "line", "aria-hidden": "true" }));
 }
 
-/** The engines' own pools, as a tier; what plugins run under does not tell its pool. */
+/** The engines' own pools, as a tier: ours and vLLM's; SGLang does not tell a plugin of its own. */
 function pools(stats, slotBytes) {
   const told = stats.workers.map((worker) => worker.rates).filter((rates) => rates["pool_blocks.total"] > 0);
   const whole = (name) => told.reduce((blocks, rates) => blocks + (rates["pool_blocks." + name] || 0), 0);

@@ -46,6 +46,7 @@ from kvist.engine.plugins.vllm.memory import BlockMemory, ScratchPage, map_memor
 from kvist.engine.plugins.vllm.metrics import KvistPromMetrics, KvistStats
 from kvist.engine.plugins.vllm.plan import Handshake, Plan, Results
 from kvist.engine.plugins.vllm.planning import Planner, Roles, Work
+from kvist.engine.plugins.vllm.pool import PoolGauge
 
 # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
 ATTACH_WAIT_S = 2.0
@@ -92,6 +93,7 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._log = Log(sys.stderr, detail=debug_detail("engine", os.environ))
         self._planner: Planner | None = None
         self._events: Events | None = None
+        self._gauge: PoolGauge | None = None
         self._copier: Copier | None = None
         self._handshake: Handshake | None = None
         self._rank = 0
@@ -219,6 +221,10 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._events = Events(client, handshakes[0].namespace.format.block_tokens)
             self._planner.watch = self._events.watch
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """See pool.py."""
+        self._gauge = PoolGauge(gpu_block_pool)
+
     def on_new_request(self, request: Any) -> None:
         """See Planner.arrive."""
         if self._planner is not None:
@@ -252,6 +258,8 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """See Planner.plan."""
         if self._planner is None:
             return Plan()
+        if self._gauge is not None:
+            self._planner.tell(self._gauge)
         works = self._planner.plan(scheduler_output)
         return Plan(works, self._planner.rising, not scheduler_output.num_scheduled_tokens)
 

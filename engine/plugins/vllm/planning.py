@@ -27,6 +27,7 @@ from kvist.engine.plugins.vllm.lookups import (
     media_of,
     unnamed,
 )
+from kvist.engine.plugins.vllm.pool import PoolGauge
 from kvist.proto.keys import BlockKey, Namespace, tenant_of
 
 # A block of 3 MB rises from a disk that is not busy in 2 to 4 ms.
@@ -215,6 +216,10 @@ class Planner:
         self._namespaces = [replace(one, model=f"{one.model}/{nonce}") for one in self._namespaces]
         for tracked in self._tracked.values():
             tracked.ranks = ()  # computed in part before, so of neither namespace
+
+    def tell(self, gauge: PoolGauge) -> None:
+        """Go on with telling how full vLLM's own pool is."""
+        gauge.step(self._cache, len(self._namespaces))
 
     def take_counts(self) -> dict[str, float]:
         """What was looked up since the last call; see metrics.COUNTERS."""

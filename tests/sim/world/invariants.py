@@ -29,7 +29,7 @@ from sim.world.worker import SimClient
 
 _WORD = struct.Struct("<Q")
 Row: TypeAlias = tuple[int, BlockKey, int | None, int | None]
-"""Row, key, slot in DRAM, slot on flash."""
+"""Row, key, slot in DRAM, slot on flash; those included that were cleared and not yet dropped."""
 
 # Counted block by block; counted once for all that stands on it.
 _ONE_BY_ONE = ("dram_evicted", "flash_evicted", "expired", "flash_let_go")
@@ -60,7 +60,7 @@ class Model:
         self._reasons = [0] * len(_REASONS)
         self.present = set()
         if parts is not None:
-            self.present = {parts.index.key(row) for row in rows_of(parts)}
+            self.present = shown_keys(parts, table_of(parts))
             self._reasons = [getattr(parts.placement.counts, name) for name in _REASONS]
 
     def space(self, key: BlockKey) -> bytes:
@@ -86,13 +86,15 @@ class Model:
         if parts is None:
             return
         rows = table_of(parts)
-        assert len(rows) == len(parts.placement.blocks)
+        shown = [row for row in rows if not parts.index.hidden.of[row[0]]]
+        assert len(shown) == len(parts.placement.blocks)
+        check_hidden(parts, rows)
         check_closures(parts, rows)
         check_slots(store, parts, rows)
         check_holders(store, clients)
         self._check_dram(parts, rows)
-        self._check_flash(rows)
-        self._check_gone(parts, {key for _, key, _, _ in rows}, cleared)
+        self._check_flash(shown)
+        self._check_gone(parts, shown_keys(parts, rows), cleared)
 
     def _check_dram(self, parts: Parts, rows: Sequence[Row]) -> None:
         """Readable slots hold what the index says, and no other slot can be read."""
@@ -152,15 +154,35 @@ def table_of(parts: Parts) -> list[Row]:
             if word:
                 at = start + way * KEY_BYTES
                 low, high = word & LOW_HALF, word >> 32
-                key = BlockKey(mapped[at : at + KEY_BYTES])
                 row = bucket * BUCKET_ROWS + way
+                written = BlockKey(mapped[at : at + KEY_BYTES])
+                key = index.key(row)
+                assert (written == key) == (not index.hidden.of[row])
                 rows.append((row, key, low - 1 if low else None, high - 1 if high else None))
     return rows
 
 
 def rows_of(parts: Parts) -> list[int]:
-    """Rows in use."""
-    return [row for row, _, _, _ in table_of(parts)]
+    """Rows of what can be found."""
+    return [row for row, _, _, _ in table_of(parts) if not parts.index.hidden.of[row]]
+
+
+def shown_keys(parts: Parts, rows: Sequence[Row]) -> set[BlockKey]:
+    """Keys that can be found."""
+    return {key for row, key, _, _ in rows if not parts.index.hidden.of[row]}
+
+
+def check_hidden(parts: Parts, rows: Sequence[Row]) -> None:
+    """What was cleared cannot be found, nothing is made of it, and somebody will drop it."""
+    index, blocks = parts.index, parts.placement.blocks
+    hidden = [(row, key) for row, key, _, _ in rows if index.hidden.of[row]]
+    assert not hidden or parts.moves.clearing.busy, "cleared blocks that nobody drops"
+    for row, key in hidden:
+        assert index.locate(key) != row, f"{name_of(key)} was cleared and is found"
+        assert row not in parts.placement.jobs, f"{name_of(key)} was cleared and moves"
+    for row, key, _, _ in rows:
+        parent = blocks.parent[row]
+        assert parent == NO_ROW or index.hidden.of[row] == index.hidden.of[parent], name_of(key)
 
 
 def check_closures(parts: Parts, rows: Sequence[Row]) -> None:

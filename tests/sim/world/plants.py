@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kvist.cachesvc.catalog.blocks import Blocks
+from kvist.cachesvc.catalog.hidden import Hidden
 from kvist.cachesvc.catalog.index import Location
 from kvist.cachesvc.core import intake
 from kvist.cachesvc.flash import flashio, restore
@@ -109,6 +110,15 @@ def _forget_flash_children(_: object) -> Callable[..., int]:
     return lose_flash
 
 
+def _unlist_what_was_cleared_again(real: Callable[..., None]) -> Callable[..., None]:
+    def drop_flash(self: Any, row: int, why: str = "evicted") -> None:
+        if self.index.hidden.of[row]:
+            self.unlisted.append(self.index.key(row))
+        real(self, row, why)
+
+    return drop_flash
+
+
 # name -> owner, attribute, what takes its place.
 PLANTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "publish before fill": (DramTier, "allocate", _publish_before_fill),
@@ -128,6 +138,12 @@ PLANTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "children on flash not counted": (Blocks, "lose_flash", _forget_flash_children),
     "what is in a folder that is opened late is not read": (
         restore.Restore, "load_late", lambda _: lambda self: self._finish(None),
+    ),
+    "what is cleared stays in the flash index": (
+        Hidden, "keys_on_flash", lambda _: lambda *_: b"",
+    ),
+    "a cleared block takes one stored anew out of the flash index": (
+        placement.Placement, "drop_flash", _unlist_what_was_cleared_again,
     ),
     "generation stays even in a freed slot": (
         DramTier, "free", lambda _: lambda self, slot: self._free.push(slot),

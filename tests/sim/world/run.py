@@ -167,7 +167,7 @@ def _clear(world: World, random: Random, number: int) -> str:
     world.expected -= gone
     world.check(cleared=True)
     left = [row for row in rows_of(world.parts) if not space or _is_of(world, row, space)]
-    assert not left, "blocks were left by Clear"
+    assert not left, "what was cleared is found"
     return f"clear {'all' if not space else name_of(FOREST[number].header.key)}: {dropped}"
 
 

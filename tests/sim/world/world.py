@@ -23,7 +23,7 @@ from kvist.proto.errors import Detached, KvistError
 from kvist.proto.keys import BlockKey
 from kvist.proto.shm import FLASH_UNREAD
 from sim.world.forest import LINES, NO_RULES, RULES, SLOT_BYTES, name_of
-from sim.world.invariants import Model, check_closures, table_of
+from sim.world.invariants import Model, check_closures, shown_keys, table_of
 from sim.world.journal import Journal
 from sim.world.medium import Medium, SimDisk
 from sim.world.scheduler import Killed, Scheduler, SimThreads
@@ -44,6 +44,7 @@ class World:
         store: the present life.
         model: what must be there.
         counted: boot epoch -> tokens that workers counted in that life.
+        expected, unwanted: keys that the present life is to find on flash, and is not to.
         reads: keys that remote readers wait for, with the future of each.
     """
 
@@ -81,7 +82,7 @@ class World:
         self.ended: list[str] = []
         self.reads: list[tuple[BlockKey, Any]] = []
         self.posted: deque[Callable[[], None]] = deque()
-        self.expected: set[BlockKey] = set()
+        self.expected, self.unwanted = set[BlockKey](), set[BlockKey]()
         self.clients = [
             SimClient(self, f"w{number}", int(random.random() < 0.3), self.journal)
             for number in range(random.randint(1, 3))
@@ -112,10 +113,12 @@ class World:
             self.open()
             return
         self.answers = Answers(self.store)
+        self.parts.moves.clearing.step_blocks = (1, 3, 256)[self.store.boot_epoch[0] % 3]
         self.model.new_life(self.parts)
         self._rebuilds = 0
         self.forget_damaged()
         self.check()
+        self.unwanted = set()  # a rebuild may find the records of what was cleared
 
     def forget_damaged(self) -> None:
         """A rebuild has only the records themselves; what is damaged cannot come back by it."""
@@ -135,8 +138,8 @@ class World:
 
     def on_flash(self) -> dict[BlockKey, int]:
         """What the index shows there, and in which slot."""
-        rows = table_of(self.parts)
-        return {key: slot for _, key, _, slot in rows if slot is not None}
+        hidden, rows = self.parts.index.hidden.of, table_of(self.parts)
+        return {key: slot for row, key, _, slot in rows if slot is not None and not hidden[row]}
 
     def crash(self, power: bool) -> None:
         """The sidecar dies where it stands; with the power its host does."""
@@ -172,6 +175,8 @@ class World:
         if parts.flash is not None:
             self.expected = self.survivors()
             if self.state == "ready" and not parts.flash.failure and not faulty:
+                rows = table_of(parts)
+                self.unwanted = {key for _, key, _, _ in rows} - shown_keys(parts, rows)
                 self.expected |= {
                     job.key
                     for job in parts.moves._sinking
@@ -328,7 +333,7 @@ class World:
         self.model.check(self.store, self.clients, cleared)
         self.check_reads()
         self._look_for_rebuild()
-        if self.expected and self.state == "ready":
+        if self.state == "ready":
             self.check_survivors()
 
     def _look_for_rebuild(self) -> None:
@@ -340,8 +345,10 @@ class World:
 
     def check_survivors(self) -> None:
         """What had reached flash in an earlier life is there in this one."""
-        missing = self.expected - self.on_flash().keys()
-        self.expected = set()
+        missing = self.expected and self.expected - self.on_flash().keys()
+        back = self.unwanted and self.unwanted & self.on_flash().keys()
+        self.expected, self.unwanted = set(), set()
+        assert not back, f"{sorted(map(name_of, back))} were cleared and are found again"
         assert not missing, f"{sorted(map(name_of, missing))} were on flash and are lost"
 
     def check_reads(self) -> None:
@@ -389,6 +396,5 @@ class World:
 
     def _at_rest(self) -> bool:
         moves, placement = self.parts.moves, self.parts.placement
-        busy = moves._wishes or moves._sinking or moves._rising
-        busy = busy or placement.jobs or placement.unlisted
+        busy = moves._wishes or moves._sinking or moves._rising or moves.busy or placement.unlisted
         return not busy and (self.parts.flash is None or self.state == "ready")
