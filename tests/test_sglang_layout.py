@@ -94,6 +94,9 @@ def test_a_model_is_its_files_and_its_adapters_unless_it_is_named(tmp_path: Path
     assert model_name({"kvist.model": "m@1"}, None) != model_name({"kvist.model": "m@2"}, None)
     with pytest.raises(ValueError, match=r"kvist\.model"):
         model_name({}, None)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"no weights.*kvist\.model"):  # they are somewhere else
+        model_name({}, SimpleNamespace(model_path=str(tmp_path), revision=None))
 
 
 def shifted(pool: HostPool) -> None:

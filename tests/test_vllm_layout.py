@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 from sim.vllm_memory import BLOCKS, NAMESPACE, vllm_memory
 
-from kvist.engine.plugins.vllm.identity import check_version, files_fingerprint, refusal
+from kvist.engine.plugins.vllm.identity import (
+    check_version,
+    files_fingerprint,
+    model_name,
+    positions,
+    refusal,
+    unknown_settings,
+)
 from kvist.engine.plugins.vllm.memory import (
     BlockMemory,
     LayoutRefused,
@@ -109,3 +116,52 @@ def test_weights_are_known_by_content_and_not_by_name(tmp_path: Path) -> None:
         return files_fingerprint(tmp_path / name, (".safetensors",))
 
     assert folder("a", b"weights") == folder("b", b"weights") != folder("c", b"Weights")
+
+
+def model_config(folder: Path, **more: Any) -> Any:
+    text = '{"rope_parameters": {"rope_type": "longrope"}}'
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**{
+            "model": str(folder), "revision": None, "quantization": None, "hf_overrides": {},
+            "model_weights": "", "max_model_len": 4096, "multimodal_config": None,
+            "hf_config": SimpleNamespace(to_json_string=lambda **_: text), **more,
+        }),
+        load_config=SimpleNamespace(
+            load_format="auto", download_dir=None, model_loader_extra_config={}
+        ),
+    )  # fmt: skip
+
+
+def test_models_whose_weights_are_elsewhere_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    """Two finetunes have one configuration; an empty folder's content says nothing of either."""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    here, there = [model_name(model_config(folder)) for folder in folders]
+    assert here != there
+    streamed = [
+        model_name(model_config(folders[0], model_weights=f"s3://models/{name}"))
+        for name in ("cat", "dog")
+    ]
+    assert len({here, there, *streamed}) == 4
+    for folder in folders:
+        (folder / "model.safetensors").write_bytes(b"weights")
+    assert len({model_name(model_config(folder)) for folder in folders}) == 1
+
+
+def test_what_changes_kv_beside_weights_and_text_is_in_the_names(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    media = SimpleNamespace(mm_processor_kwargs={"max_pixels": 4}, video_pruning_rate=None)
+    plain = model_name(model_config(tmp_path))
+    assert model_name(model_config(tmp_path, multimodal_config=media)) != plain
+    # LongRoPE: vLLM chooses its factors by the limit of length.
+    words = [
+        positions(model_config(tmp_path, max_model_len=length).model_config)
+        for length in (4096, 131072)
+    ]
+    assert len(set(words)) == 2
+
+
+def test_settings_that_it_does_not_have_are_named() -> None:
+    extra = {"kvist.cache": "a", "kvist.cahce": "b", "kvist_cache": "c", "lmcache.host": "d"}
+    assert unknown_settings(extra) == ["kvist.cahce", "kvist_cache"]

@@ -17,7 +17,14 @@ from sim.vllm_memory import NAMESPACE, SIZE
 
 from kvist.cachesvc.client import CacheClient
 from kvist.engine.plugins.vllm.copying import Copier
-from kvist.engine.plugins.vllm.lookups import Adapters, Load, Medium, Names, digest_of, unnamed
+from kvist.engine.plugins.vllm.lookups import (
+    Adapters,
+    Load,
+    Medium,
+    Names,
+    digest_of,
+    unnamed,
+)
 from kvist.engine.plugins.vllm.planning import Planner, Roles
 from kvist.engine.plugins.vllm.pool import STEP_BLOCKS, PoolGauge
 from kvist.proto.keys import BlockKey, block_keys
@@ -136,6 +143,14 @@ def test_a_dead_sidecar_is_a_miss_and_vllm_goes_on(tmp_path: Path) -> None:
     sidecar.close()
 
 
+def sessions_anew(engine: Engine, times: int) -> None:
+    """Wait until the sidecar's end was noticed, and its next life too."""
+    wait_until(
+        lambda: all(one.reattaches == times and one.state == "attached" for one in engine.clients),
+        "a new session",
+    )
+
+
 def test_a_request_is_put_off_while_its_blocks_rise_from_flash_and_then_takes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +164,7 @@ def test_a_request_is_put_off_while_its_blocks_rise_from_flash_and_then_takes_th
     engine.stored(request)
     sidecar.stop()  # writes what is in DRAM only to flash
     sidecar.start()
-    wait_until(lambda: all(one.state == "attached" for one in engine.clients), "a new session")
+    sessions_anew(engine, 1)
     again = Request("b", list(request.all_token_ids))
     assert engine.planner.matched(again, 0) is None
     assert engine.planner.rising
@@ -165,7 +180,7 @@ def test_a_request_is_put_off_while_its_blocks_rise_from_flash_and_then_takes_th
     monkeypatch.setattr("kvist.engine.plugins.vllm.planning.FLASH_WAIT_S", 0.0)
     sidecar.stop()
     sidecar.start()
-    wait_until(lambda: all(one.state == "attached" for one in engine.clients), "a new session")
+    sessions_anew(engine, 2)
     late = Request("c", list(request.all_token_ids))
     assert engine.planner.matched(late, 0) == 0
     engine.planner.admitted(late, [5, 6, 7, 8], 0)
@@ -236,7 +251,7 @@ def changed(change: Callable[[Request], None]) -> bytes:
 
 def test_salt_and_adapter_each_make_another_namespace(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"lora")
-    lora = SimpleNamespace(lora_path=str(tmp_path), load_inplace=False)
+    lora = SimpleNamespace(lora_int_id=1, lora_path=str(tmp_path), load_inplace=False)
     digests = [
         NAMESPACE.digest(),
         changed(lambda one: setattr(one, "cache_salt", "acme:1")),
@@ -246,6 +261,28 @@ def test_salt_and_adapter_each_make_another_namespace(tmp_path: Path) -> None:
     assert digest_of(NAMESPACE, Request("a", [1]), Adapters()) == digests[0]
     (tmp_path / "adapter_model.safetensors").write_bytes(b"LORA")
     assert changed(lambda one: setattr(one, "lora_request", lora)) not in digests
+
+
+def test_an_adapter_whose_files_change_under_vllm_has_no_name_until_it_is_loaded_anew(
+    tmp_path: Path,
+) -> None:
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(b"lora")
+    request, adapters = Request("a", [1, 2, 3]), Adapters()
+    request.lora_request = SimpleNamespace(
+        lora_int_id=1, lora_path=str(tmp_path), load_inplace=False
+    )
+    assert not unnamed(request, adapters)
+    before = digest_of(NAMESPACE, request, adapters)
+    weights.write_bytes(b"another")  # vLLM goes on with what it has read
+    assert unnamed(request, adapters) == "adapter"
+    request.lora_request.lora_int_id = 2
+    assert not unnamed(request, adapters)
+    after = digest_of(NAMESPACE, request, adapters)
+    assert after != before
+    weights.unlink()  # between the two looks
+    assert digest_of(NAMESPACE, request, adapters) not in (before, after)
+    assert digest_of(NAMESPACE, request, adapters) != digest_of(NAMESPACE, request, adapters)
 
 
 def test_prompts_share_their_blocks_up_to_the_first_picture_that_differs() -> None:
@@ -284,7 +321,7 @@ def test_requests_without_names_are_counted_and_neither_found_nor_saved(engine: 
     assert counts["unnamed_requests.prompt_embeds"] == 1
     assert counts["miss_tokens.no_cache"] == 2 * SIZE
     lost = Request("b", [1])
-    lost.lora_request = SimpleNamespace(lora_path="/nowhere", load_inplace=False)
+    lost.lora_request = SimpleNamespace(lora_int_id=1, lora_path="/nowhere", load_inplace=False)
     assert unnamed(lost, Adapters()) == "adapter"
 
 

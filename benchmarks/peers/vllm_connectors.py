@@ -218,6 +218,7 @@ class Bench:
         self.counts: dict[str, Any] = {}
         self.lmcache_tokens_a_second: dict[str, float | None] = {}
         self.answers: dict[str, list[Any]] = {name: [] for name in arguments.connectors}
+        self.cached: dict[tuple[str, str, str], int] = {}
 
     def run(self) -> dict[str, Found]:
         """Tokens of the prompt -> what was measured."""
@@ -293,6 +294,8 @@ class Bench:
                     time.sleep(PAUSE_S)
                     reply = self._engines[name].first_tokens([prompt])
                     found[str(tokens)][name].setdefault(what, []).extend(reply["seconds"])
+                    key = str(tokens), name, what
+                    self.cached[key] = min(reply["cached"][0], self.cached.get(key, tokens))
                     if what != "own":
                         self.answers[name].append((what, tokens, number, reply["tokens"]))
 
@@ -305,6 +308,9 @@ def summary(bench: Bench, found: dict[str, Found]) -> dict[str, Any]:
             name: {f"{what}_ms": in_ms(seconds) for what, seconds in one.items()}
             for name, one in measured.items()
         }
+        for (length, name, what), cached in bench.cached.items():
+            if length == tokens:  # a hit that was none, or only a part of one, is to be seen
+                rows[name][f"{what}_cached_tokens_min"] = cached
         base = measured.get("none")
         for name, one in measured.items():
             if base is None or name == "none":

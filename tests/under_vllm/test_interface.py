@@ -144,6 +144,26 @@ def test_fields_that_are_read_of_vllms_objects_are_there() -> None:
     } <= fields(FullAttentionSpec)  # fmt: skip
 
 
+def test_fields_that_names_are_made_of_are_there() -> None:
+    from vllm.config import LoadConfig, ModelConfig
+    from vllm.config.multimodal import MultiModalConfig
+    from vllm.lora.request import LoRARequest
+
+    assert {
+        "model", "model_weights", "revision", "quantization", "hf_config", "hf_overrides",
+        "max_model_len", "multimodal_config",
+    } <= fields(ModelConfig)  # fmt: skip
+    assert {"load_format", "download_dir", "model_loader_extra_config"} <= fields(LoadConfig)
+    assert {"mm_processor_kwargs", "video_pruning_rate"} <= fields(MultiModalConfig)
+    assert {"lora_int_id", "lora_path", "load_inplace"} <= set(LoRARequest.__struct_fields__)
+
+
+def test_what_another_connectors_workers_said_is_refused() -> None:
+    connector = KvistConnector.__new__(KvistConnector)
+    with pytest.raises(ValueError, match="first in MultiConnector"):
+        connector.set_xfer_handshake_metadata({0: object()})
+
+
 @pytest.mark.parametrize("method", sorted(TIER_SIGNATURES))
 def test_signature_of_the_tiers(method: str) -> None:
     from vllm.v1.kv_offload.tiering.base import SecondaryTierManager

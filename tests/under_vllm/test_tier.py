@@ -275,9 +275,10 @@ def test_a_dead_sidecar_is_a_miss_and_every_job_ends(
     assert sidecar_metric(sidecar, "kvist_reserved_slots") == 0
 
 
-def test_a_reset_waits_for_what_is_under_way_and_events_tell_what_is_held(
+def test_after_a_reset_nothing_of_before_is_found_here_and_events_tell_what_is_held(
     start: Callable[[], Offloading],
 ) -> None:
+    """As after a change of weights, of which vLLM tells a tier no more than this."""
     one = start()
     context, keys = one.request("a", "prompt", 4)
     one.compute(context, keys, rows_of(len(keys), 1))
@@ -288,7 +289,24 @@ def test_a_reset_waits_for_what_is_under_way_and_events_tell_what_is_held(
     again, keys = one.request("b", "prompt", 4)
     one.manager.reset_cache()
     assert not one.manager.has_pending_work()
-    assert one.looked_up(again, keys) == [HIT] * 4  # from Kvist, which keeps them
+    assert one.looked_up(again, keys) == [MISS] * 4
+    assert {event.removed for event in one.manager.take_events()} == {True}
+    # A request that began before the reset has blocks of both weights.
+    one.compute(again, keys, rows_of(len(keys), 2))
+    one.finish(again)
+    fresh, keys = one.request("c", "prompt", 4)
+    one.manager.primary_tier.reset_cache()
+    assert one.looked_up(fresh, keys) == [MISS] * 4
+    made = one.compute(fresh, keys, rows_of(len(keys), 3))
+    one.manager.primary_tier.reset_cache()
+    late, keys = one.request("d", "prompt", 4)
+    assert one.looked_up(late, keys) == [HIT] * 4
+    assert np.array_equal(one.loaded(late, keys), made)
+    # For other processes all is there.
+    other = start()
+    elsewhere, keys = other.request("e", "prompt", 4)
+    assert other.looked_up(elsewhere, keys) == [HIT] * 4
+    assert np.array_equal(other.loaded(elsewhere, keys), rows_of(len(keys), 1))
 
 
 def test_names_that_do_not_name_the_content_are_not_kept(start: Callable[[], Offloading]) -> None:

@@ -14,7 +14,7 @@ from kvist.engine.plugins.common import (
     opaque_format,
 )
 from kvist.engine.plugins.sglang.memory import PageMemory
-from kvist.engine.plugins.vllm.identity import files_fingerprint
+from kvist.engine.plugins.vllm.identity import files_fingerprint, has_files
 from kvist.proto.keys import Namespace
 
 SUPPORTED = ("0.5.23",)
@@ -23,14 +23,16 @@ SUPPORTED = ("0.5.23",)
 ADDRESS = "kvist.cache"
 MODEL = "kvist.model"
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+MODEL_SUFFIXES = (*WEIGHT_SUFFIXES, ".json")
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".json", ".pt")
 
 # Of SGLang's own arguments, what changes the numbers in a page beside the weights.
 _ARGUMENTS = (
     "dtype", "quantization", "kv_cache_dtype", "quantization_param_path", "attention_backend",
     "prefill_attention_backend", "json_model_override_args", "load_format", "revision",
-    "speculative_algorithm", "speculative_draft_model_path",
+    "speculative_algorithm", "speculative_draft_model_path", "context_length",
+    "model_loader_extra_config", "mm_process_config",
 )  # fmt: skip
 
 
@@ -69,7 +71,7 @@ def model_name(settings: dict[str, Any], arguments: Any | None) -> str:
     Args:
         arguments: SGLang's ServerArgs; None when there are none.
 
-    Raises: ValueError: neither is there.
+    Raises: ValueError: neither is there, or weights come from elsewhere than the model's folder.
     """
     if settings.get(MODEL):
         return digest_text("named", str(settings[MODEL]))
@@ -80,7 +82,13 @@ def model_name(settings: dict[str, Any], arguments: Any | None) -> str:
         )
     path = str(arguments.model_path)
     folder = model_folder(path, getattr(arguments, "revision", None))
-    weights = path if folder is None else files_fingerprint(folder, WEIGHT_SUFFIXES)
+    weights = path if folder is None else files_fingerprint(folder, MODEL_SUFFIXES)
+    if folder is not None and not has_files(folder, WEIGHT_SUFFIXES):
+        # Two fine-tunes of one configuration would have one name.
+        raise ValueError(
+            f'KvistStorage: {folder} has no weights to know the model by; give "{MODEL}", a name '
+            "that no other weights have, in --hicache-storage-backend-extra-config"
+        )
     return digest_text("content", weights, *_adapters(arguments))
 
 

@@ -39,11 +39,12 @@ class Chunk:
     """A chunk's names.
 
     Attributes:
-        key: in the cache. tokens: what stands in its record for tokens.
+        namespace: digest. key: in the cache. tokens: what stands in its record for tokens.
         parent: key of the chunk before it in the request that asks, NO_KEY if it is not known.
         depth: chunks before it.
     """
 
+    namespace: bytes
     key: BlockKey
     tokens: bytes
     parent: BlockKey
@@ -58,7 +59,7 @@ class ChunkNames:
     """
 
     def __init__(self, digest: bytes, format: BlockFormat) -> None:
-        self._digest = digest
+        self.digest = digest
         self._format = format
         self._keys: dict[tuple[bytes, int], BlockKey] = {}
 
@@ -71,7 +72,7 @@ class ChunkNames:
         """
         if len(name) != NAME_BYTES:
             return None
-        key = BlockKey(hashlib.sha256(self._digest + name).digest()[:KEY_BYTES])
+        key = BlockKey(hashlib.sha256(self.digest + name).digest()[:KEY_BYTES])
         size = self._format.block_tokens
         parent = NO_KEY
         if end is not None:
@@ -79,7 +80,7 @@ class ChunkNames:
             self._keys[group, end] = key
             parent = self._keys.get((group, end - size), NO_KEY)
         depth = 0 if parent == NO_KEY or end is None else end // size - 1
-        return Chunk(key, name.ljust(4 * size, b"\0"), parent, depth)
+        return Chunk(self.digest, key, name.ljust(4 * size, b"\0"), parent, depth)
 
 
 @dataclass(slots=True)
@@ -106,14 +107,12 @@ class Courier:
 
     Args:
         cache: not closed here.
-        namespace: digest, of the chunks.
         rows: vLLM's host memory, shape (chunks, bytes of one).
         log: where faults of the threads are told.
     """
 
-    def __init__(self, cache: CacheClient, namespace: bytes, rows: Rows, log: Log) -> None:
+    def __init__(self, cache: CacheClient, rows: Rows, log: Log) -> None:
         self._cache = cache
-        self._namespace = namespace
         self._rows = rows
         self._log = log
         self._changed = threading.Condition()
@@ -190,7 +189,7 @@ class Courier:
             parent, depth = (chunk.parent, chunk.depth) if stands else (NO_KEY, 0)
             together.add(chunk.key)
             items.append(
-                StoreItem(chunk.key, parent, self._namespace, depth, chunk.tokens, self._rows[row])
+                StoreItem(chunk.key, parent, chunk.namespace, depth, chunk.tokens, self._rows[row])
             )
         dropped = self._cache.store(items).dropped if items else {}
         why = next(iter(dropped), "")
@@ -200,12 +199,14 @@ class Courier:
         return key != NO_KEY and self._cache.lookup([key]).blocks == 1
 
     def _load(self, job: Job) -> list[str]:
-        return [
-            "no_cache" if chunk is None else self._bring(chunk, row)
-            for chunk, row in zip(job.chunks, job.rows, strict=True)
-        ]
+        reasons: list[str] = []
+        for chunk, row in zip(job.chunks, job.rows, strict=True):
+            # A disk that is stuck is waited for once: other requests' loads wait behind this one.
+            patience_s = 0.0 if "flash_late" in reasons else LOAD_PATIENCE_S
+            reasons.append("no_cache" if chunk is None else self._bring(chunk, row, patience_s))
+        return reasons
 
-    def _bring(self, chunk: Chunk, row: int) -> str:
+    def _bring(self, chunk: Chunk, row: int, patience_s: float) -> str:
         out = self._rows[row]
-        wanted = Wanted(chunk.key, self._namespace, chunk.tokens, out.nbytes)
-        return self._cache.load(wanted, out, time.monotonic() + LOAD_PATIENCE_S) or ""
+        wanted = Wanted(chunk.key, chunk.namespace, chunk.tokens, out.nbytes)
+        return self._cache.load(wanted, out, time.monotonic() + patience_s) or ""

@@ -35,14 +35,19 @@ from kvist.cachesvc.client import CacheClient, open_cache
 from kvist.cachesvc.log import Log, debug_detail
 from kvist.engine.plugins.vllm.copying import Copier
 from kvist.engine.plugins.vllm.events import Events
-from kvist.engine.plugins.vllm.identity import check_version, namespace_of, refusal
+from kvist.engine.plugins.vllm.identity import (
+    ADDRESS,
+    check_version,
+    namespace_of,
+    refusal,
+    unknown_settings,
+)
 from kvist.engine.plugins.vllm.memory import BlockMemory, ScratchPage, map_memory, try_memory
 from kvist.engine.plugins.vllm.metrics import KvistPromMetrics, KvistStats
 from kvist.engine.plugins.vllm.plan import Handshake, Plan, Results
 from kvist.engine.plugins.vllm.planning import Planner, Roles, Work
 from kvist.engine.plugins.vllm.pool import PoolGauge
 
-ADDRESS = "kvist.cache"
 # A sidecar that is there answers in milliseconds; one that is not comes when it comes.
 ATTACH_WAIT_S = 2.0
 # With no step to compute, vLLM asks again and again whether a load has ended, and takes from the
@@ -69,6 +74,12 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if problem:
             raise ValueError(f"KvistConnector: {problem}")
         transfer = self._kv_transfer_config
+        unknown = unknown_settings(transfer.kv_connector_extra_config)
+        if unknown:
+            raise ValueError(
+                f"KvistConnector: kv_connector_extra_config has {', '.join(unknown)}, which it "
+                f'does not know; it knows "{ADDRESS}"'
+            )
         self._address = transfer.get_from_extra_config(ADDRESS, "")
         if not self._address:
             raise ValueError(
@@ -88,7 +99,6 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._rank = 0
         self._results: dict[str, list[tuple[int, str]]] = {}
         self._bad_blocks: set[int] = set()
-        self._is_idle = False
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -141,13 +151,12 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """
         assert isinstance(kv_connector_metadata, Plan)
         if self._copier is not None:
-            self._copier.wait_gathered()
+            self._copier.begin_step()
             for load in self._work(kv_connector_metadata).loads:
                 self._copier.load(load)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """The step's loads have begun already; none of them is for the step itself."""
-        self._is_idle = forward_context.attn_metadata is None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: a request runs when all its blocks are there."""
@@ -158,10 +167,9 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Nothing yet: blocks are copied whole, when the forward pass is over."""
 
     def wait_for_save(self) -> None:
-        """The forward pass is over: begin to copy what is complete."""
-        work = self._work(self._plan())
-        if self._copier is not None and work.saves:
-            self._copier.save(work.saves)
+        """The forward pass is over, or broken off: begin to copy what is complete."""
+        if self._copier is not None:
+            self._copier.end_step(self._work(self._plan()).saves)
 
     def _plan(self) -> Plan:
         plan = self._get_connector_metadata()
@@ -175,8 +183,9 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Loads that have ended; nothing is ever held for a store."""
         if self._copier is None:
             return None, None
-        ended = self._copier.take_ended(IDLE_WAIT_S if self._is_idle else 0.0)
-        if self._is_idle and not ended and self._plan().rising:
+        plan = self._plan()
+        ended = self._copier.take_ended(IDLE_WAIT_S if plan.idle else 0.0)
+        if plan.idle and not ended and plan.rising:
             time.sleep(RISE_WAIT_S)
         for job in ended:
             self._results[job.load.request] = [(job.came, job.reason)]
@@ -198,6 +207,11 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         """The workers have said what their blocks are."""
         handshakes = [metadata[rank] for rank in sorted(metadata)]
+        if not all(isinstance(one, Handshake) for one in handshakes):
+            raise ValueError(
+                "KvistConnector: vLLM handed over what another connector's workers said; list "
+                "KvistConnector first in MultiConnector's connectors"
+            )
         if len({one.namespace.format for one in handshakes}) != 1:
             raise ValueError("KvistConnector: the ranks of this model have blocks of several kinds")
         client = self._open("scheduler", handshakes[0], None)
@@ -246,7 +260,8 @@ class KvistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return Plan()
         if self._gauge is not None:
             self._planner.tell(self._gauge)
-        return Plan(self._planner.plan(scheduler_output), self._planner.rising)
+        works = self._planner.plan(scheduler_output)
+        return Plan(works, self._planner.rising, not scheduler_output.num_scheduled_tokens)
 
     def update_connector_output(self, connector_output: Any) -> None:
         """See Planner.loaded."""

@@ -6,6 +6,10 @@ over, while vLLM samples, answers and schedules; the next step begins by waiting
 (handle_preemptions, before anything is written), which by then has long ended: 16 blocks of 3 MB
 are 6 ms. So no block is held for a store: preemption, abort and reset_prefix_cache need nothing.
 
+vLLM ends a step whose forward pass was broken off (SIGTERM to a worker, Ctrl-C, an error) like any
+other, and its blocks hold what was never computed. None of them is stored, and nothing after it
+either: vLLM's own blocks may be wrong from then on.
+
 Loads. Two threads take blocks one by one, in order, verify each in a buffer and scatter it, from
 the beginning of the step that planned them. A request's load ends once, with the number of leading
 blocks that came.
@@ -14,6 +18,7 @@ blocks that came.
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -106,6 +111,10 @@ class Copier:
         self._buffers = max(1, BUFFERS_BYTES // memory.payload_bytes)
         self._room = self._buffers
         self._closing = threading.Event()
+        self._error: BaseException | None = None  # that was being handled when the step began
+        self._in_step = False
+        self._is_spoiled = False
+        self._staging = [self._new_buffer() for _ in range(LOADERS)]
         targets = [("kvist-load", self._run_loads)] * LOADERS
         targets += [("kvist-populate", self._run_populate)]
         targets += [("kvist-gather", self._run_gathers), ("kvist-store", self._run_stores)]
@@ -138,6 +147,29 @@ class Copier:
             self._loading -= len(ended)
         return ended
 
+    def begin_step(self) -> None:
+        """Wait until every block given to save has been copied out of vLLM's memory."""
+        if self._in_step:
+            self._spoil()
+        self._in_step, self._error = True, sys.exc_info()[1]
+        self.wait_gathered()
+
+    def end_step(self, saves: list[Save]) -> None:
+        """See save. What a step that is being broken off has left is not stored."""
+        self._in_step = False
+        if sys.exc_info()[1] is not self._error:
+            self._spoil()
+        if self._is_spoiled:
+            with self._lock:
+                self._counts["save_drops.step_failed"] += len(saves)
+        elif saves:
+            self.save(saves)
+
+    def _spoil(self) -> None:
+        if not self._is_spoiled:
+            self._is_spoiled = True
+            self._log.error("a step of vLLM was broken off: nothing is stored until it restarts")
+
     def save(self, saves: list[Save]) -> None:
         """Begin to copy blocks out; until wait_gathered they must not change."""
         taken: list[tuple[Save, Bytes]] = []
@@ -153,7 +185,7 @@ class Copier:
             self._gathers.put(taken)
 
     def wait_gathered(self) -> None:
-        """Wait until every block given to save has been copied out of vLLM's memory."""
+        """Wait until no block is being copied out of vLLM's memory."""
         with self._ended:
             while self._gathering:
                 self._ended.wait()
@@ -188,7 +220,7 @@ class Copier:
         self._memory.populate(self._closing)
 
     def _run_loads(self) -> None:
-        staging = self._new_buffer()
+        staging = self._staging.pop()
         while (job := self._jobs.get()) is not None:
             while (at := job.take()) is not None:
                 if job.give(at, self._bring(job.load, at, staging)):
@@ -225,15 +257,27 @@ class Copier:
             with self._lock:
                 self._free.append(buffer)
         while (taken := self._gathers.get()) is not None:
-            try:
-                for save, buffer in taken:
-                    self._memory.gather(save.block, buffer)
-            finally:  # a step must never wait for a thread that is no more
-                with self._ended:
-                    self._gathering -= 1
-                    self._ended.notify_all()
-            for one in taken:
+            gathered = self._gather(taken)
+            lost = taken[gathered:]
+            with self._ended:  # the next step waits for this, whatever happened
+                self._counts["save_drops.error"] += len(lost)
+                self._free.extend(buffer for _, buffer in lost)
+                self._room += len(lost)
+                self._gathering -= 1
+                self._ended.notify_all()
+            for one in taken[:gathered]:
                 self._stores.put(one)
+
+    def _gather(self, taken: list[tuple[Save, Bytes]]) -> int:
+        """Copy blocks out; how many of them."""
+        gathered = 0
+        try:
+            for save, buffer in taken:
+                self._memory.gather(save.block, buffer)
+                gathered += 1
+        except Exception as error:  # a mistake costs these blocks, not the thread
+            self._log.error("save failed", blocks=len(taken) - gathered, error=repr(error))
+        return gathered
 
     def _run_stores(self) -> None:
         more = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from kvist.proto.layout import DTYPE_BYTES, BlockFormat
 
 SUPPORTED = ("0.32",)
 """Releases of vLLM whose interface this plugin was tested with."""
+
+ADDRESS = "kvist.cache"
+"""The one setting in kv_connector_extra_config."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 _CHUNK_BYTES = 8 << 20
@@ -29,6 +32,11 @@ def check_version(version: str) -> None:
             "whose connector interface may differ. Install one of these releases, or a release of "
             "Kvist that names yours"
         )
+
+
+def unknown_settings(extra: Mapping[str, Any]) -> list[str]:
+    """Settings that are meant for this plugin and that it does not have, like misspelt ones."""
+    return sorted(name for name in extra if name.startswith("kvist") and name != ADDRESS)
 
 
 def refusal(config: Any, kv: Any) -> str:
@@ -98,6 +106,7 @@ def namespace_of(
         "dtype": str(config.model_config.dtype),
         "kv_dtype": str(config.cache_config.cache_dtype),
         "compiled": str(getattr(config.compilation_config.mode, "name", "NONE")),
+        "positions": positions(config.model_config),
         "rank": f"tp{rank}of{ranks}/pp0of1",
         "heads": head_range(config.model_config.get_total_num_kv_heads(), rank, ranks),
     }
@@ -126,10 +135,10 @@ def tier_namespace(
     config = spec.config
     name = config.model.name
     folder = Path(name)
-    if not model and not folder.is_dir():
+    if not model and not (folder.is_dir() and has_files(folder, WEIGHT_SUFFIXES)):
         raise ValueError(
             f'the tier cannot see what {name} is: put "model" into its configuration, words that '
-            "change when the weights do, or give vLLM the model as a folder"
+            "change when the weights do, or give vLLM the model as a folder with its weights"
         )
     sizes = {tokens * spec.blocks_per_chunk for tokens in spec.tokens_per_block}
     (tokens,) = sizes if len(sizes) == 1 else (0,)
@@ -177,23 +186,37 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+def positions(model: Any) -> str:
+    """What positions depend on besides the model's configuration: vLLM takes LongRoPE's long or
+    short factors by its own limit of length, whatever a prompt's length is."""
+    is_long = "longrope" in model.hf_config.to_json_string(use_diff=False)
+    return f"max_model_len={model.max_model_len}" if is_long else "configured"
+
+
 def model_name(config: Any) -> str:
     """Fingerprint of configuration and weights: by content where the files can be found."""
     model = config.model_config
     said = json.loads(model.hf_config.to_json_string(use_diff=False))
     for key in ("_name_or_path", "transformers_version"):
         said.pop(key, None)
-    folder = _model_folder(model.model, model.revision, config.load_config.download_dir)
-    weights = (
-        files_fingerprint(folder, WEIGHT_SUFFIXES)
-        if folder is not None and config.load_config.load_format != "dummy"
-        else f"{model.model}@{model.revision}"
-    )
+    load, media = config.load_config, getattr(model, "multimodal_config", None)
+    # These are not in vLLM's hash of a picture.
+    seen = [getattr(media, name, None) for name in ("mm_processor_kwargs", "video_pruning_rate")]
     parts = (
-        json.dumps(said, sort_keys=True), weights, str(model.quantization),
-        str(config.load_config.load_format), json.dumps(model.hf_overrides, default=repr),
+        json.dumps(said, sort_keys=True), _weights(model, load), str(model.quantization),
+        str(load.load_format), json.dumps(model.hf_overrides, default=repr),
+        repr(seen),
     )  # fmt: skip
     return _digest(*parts)
+
+
+def _weights(model: Any, load: Any) -> str:
+    # With weights in an object store, the folder has the model's configuration only.
+    remote = getattr(model, "model_weights", "")
+    folder = None if remote else _model_folder(model.model, model.revision, load.download_dir)
+    if folder is not None and load.load_format != "dummy" and has_files(folder, WEIGHT_SUFFIXES):
+        return files_fingerprint(folder, WEIGHT_SUFFIXES)
+    return f"{remote or model.model}@{model.revision} {load.model_loader_extra_config!r}"
 
 
 def _model_folder(model: str, revision: str | None, download_dir: str | None) -> Path | None:
@@ -208,6 +231,11 @@ def _model_folder(model: str, revision: str | None, download_dir: str | None) ->
     except Exception:  # not a name of the hub, or not kept here: the name must do
         return None
     return Path(found)
+
+
+def has_files(path: Path, suffixes: Sequence[str]) -> bool:
+    """Whether files_fingerprint has anything to look at. Raises: OSError."""
+    return path.is_file() or any(one.suffix in suffixes for one in path.iterdir())
 
 
 def files_fingerprint(path: Path, suffixes: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,23 +48,30 @@ class Save:
 
 
 class Adapters:
-    """Fingerprints of LoRA adapters by content, made once for each state of their files."""
+    """Fingerprints of LoRA adapters by content, made once.
+
+    vLLM goes on with what it has read when files are replaced under an adapter that it has, and
+    reads them when it has put the adapter away meanwhile: which of the two is not known here. What
+    is loaded anew is another adapter to vLLM, with a number of its own.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, tuple[tuple[str, int, int], ...]], str] = {}
+        self._known: dict[tuple[int, str], tuple[list[tuple[str, int, int]], str]] = {}
 
     def fingerprint(self, lora: Any) -> str | None:
-        """32 hex digits; None when the adapter's files are not to be found here."""
-        path = Path(lora.lora_path)
+        """32 hex digits; None when the adapter's files are not to be found here, or are not those
+        of the first time any more."""
+        path, name = Path(lora.lora_path), (lora.lora_int_id, lora.lora_path)
         try:
             files = sorted(one for one in path.iterdir() if one.suffix in ADAPTER_SUFFIXES)
             stats = [(one.name, one.stat()) for one in files]
-            key = str(path), tuple((name, at.st_mtime_ns, at.st_size) for name, at in stats)
-            if files and key not in self._known:
-                self._known[key] = files_fingerprint(path, ADAPTER_SUFFIXES)
+            state = [(file, at.st_mtime_ns, at.st_size) for file, at in stats]
+            if state and name not in self._known:
+                self._known[name] = state, files_fingerprint(path, ADAPTER_SUFFIXES)
         except OSError:
             return None
-        return self._known.get(key)
+        first, content = self._known.get(name, ([], ""))
+        return content if state and state == first else None
 
 
 def unnamed(request: Any, adapters: Adapters) -> str:
@@ -85,7 +93,9 @@ def unnamed(request: Any, adapters: Adapters) -> str:
 def digest_of(namespace: Namespace, request: Any, adapters: Adapters) -> bytes:
     """The namespace digest of one request: tenant and adapter included."""
     lora = request.lora_request
-    adapter = "" if lora is None else f"lora={adapters.fingerprint(lora)}"
+    # Should the files be gone since unnamed has looked, the name is nobody else's.
+    found = lora and (adapters.fingerprint(lora) or secrets.token_hex(16))
+    adapter = "" if lora is None else f"lora={found}"
     return replace(namespace, adapter=adapter, salt=request.cache_salt or "").digest()
 
 

@@ -32,10 +32,12 @@ class Plan(KVConnectorMetadata):  # type: ignore[misc]
     Attributes:
         works: by rank; empty when there is no cache.
         rising: a request is put off while its blocks rise from flash.
+        idle: nothing is computed in this step.
     """
 
     works: list[Work] = field(default_factory=list)
     rising: bool = False
+    idle: bool = False
 
 
 @dataclass

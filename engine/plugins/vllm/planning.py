@@ -119,6 +119,7 @@ class Planner:
         tracked = self._track(request)
         if self._roles.loads:
             self._look(tracked, 0)
+            tracked.rise_until = None  # its patience begins when its turn comes
 
     def matched(self, request: Any, computed_tokens: int) -> int | None:
         """Tokens to load behind those that vLLM has; None: ask again. May be asked repeatedly.
@@ -143,6 +144,8 @@ class Planner:
             external_tokens: of them to load; 0 is nothing.
         """
         tracked = self._track(request)
+        tracked.rise_until = None
+        self._put_off.pop(request.request_id, None)  # vLLM did not ask again: it wants nothing
         blocks = external_tokens // self._size
         if blocks < tracked.ready:
             # vLLM does not want them all, like for a request with prompt_logprobs.

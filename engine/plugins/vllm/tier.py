@@ -17,9 +17,11 @@ two threads, from vLLM's host memory to the sidecar's and back, once each way.
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import time
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -103,14 +105,14 @@ class KvistTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not ther
         rows = np.frombuffer(primary_kv_view, np.uint8).reshape(primary_kv_view.shape)
         device = str(current_platform.get_device_name())
         namespace = tier_namespace(offloading_spec, rows.shape[1], model, vllm.__version__, device)
-        self._names = (namespace.digest(), namespace.format)
+        self._namespace, self._digest = namespace, namespace.digest()
         log = Log(sys.stderr, detail=debug_detail("engine", os.environ))
         page = ScratchPage(BlockMemory(rows[None]), namespace.format)
         name = str(offloading_spec.config.model.name)
         self._cache = open_cache(cache, namespace, f"vllm-tier-{os.getpid()}", log, page, name)
         if not self._cache.wait_attached(ATTACH_WAIT_S):
             log.warning("no cache yet, serving without", address=cache)
-        self._courier = Courier(self._cache, namespace.digest(), rows, log)
+        self._courier = Courier(self._cache, rows, log)
         # Chunks whose load failed, until they are stored anew or the requests that know of them
         # end: vLLM asks at every step, and would load the same bytes again for ever.
         self._doomed: dict[OffloadKey, str] = {}
@@ -120,16 +122,19 @@ class KvistTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not ther
     def _asked(self, req_context: ReqContext) -> _Asked:
         asked: _Asked | None = req_context.get_state(_Asked)
         if asked is None:
-            asked = _Asked(ChunkNames(*self._names))
+            asked = _Asked(ChunkNames(self._digest, self._namespace.format))
             req_context.set_state(asked)
         return asked
 
     def _chunk(self, key: OffloadKey, req_context: ReqContext) -> Chunk | None:
-        end = req_context.get_offload_key_position(key)
-        return self._asked(req_context).names.chunk(key, end)
+        names = self._asked(req_context).names
+        if names.digest != self._digest:
+            return None  # computed in part before a reset, so of neither namespace
+        return names.chunk(key, req_context.get_offload_key_position(key))
 
     @override
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        self._asked(req_context)  # its chunks are of the namespace that is now
         return RequestOffloadingContext()
 
     @override
@@ -208,7 +213,7 @@ class KvistTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not ther
     def on_request_finished(self, req_context: ReqContext) -> None:
         """Account for what was asked, once."""
         asked = self._asked(req_context)
-        tokens = self._names[1].block_tokens
+        tokens = self._namespace.format.block_tokens
         hits: dict[str, int] = {}
         misses: dict[str, int] = {}
         for key, (said, is_hit) in asked.outcomes.items():
@@ -231,7 +236,18 @@ class KvistTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not ther
 
     @override
     def drain_jobs(self) -> None:
+        """vLLM calls this when it resets its cache, as after a change of weights, and only then.
+
+        It says no more than that to a tier. So, as in planning.py, from now on chunks are of a
+        namespace that nobody has had.
+        """
         self._courier.drain()
+        model = f"{self._namespace.model}/{secrets.token_hex(8)}"
+        self._namespace = replace(self._namespace, model=model)
+        self._digest = self._namespace.digest()
+        self._doomed.clear()
+        if self._held is not None:
+            self._held.forget()
 
     @override
     def shutdown(self) -> None:
