@@ -128,12 +128,14 @@ def test_a_sidecar_that_dies_at_random_costs_hits_and_no_answer(
     thread = threading.Thread(target=storm)
     thread.start()
     try:
-        for _ in range(6):
+        rounds = 0
+        while rounds < 6 or kills < 2:  # on a busy machine a sidecar takes seconds to start
             assert engine.answers(PROMPTS) == right
+            rounds += 1
+            assert rounds < 100, "the sidecar did not die twice"
     finally:
         done.set()
         thread.join()
-    assert kills > 1
     wait_until(lambda: sidecar_metric(sidecar, "kvist_sessions") == 2, "both halves to be back")
     assert engine.answers(PROMPTS) == right  # stored anew
     comes_from_dram(engine, sidecar, right)
