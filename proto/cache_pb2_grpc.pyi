@@ -53,7 +53,9 @@ class CacheStub:
     Stats: _grpc.UnaryUnaryMultiCallable[_cache_pb2.StatsRequest, _cache_pb2.StatsReply]
     """What the service holds and has done."""
     Clear: _grpc.UnaryUnaryMultiCallable[_cache_pb2.ClearRequest, _cache_pb2.ClearReply]
-    """Drops every block, or every block of one namespace."""
+    """Drops every block, or every block of one namespace. From the first moment on nobody finds them;
+    the answer comes when they are gone, up to 20 us a block later. What is stored meanwhile stays.
+    """
     Pin: _grpc.UnaryUnaryMultiCallable[_cache_pb2.PinRequest, _cache_pb2.PinReply]
     """Makes the cached blocks of a prompt go later than others: a priority that decays, never a
     promise. See cachesvc/placing/pins.py.
@@ -96,7 +98,9 @@ class CacheAsyncStub(CacheStub):
     Stats: _aio.UnaryUnaryMultiCallable[_cache_pb2.StatsRequest, _cache_pb2.StatsReply]  # type: ignore[assignment]
     """What the service holds and has done."""
     Clear: _aio.UnaryUnaryMultiCallable[_cache_pb2.ClearRequest, _cache_pb2.ClearReply]  # type: ignore[assignment]
-    """Drops every block, or every block of one namespace."""
+    """Drops every block, or every block of one namespace. From the first moment on nobody finds them;
+    the answer comes when they are gone, up to 20 us a block later. What is stored meanwhile stays.
+    """
     Pin: _aio.UnaryUnaryMultiCallable[_cache_pb2.PinRequest, _cache_pb2.PinReply]  # type: ignore[assignment]
     """Makes the cached blocks of a prompt go later than others: a priority that decays, never a
     promise. See cachesvc/placing/pins.py.
@@ -184,7 +188,9 @@ class CacheServicer(metaclass=_abc_1.ABCMeta):
         request: _cache_pb2.ClearRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cache_pb2.ClearReply, _abc.Awaitable[_cache_pb2.ClearReply]]:
-        """Drops every block, or every block of one namespace."""
+        """Drops every block, or every block of one namespace. From the first moment on nobody finds them;
+        the answer comes when they are gone, up to 20 us a block later. What is stored meanwhile stays.
+        """
 
     @_abc_1.abstractmethod
     def Pin(
