@@ -275,6 +275,11 @@ class Storm:
         writer.send_signal(signal.SIGKILL)
         writer.wait()
 
+    def stop_writers(self) -> None:
+        """Kill all of them."""
+        while self._writers:
+            self._kill_writer(0)
+
     def check_acknowledged(self) -> None:
         """What has ever been seen on flash is there in this life too."""
         self.lost |= {key for key in self.watch.acknowledged if not self.watch.on_flash(key)}
@@ -296,8 +301,7 @@ class Storm:
 
     def finish(self) -> None:
         """End the writers, restart once more, read everything, look for slots that leaked."""
-        while self._writers:
-            self._kill_writer(0)
+        self.stop_writers()
         self.watch.look(self.chains)
         self.sidecar.kill()
         self.start_sidecar()
@@ -319,8 +323,7 @@ class Storm:
 
     def close(self) -> None:
         """End whatever runs."""
-        while self._writers:
-            self._kill_writer(0)
+        self.stop_writers()
         self.watch.detach()
         if self.sidecar.running:
             self.sidecar.stop()
