@@ -71,8 +71,7 @@ class Chain:
 
     def __init__(self, number: int) -> None:
         draw = np.random.default_rng(number)
-        blocks = int(draw.integers(1, CHAIN_BLOCKS_MAX + 1))
-        tokens = _own_tokens(number)[: blocks * BLOCK_TOKENS]
+        tokens = _own_tokens(number)[: int(draw.integers(1, CHAIN_BLOCKS_MAX + 1)) * BLOCK_TOKENS]
         if number % 3 == 2:
             tokens = np.concatenate([_own_tokens(number - 1)[: 8 * BLOCK_TOKENS], tokens])
         self.keys = block_keys(DIGEST, tokens, BLOCK_TOKENS)
@@ -241,10 +240,9 @@ class Storm:
         self.watch.attach()
 
     def _start_writer(self) -> None:
-        part = ["--writer", str(self.sidecar.socket), str(self._table), str(self._lives)]
-        command = [sys.executable, str(Path(__file__).resolve()), *part, str(self.chains)]
-        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-        self._writers.append(subprocess.Popen(command, env=environment))
+        words = [self.sidecar.socket, self._table, self._lives, self.chains]
+        command = [sys.executable, str(Path(__file__).resolve()), "--writer", *map(str, words)]
+        self._writers.append(subprocess.Popen(command, env={**os.environ, "PYTHONSAFEPATH": "1"}))
         self._lives += 1
 
     def step(self) -> str:
