@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from sim.cached_core import BLOCK_TOKENS, SETTINGS, prompt
 from sim.core_thread import CoreThread
 from sim.models import tiny_llama
 
@@ -21,15 +21,7 @@ from kvist.engine.request import CACHE_BYPASS
 from kvist.engine.weights import load_model
 from kvist.proto.errors import ConfigInvalid
 
-BLOCK_TOKENS = 16
-POOL_BYTES = 1 << 20  # 128 pages, 2048 tokens
-VOCAB = 256
 Start = Callable[..., CoreThread]
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    draw = random.Random(seed)
-    return [draw.randrange(3, VOCAB) for _ in range(length)]
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +31,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def settings(model: str, folder: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model": model,
-        "device": "cpu",
-        "dtype": "float32",
-        "block_tokens": BLOCK_TOKENS,
-        "kv_cache_bytes": POOL_BYTES,
-        "max_num_batched_tokens": 256,
-        "threads": 1,
-        "cache_dram_bytes": 16 << 20,
-        "cache_flash_bytes": 0,
-        "cache_flash_path": str(folder / "flash"),
-        **more,
-    }
+    flash = str(folder / "flash")
+    return {"model": model, **SETTINGS, "cache_flash_path": flash, **more}
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ cannot be read, a disk that is late. Nothing wrong is stored then, and nobody wa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from sim import vllm_fixtures as fixtures
 from sim.fake_cache import FakeCache
-from sim.sidecar import QUIET, Sidecar
+from sim.sidecar import QUIET
 from sim.vllm_engine import Engine, Request, prompt, step
 from sim.vllm_memory import NAMESPACE, SIZE
 
@@ -23,20 +23,7 @@ from kvist.proto.keys import NO_KEY, block_keys
 from kvist.proto.record import Bytes, Wanted
 from kvist.transfer.device import Target
 
-
-@pytest.fixture(scope="module")
-def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
-    made = Sidecar(tmp_path_factory.mktemp("vllm-plugin"), ["--slot-bytes", "16KiB"])
-    made.start()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def engine(sidecar: Sidecar) -> Iterator[Engine]:
-    made = Engine(sidecar)
-    yield made
-    made.close()
+sidecar, engine = fixtures.sidecar, fixtures.engine
 
 
 def broken_off(copier: Copier, saves: list[Save]) -> None:

@@ -4,13 +4,14 @@ it out, and requests that have the fields which the plugin reads (pinned in unde
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sim import vllm_fixtures as fixtures
 from sim.sidecar import QUIET, Sidecar, wait_until
 from sim.vllm_engine import Engine, Request, prompt, step
 from sim.vllm_memory import NAMESPACE, SIZE
@@ -29,20 +30,7 @@ from kvist.engine.plugins.vllm.planning import Planner, Roles
 from kvist.engine.plugins.vllm.pool import STEP_BLOCKS, PoolGauge
 from kvist.proto.keys import BlockKey, block_keys
 
-
-@pytest.fixture(scope="module")
-def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
-    made = Sidecar(tmp_path_factory.mktemp("vllm-plugin"), ["--slot-bytes", "16KiB"])
-    made.start()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def engine(sidecar: Sidecar) -> Iterator[Engine]:
-    made = Engine(sidecar)
-    yield made
-    made.close()
+sidecar, engine = fixtures.sidecar, fixtures.engine
 
 
 def test_blocks_that_were_saved_come_back_into_other_blocks_byte_for_byte(engine: Engine) -> None:

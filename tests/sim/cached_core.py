@@ -25,6 +25,17 @@ POOL_BYTES = 1 << 20  # 128 pages, 2048 tokens
 PROMPT_TOKENS = 500
 BLOCKS = 31
 VOCAB = 256
+# Of an engine that such prompts fill.
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "block_tokens": BLOCK_TOKENS,
+    "kv_cache_bytes": POOL_BYTES,
+    "max_num_batched_tokens": 256,
+    "threads": 1,
+    "cache_dram_bytes": 16 << 20,
+    "cache_flash_bytes": 0,
+}
 Answer = list[tuple[int, float]]
 
 
@@ -41,18 +52,7 @@ class Cached:
     """
 
     def __init__(self, model: str, folder: Path, cache: str = "embedded", **more: Any) -> None:
-        config: dict[str, Any] = {
-            "device": "cpu",
-            "dtype": "float32",
-            "block_tokens": BLOCK_TOKENS,
-            "kv_cache_bytes": POOL_BYTES,
-            "max_num_batched_tokens": 256,
-            "threads": 1,
-            "cache": cache,
-            "cache_dram_bytes": 16 << 20,
-            "cache_flash_bytes": 0,
-            **more,
-        }
+        config = {**SETTINGS, "cache": cache, **more}
         self.log = io.StringIO()
         parts = open_parts(EngineConfig(model=model, **config), Log(self.log), time.monotonic)
         self.core = CoreThread(folder, parts, **config)
