@@ -107,10 +107,25 @@ def test_a_flash_tail_that_is_slower_than_computing_is_computed_and_dram_before_
     assert (choice.blocks, choice.skipped) == (6, 4)
 
 
-def test_with_no_rates_everything_is_loaded() -> None:
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("followed", [True, False])
+def test_until_both_sides_were_measured_everything_is_loaded(alone: bool, followed: bool) -> None:
     model = CostModel(BLOCK_BYTES, BLOCK)
-    assert model.choose(0, ["dram"] * 6 + ["flash"] * 4, 700, 0, True).blocks == 10
+    tiers = ["dram"] * 6 + ["flash"] * 40
+
+    def loads(what: list[str]) -> bool:
+        return model.choose(0, what, len(what) * BLOCK + 12, 0, alone, followed).blocks == len(what)
+
+    assert loads(tiers)
+    assert loads(tiers[:6])
     assert model.rates_shown() == {}
+    model.loaded(["dram"] * 6, 2.0)  # a very slow memory, but nobody knows what computing takes
+    assert loads(tiers[:6])
+    model.prefill.observe(512, 512 * 256, 0.01)
+    assert not loads(tiers[:6])
+    assert loads(tiers)  # nothing is known of flash yet
+    model.loaded(["flash"] * 40, 10.0)
+    assert not loads(tiers)
 
 
 def test_loads_that_are_queued_count() -> None:

@@ -162,6 +162,7 @@ def test_blocks_that_are_cheaper_to_compute_do_not_rise_and_are_counted_as_such(
     weigher = bench.connector.weigher
     assert weigher is not None
     weigher.cost.loaded(["flash"] * 3, 1e3)
+    weigher.cost.prefill.observe(64, 64 * 32, 0.01)
     one = bench.add(HIGH)
     assert bench.cache.prefetched == []
     step = bench.scheduler.schedule(bench.now_s)

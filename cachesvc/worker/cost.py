@@ -6,7 +6,7 @@
 Rates are means that forget, the second line is fitted by recursive least squares that forget. A
 load that runs beside the computation costs what is longer of the two; one that must rise from flash
 before it, or would hold up the computation of others, costs both. Of all prefixes of what was found
-the cheapest is loaded, the rest computed.
+the cheapest is loaded, the rest computed. Until both sides were measured, all of it is loaded.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from kvist.proto.shm import NEVER
 
 # Hand-over to a thread, headers, the result: 0.4 to 0.8 ms of a load, whatever its size.
 START_S = 0.0006
-# Until something was measured: a slow memory, a slow disk, and a computation that is slower than
-# either on every machine that we know, so that the first requests load and thereby measure.
+# Until something was measured: a slow memory, a slow disk, a fast computation. They bound waits and
+# are shown; no choice is made by them.
 PRIOR_BYTES_PER_S = {"dram": 3e9, "flash": 0.5e9}
 PRIOR_TOKEN_S = 1 / 5000
 # A load of so many bytes moves the mean half-way.
@@ -188,7 +188,8 @@ class CostModel:
         total = np.where(is_serial, load_s + compute_s, np.maximum(load_s, compute_s))
         # Of those that are about as good the longest: it leaves the cores to others.
         best = int(np.flatnonzero(total <= MARGIN * total.min())[-1])
-        if self._avoided >= TRY_AGAIN:
+        known = self.prefill.steps and all(self.rates[tier].measured for tier in set(tiers))
+        if not known or self._avoided >= TRY_AGAIN:
             best = len(tiers)
         return Choice(best, len(tiers) - best, float(load_s[best]), float(compute_s[best]))
 
