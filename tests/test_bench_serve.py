@@ -341,6 +341,7 @@ def test_the_peers_benchmark_measures_our_engine_in_every_figure(model: Path) ->
     [
         (("latency",), "--model"),
         (("latency", "x", "--batch-size", "0"), "--batch-size"),
+        (("latency", "x", "--num-iters-warmup", "-1"), "--num-iters-warmup"),
         (("throughput", "/no/such/model"), "/no/such/model"),
         (("serve", "--dataset-name", "sharegpt", "--base-url", "ftp:/x"), "--base-url"),
         (("serve", "--ramp-up-strategy", "linear"), "--ramp-up-start-rps"),
