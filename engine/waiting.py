@@ -85,12 +85,12 @@ class Ages:
             first = oldest[one.priority]
             if one.since_s is not None and (first is None or one.number < first.number):
                 oldest[one.priority] = one
-        for one in oldest:
-            if one is None or now < self._next_s[one.priority]:
+        for priority, first in enumerate(oldest):
+            if first is None or now < self._next_s[priority]:
                 continue
-            if one.rank_at(now, self._aging_s) < one.rank:
-                self._next_s[one.priority] = now + self._aging_s
-                yield one
+            if first.rank_at(now, self._aging_s) < first.rank:
+                self._next_s[priority] = now + self._aging_s
+                yield first
 
 
 def by_class(sequences: Iterable[Sequence]) -> tuple[int, ...]:
