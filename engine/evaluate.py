@@ -107,7 +107,8 @@ def evaluate(
     threads: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Score]:
-    """Compute the tokens in float32 and in each mode; modes that this machine lacks are left out.
+    """Compute the tokens in float32 and in each mode; modes that this machine lacks are left out,
+    and those that compute with the same weights as one before.
 
     The log-probabilities of float32 are kept meanwhile: 4 bytes a token and word of the vocabulary.
 
@@ -126,7 +127,8 @@ def evaluate(
         raise ConfigInvalid(f"--threads: {threads} is out of range; give 1 or more")
     torch.set_num_threads(threads)
     exact = [part.log_softmax(-1) for part in _logits(model, REFERENCE, tokens, threads)[1]]
-    scores = []
+    scores: list[Score] = []
+    seen: set[tuple[str, str]] = set()
     for mode in (REFERENCE, *modes):
         progress(f"{mode.dtype}, quantization {mode.quantization}")
         try:
@@ -135,8 +137,10 @@ def evaluate(
             if len(modes) == 1:
                 raise
             continue
-        if mode.quantization == "auto" and not loaded.groups and len(modes) > 1:
-            continue  # the file has no codes: it is what none is
+        what = loaded.dtype, loaded.fingerprint
+        if what in seen and len(modes) > 1:
+            continue  # auto of a file without codes is none; int8 of one in 4 bits is auto
+        seen.add(what)
         scores.append(_score(mode, loaded, tokens, exact, parts))
     return scores
 
