@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import uvloop
-from prometheus_client import CollectorRegistry
 
 from kvist.cachesvc.api.answers import Answers
 from kvist.cachesvc.api.desk import Desk
@@ -27,13 +26,14 @@ from kvist.cachesvc.config import SidecarConfig, add_flags, as_toml, load_config
 from kvist.cachesvc.core.beat import Beat, call_on
 from kvist.cachesvc.core.space import check_space
 from kvist.cachesvc.core.store import Store, StoreConfig, StoreStats
-from kvist.cachesvc.events.figures import EventFigures
+from kvist.cachesvc.events.figures import event_use
 from kvist.cachesvc.events.journal import Journal
 from kvist.cachesvc.events.publisher import Publisher
 from kvist.cachesvc.folders import OwnedFolder, sweep
 from kvist.cachesvc.log import Log, debug_detail
 from kvist.cachesvc.tracer import Tracer, open_tracer
 from kvist.cachesvc.view.dashboard import Dashboard
+from kvist.cachesvc.view.document import Document
 from kvist.cachesvc.view.metrics import Metrics
 from kvist.proto.errors import ConfigInvalid, FormatRefused, KvistError
 from kvist.proto.numa import chosen_nodes, memory_nodes
@@ -117,13 +117,14 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
         stop.set()
 
     def read() -> StoreStats:
-        return call_on(loop, store.stats, STATS_TIMEOUT_S)
+        stats = call_on(loop, store.stats, STATS_TIMEOUT_S)
+        return stats if publisher is None else replace(stats, kv_events=event_use(publisher))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    registry = CollectorRegistry()
     async with AsyncExitStack() as stack:
-        journal = _open_events(config, registry, log, stack)
+        publisher = _open_events(config, log, stack)
+        journal = None if publisher is None else publisher.journal
         settings = replace(store_config(config, arena_folder), journal=journal)
         store = Store(settings, loop.call_soon_threadsafe, time.monotonic, log)
         store.on_made = freeze
@@ -137,18 +138,14 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
         desk.tracer = tracer
         desk.start(store.calls_path)
         stack.callback(desk.stop)
-        server = Server(CacheService(store, beat, fail), config.socket, config.listen, tracer)
+        document = Document(read, version("kvist"))
+        service = CacheService(store, beat, fail, document.text)
+        server = Server(service, config.socket, config.listen, tracer)
         await server.start()
         stack.push_async_callback(server.stop)
         calls = {"grpc": server.calls, "packet": desk.calls}
-        metrics = Metrics(registry, read, calls, version("kvist"))
-        page_url = ""
-        if config.http_listen:
-            page = Dashboard(config.http_listen, read, metrics.text, version("kvist"))
-            page.start()
-            # The page's threads wait for the loop, so the loop must not wait for them.
-            stack.push_async_callback(asyncio.to_thread, page.close)
-            page_url = page.url
+        metrics = Metrics(read, calls, version("kvist"))
+        page_url = _open_page(config, document, metrics, stack)
         freeze()
         _say_ready(log, config, server.listen, page_url)
         await stop.wait()
@@ -157,23 +154,32 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
     return EXIT_FAILED if failures else EXIT_OK
 
 
-def _open_events(
-    config: SidecarConfig, registry: CollectorRegistry, log: Log, stack: AsyncExitStack
-) -> Journal | None:
-    """The journal of a store whose events are published, ended by stack; None: events are off.
+def _open_events(config: SidecarConfig, log: Log, stack: AsyncExitStack) -> Publisher | None:
+    """Who publishes a store's events, ended by stack; None: events are off.
 
     Raises: ConfigInvalid: an address cannot be bound.
     """
     events = config.kv_events_config
     if events is None:
         return None
-    journal = Journal()
-    publisher = Publisher(events, journal, log)
+    publisher = Publisher(events, Journal(), log)
     stack.callback(publisher.close)
-    EventFigures(registry, publisher)
     replay = events.replay_endpoint or "off"
     log.info("kv events on", endpoint=events.endpoint, replay=replay, topic=events.topic)
-    return journal
+    return publisher
+
+
+def _open_page(
+    config: SidecarConfig, document: Document, metrics: Metrics, stack: AsyncExitStack
+) -> str:
+    """Where the page answers, ended by stack; "": there is none. Raises: ConfigInvalid."""
+    if not config.http_listen:
+        return ""
+    page = Dashboard(config.http_listen, document, metrics.text)
+    page.start()
+    # The page's threads wait for the loop, so the loop must not wait for them.
+    stack.push_async_callback(asyncio.to_thread, page.close)
+    return page.url
 
 
 def _open_tracer(config: SidecarConfig, stack: AsyncExitStack) -> Tracer | None:

@@ -16,7 +16,7 @@ from kvist.proto.metrics import Definition as D
 from kvist.proto.shm import MISS_REASONS, NEVER, TIERS
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
-STORE_DROPS = ("queue_full", "no_parent", "full", "share", "torn", "detached")
+STORE_DROPS = ("queue_full", "no_parent", "full", "share", "index_full", "torn", "detached")
 """Why a block is not stored: the queue's reasons, and those of StoreResult."""
 
 # vLLM's own bounds, so that its dashboards draw the same heat maps.

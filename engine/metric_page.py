@@ -70,8 +70,8 @@ _SIDECAR = """## The sidecar
 `/stats.json`: `tiers[tier].slots` is the field `slots` of each item of `tiers`, whose own `tier`
 is the label. Histograms are its `histograms` of that name. The calls and the version stand beside
 the store's figures. What workers measure (look-ups, loads, stores, estimates) they tell twice a
-second, through words of their ring files, without a call. With KV events on there are also those
-of [events.md](events.md), `kvist_kv_event_...`.
+second, through words of their ring files, without a call. What KV events are is in
+[events.md](events.md).
 
 """
 

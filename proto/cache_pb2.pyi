@@ -377,18 +377,24 @@ class CommitReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COMMITTED_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def committed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
-        """one per slot; false: the record did not hold what was reserved"""
+        """one per slot"""
+
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """one per slot, empty where committed; "no_parent": the block before"""
 
     def __init__(
         self,
         *,
         committed: _abc.Iterable[_builtins.bool] | None = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "reasons", b"reasons"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -512,12 +518,17 @@ Global___PrefetchReply: _TypeAlias = PrefetchReply  # noqa: Y015
 class StatsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    DOCUMENT_FIELD_NUMBER: _builtins.int
+    document: _builtins.bool
+    """the reply is its document and nothing else"""
     def __init__(
         self,
+        *,
+        document: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -696,12 +707,15 @@ class StatsReply(_message.Message):
     EVICTION_FIELD_NUMBER: _builtins.int
     WHAT_IF_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    DOCUMENT_FIELD_NUMBER: _builtins.int
     boot_epoch: _builtins.bytes
     uptime_s: _builtins.float
     sessions: _builtins.int
     reserved_slots: _builtins.int
     requested_tokens: _builtins.int
     blocks: _builtins.int
+    document: _builtins.str
+    """JSON: all that /stats.json says, the advice and tenants included"""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierStats]: ...
     @_builtins.property
@@ -737,10 +751,11 @@ class StatsReply(_message.Message):
         eviction: _abc.Iterable[Global___EvictionStats] | None = ...,
         what_if: _abc.Iterable[Global___WhatIf] | None = ...,
         workers: _abc.Iterable[Global___WorkerStats] | None = ...,
+        document: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "boot_epoch", b"boot_epoch", "eviction", b"eviction", "hit_tokens", b"hit_tokens", "miss_tokens", b"miss_tokens", "requested_tokens", b"requested_tokens", "reserved_slots", b"reserved_slots", "sessions", b"sessions", "tiers", b"tiers", "uptime_s", b"uptime_s", "what_if", b"what_if", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "boot_epoch", b"boot_epoch", "document", b"document", "eviction", b"eviction", "hit_tokens", b"hit_tokens", "miss_tokens", b"miss_tokens", "requested_tokens", b"requested_tokens", "reserved_slots", b"reserved_slots", "sessions", b"sessions", "tiers", b"tiers", "uptime_s", b"uptime_s", "what_if", b"what_if", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

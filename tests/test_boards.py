@@ -136,7 +136,8 @@ class Run:
 
     def start(self) -> None:
         """All three; the engine is started while the sidecar starts."""
-        settings = {**SIDECAR, "shm_dir": str(self.folder / "shm")}
+        events = json.dumps({"endpoint": f"ipc://{self.folder}/events"})
+        settings = {**SIDECAR, "shm_dir": str(self.folder / "shm"), "kv_events_config": events}
         self.sidecar = LocalSidecar(self.folder / "sidecar", settings)
         model = str(tiny_llama(self.folder / "model", 1))
         flags = ("--cache", str(self.sidecar.socket), *ENGINE)

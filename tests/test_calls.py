@@ -79,6 +79,7 @@ def test_what_is_wrong_with_a_call_is_said_and_the_next_one_works(
     commit = cache_pb2.CommitRequest(session=client._life.session, slots=[1, 2])
     reply = calls.send(COMMIT, commit, cache_pb2.CommitReply).result()
     assert list(reply.committed) == [False, False]
+    assert list(reply.reasons) == ["torn", "torn"]
 
 
 @pytest.mark.parametrize("packet", [b"\1\xff\xff\xff", b"\2" + bytes(1000), b"\0", b"\1"])

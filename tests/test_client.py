@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from kvist.cachesvc.client import CacheClient, open_cache
 from kvist.proto import cache_pb2
 from kvist.proto.cache_pb2_grpc import CacheStub
 from kvist.proto.errors import ConfigInvalid
-from kvist.proto.keys import NO_KEY
+from kvist.proto.keys import NO_KEY, BlockKey
 
 HERE = Path(__file__).resolve().parent
 
@@ -237,6 +238,19 @@ def test_block_without_its_parent_is_dropped_and_so_are_its_children(sidecar: Si
     prompt = Prompt(6, 4)
     assert client.store(prompt.items[1:]).dropped == {"no_parent": 3}
     assert client.tiers(prompt.keys) == ()
+
+
+def test_a_worker_is_told_when_the_index_has_no_room_where_a_key_belongs(sidecar: Sidecar) -> None:
+    client = sidecar.client()
+    assert client._life is not None
+    buckets = client._life.index.buckets
+    items = []
+    for number in range(1, 13):
+        halves = (number * buckets, (number + 99) * buckets)  # both name the first bucket
+        key = BlockKey(b"".join(half.to_bytes(8, "little") for half in halves))
+        items.append(replace(Prompt(number, 1).items[0], key=key))
+    result = client.store(items)
+    assert (result.stored, dict(result.dropped)) == (8, {"index_full": 4})
 
 
 def test_tenants_with_different_salts_never_see_each_others_blocks(sidecar: Sidecar) -> None:

@@ -80,6 +80,8 @@ class Bench:
 
     def close(self) -> None:
         self.arena.unpin(self.pages)
+        if isinstance(self.copies, DelayedCopies):
+            self.copies.close()
         self.arena.close()
         self.tier.close()
 

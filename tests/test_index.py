@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from kvist.cachesvc.catalog.index import IndexReader, IndexWriter, Location, bucket_count
+from kvist.cachesvc.catalog.index import IndexReader, IndexWriter, Location
+from kvist.cachesvc.catalog.index_file import SPARE_BUCKETS, bucket_count
 from kvist.proto.errors import FormatRefused, TierFull
 from kvist.proto.keys import BlockKey, origin_of
 from kvist.proto.shm import BUCKET_ROWS, DEPARTURES, FLASH_FAILED, FLASH_READY, FLASH_REBUILDING
@@ -130,10 +132,20 @@ def test_key_of_zeros_is_no_free_row(reader: IndexReader) -> None:
     assert reader.find(BlockKey(bytes(16))) is None
 
 
-def test_index_has_seven_quarters_of_a_row_a_slot_and_less_than_a_bucket_over() -> None:
+def test_index_has_seven_quarters_of_a_row_a_slot_and_some_spare_buckets() -> None:
     for slots in (1, 4, 5, 1000, 4096, 4097):
-        rows = bucket_count(slots) * BUCKET_ROWS
+        rows = (bucket_count(slots) - SPARE_BUCKETS) * BUCKET_ROWS
         assert 1.75 * slots <= rows < 1.75 * slots + BUCKET_ROWS
+
+
+@pytest.mark.parametrize("slots", [9, 40])
+def test_a_small_cache_that_is_always_full_has_room_for_every_key(path: Path, slots: int) -> None:
+    random, index, stored = Random(3), IndexWriter(path, slots, 0, 8192, EPOCH), list[int]()
+    for _ in range(60_000):
+        if len(stored) == slots:
+            index.remove(stored.pop(random.randrange(slots)))
+        stored.append(index.insert(BlockKey(random.randbytes(16)), len(stored), None))
+    index.close()
 
 
 def test_an_index_as_full_as_its_tiers_can_make_it_refuses_next_to_nothing(path: Path) -> None:

@@ -7,16 +7,16 @@ import json
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvist.cachesvc.core.report import EvictionUse, TierUse
 from kvist.cachesvc.core.store import StoreStats
+from kvist.cachesvc.events.figures import EventUse
 from kvist.cachesvc.placing.counts import Counts
 from kvist.cachesvc.study.whatif import Estimate
 from kvist.cachesvc.view import dashboard
-from kvist.cachesvc.view.dashboard import stats_document
 from kvist.cachesvc.view.definitions import TIER_STATES
+from kvist.cachesvc.view.document import stats_document
 from kvist.cachesvc.view.metrics import Metrics
 from kvist.proto.errors import Detached
 from kvist.proto.shm import COUNTERS, MISS_REASONS, TIERS
@@ -46,7 +46,7 @@ def stats(**changes: object) -> StoreStats:
 
 def scrape(now: StoreStats) -> dict[tuple[str, ...], float]:
     calls = {"grpc": {"Attach": 2}, "packet": {"Commit": 3}}
-    text = Metrics(CollectorRegistry(), lambda: now, calls, "1.2.3").text().decode()
+    text = Metrics(lambda: now, calls, "1.2.3").text().decode()
     samples: dict[tuple[str, ...], float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -90,6 +90,20 @@ def test_what_if_curve_is_shown() -> None:
     assert json.loads(json.dumps(document))["what_if"]["dram"][0]["capacity_blocks"] == 50
 
 
+def test_what_routers_were_told_is_shown_where_events_are_on() -> None:
+    told = {"stored": {"CPU": 7, "STORAGE": 0}, "removed": {"CPU": 2, "STORAGE": 0}}
+    use = EventUse(told, clears=1, batches=12, answers={"replay": 3, "snapshot": 0}, pending=5)
+    seen = scrape(stats(kv_events=use))
+    assert seen["kvist_kv_event_blocks_total", "stored", "CPU"] == 7
+    assert seen["kvist_kv_event_blocks_total", "removed", "STORAGE"] == 0, "from the start"
+    assert seen["kvist_kv_event_clears_total",] == 1
+    assert seen["kvist_kv_event_batches_total",] == 12
+    assert seen["kvist_kv_event_answers_total", "replay"] == 3
+    assert seen["kvist_kv_event_pending",] == 5
+    assert stats_document(stats(kv_events=use), "1")["kv_events"]["blocks"] == told
+    assert not any(name[0].startswith("kvist_kv_event") for name in scrape(stats()))
+
+
 def test_a_tier_is_in_exactly_one_state() -> None:
     seen = scrape(stats())
     for tier, state in (("dram", "ready"), ("flash", "failed")):
@@ -124,7 +138,7 @@ def test_nothing_is_read_before_a_scrape_and_a_store_that_is_gone_is_an_error() 
     def gone() -> StoreStats:
         raise Detached("the store has stopped")
 
-    metrics = Metrics(CollectorRegistry(), gone, {}, "1")
+    metrics = Metrics(gone, {}, "1")
     with pytest.raises(Detached):
         metrics.text()
 

@@ -97,7 +97,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 def serve(made: Cluster) -> Run:
     """Two tenants and a nameless one, hits of each tier, misses of several reasons."""
-    sidecar = made.sidecar(**SMALL)
+    events = json.dumps({"endpoint": f"ipc://{made.folder}/events"})
+    sidecar = made.sidecar(**SMALL, kv_events_config=events)
     a = made.engine("a", str(sidecar.socket), *FLAGS)
     run = Run(sidecar, [a])
     long = tokens(1, 40)

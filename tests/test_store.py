@@ -21,7 +21,7 @@ from kvist.cachesvc.catalog.index import IndexReader
 from kvist.proto.errors import BlockCorrupt, BlockMissing, ConfigInvalid, FormatRefused
 from kvist.proto.keys import NO_KEY, BlockKey
 from kvist.proto.record import RecordShape, pack_header
-from kvist.proto.shm import CORRUPT, MISS_REASONS, PREFETCH, TIERS, TOUCH
+from kvist.proto.shm import BUCKET_ROWS, CORRUPT, MISS_REASONS, PREFETCH, TIERS, TOUCH
 from kvist.proto.slot import fill_slot
 
 
@@ -108,6 +108,31 @@ def test_commit_of_another_record_than_was_reserved_is_refused(
     assert worker.commit([slot]) == [False]
     assert bench.tiers([parent, child]) == ["dram"]
     assert worker.put([child]) == ["stored"]
+    check(bench)
+
+
+def test_a_commit_that_is_refused_says_why(bench: Bench, worker: Worker) -> None:
+    session, buckets = worker.info.session, bench.parts.index.buckets
+
+    def one(number: int, below: Block | None = None) -> Block:
+        """A block whose key belongs into the first bucket alone."""
+        block, halves = tree_block(number, below), (number * buckets, (number + 9) * buckets)
+        key = BlockKey(b"".join(half.to_bytes(8, "little") for half in halves))
+        return Block(replace(block.header, key=key), block.payload)
+
+    def commit(*blocks: Block) -> list[str]:
+        slots = [answer.slot or 0 for answer in worker.reserve(blocks)]
+        for slot, block in zip(slots, blocks, strict=True):
+            worker.fill(slot, block)
+        return list(bench.store.commit(session, slots))
+
+    assert commit(*map(one, range(1, BUCKET_ROWS + 1))) == [""] * BUCKET_ROWS
+    first = one(BUCKET_ROWS + 1)
+    assert commit(first, tree_block(100, first)) == ["index_full", "no_parent"]
+    assert bench.store.commit(session, [0]) == ["torn"], "not the session's"
+    counts = bench.parts.placement.counts
+    assert (counts.index_refused, counts.commits_refused) == (1, 1)
+    assert bench.store.stats().reserved_slots == 0
     check(bench)
 
 

@@ -133,6 +133,59 @@ def test_a_screen_says_the_hit_rate_the_reasons_and_the_hottest_prefix() -> None
     assert "75.0 %" in "\n".join(line.plain for line in gone), "the last figures stay"
 
 
+BROKEN = {
+    "health": "One thing broken; requests are served all the same",
+    "advice": [
+        {"level": "bad", "code": "x", "what": "Flash is off, input/output error.", "do": "Mend it."}
+    ],
+    "ttft": [{"tier": "none", "median_s": 1.25}, {"tier": "dram", "median_s": 0.2}],
+}
+
+
+def broken_scene() -> Scene:
+    flash = {
+        "tier": "flash", "state": "failed", "slots": 10, "used_slots": 0, "slot_bytes": 1 << 20,
+        "evicted_blocks": 0, "written_blocks": 0, "read_blocks": 0,
+        "failure": "segment-00000: Input/output error",
+    }  # fmt: skip
+    figures = stats(0, 0) | BROKEN
+    window = Window()
+    window.add(Reading(0.0, figures | {"tiers": [*figures["tiers"], flash]}))
+    return Scene("here", window.now(), "", [RUN])
+
+
+def test_what_is_broken_comes_first_on_a_small_screen_too() -> None:
+    for width, height in ((80, 24), (60, 12)):
+        lines = [line.plain for line in screen(broken_scene(), Shown(), width, height)]
+        assert lines[1].startswith("health   One thing broken; requests are served")
+        assert "Flash is off" in " ".join(lines[1:3])
+        assert any("segment-00000: Input/output error" in line for line in lines)
+    text = "\n".join(line.plain for line in screen(broken_scene(), Shown(), 80, 24))
+    assert "ttft     nothing 1.250 s  dram 0.200 s  cached, median" in text
+    assert "abababababab" in text, "there is room for the view that was chosen"
+
+
+def test_a_tall_screen_shows_all_views_and_the_chosen_one_first() -> None:
+    lines = [line.plain.strip() for line in screen(broken_scene(), Shown("workers"), 100, 60)]
+    at = [lines.index(name) for name in ("health", "tenants", "eviction", "prefixes")]
+    assert at == sorted(at)
+    assert lines.index("no worker is attached") < at[0]
+    assert "bad  Flash is off, input/output error. Mend it." in lines
+    assert any(line.startswith("acme ") for line in lines)
+    low = "\n".join(line.plain for line in screen(broken_scene(), Shown("workers"), 100, 30))
+    assert "Mend it" not in low
+
+
+def test_of_an_older_sidecar_it_says_what_is_not_known() -> None:
+    old = {name: value for name, value in stats(5, 5).items() if name not in ("worth", "tenants")}
+    del old["health"], old["advice"]
+    window = Window()
+    window.add(Reading(0.0, old))
+    for tab in ("tenants", "health"):
+        what = screen(Scene("here", window.now()), Shown(tab), 80, 24)  # type: ignore[arg-type]
+        assert any("older than the tool" in line.plain for line in what)
+
+
 def test_keys_change_the_view_and_others_do_not() -> None:
     shown = Shown()
     assert shown.pressed("\t").tab == "workers"
@@ -248,6 +301,35 @@ def test_in_a_terminal_it_shows_figures_answers_keys_and_quits(where: list[str])
     terminal.press("q")
     assert terminal.end() == 0
     assert left_as_it_was(terminal.output)
+
+
+def test_a_socket_says_as_much_as_the_page_and_nothing_flickers(tmp_path: Path) -> None:
+    sidecar = Sidecar(tmp_path, ("--http-listen", ""))  # nobody else remembers
+    sidecar.start()
+    client = sidecar.client("worker-c")
+    prompt = Prompt(3, 4)
+    client.store(prompt.items)
+    client.count(100, {"dram": 60}, {"tail": 40})
+    terminal = Terminal("top", "--socket", str(sidecar.socket), "--interval", "0.2")
+    at = terminal.wait_for(b"q quit")
+    terminal.wait_for(b"health   ")
+    terminal.wait_for(b"worth it ")
+    terminal.press("4")
+    at = terminal.wait_for(b"60.0 %", at)
+    terminal.press("5")
+    terminal.wait_for(b"nothing to improve", at)
+    terminal.press("p")
+    terminal.wait_for(b"PAUSED", at)
+    terminal.read()
+    at = len(terminal.output)
+    time.sleep(0.5)
+    terminal.read()
+    assert len(terminal.output) == at, "a screen that stands still is not written again"
+    drawn = terminal.output[terminal.output.find(b"q quit") :]
+    assert not re.search(rb"\x1b\[[0-3]?[JK]", drawn), "drawn over, never erased"
+    terminal.press("q")
+    assert terminal.end() == 0
+    sidecar.close()
 
 
 @pytest.mark.parametrize(

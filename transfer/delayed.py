@@ -61,6 +61,10 @@ class DelayedLane:
         """See Lane."""
         return DelayedMark(self._thread.submit(lambda: None))
 
+    def close(self) -> None:
+        """Make the copies that were asked for; none is asked for any more."""
+        self._thread.shutdown()
+
     def _copy(self, target: Bytes, source: Bytes) -> None:
         def late() -> None:
             time.sleep(self._delay_s)
@@ -85,10 +89,20 @@ class DelayedCopies:
         self._delay_s = delay_s
         self.registered: dict[int, int] = {}
         self._fetches = ThreadPoolExecutor(1, "kvist-fetch")
+        self._lanes: list[DelayedLane] = []
 
     def lane(self) -> DelayedLane:
         """See Copies."""
-        return DelayedLane(self._pages, self._delay_s)
+        lane = DelayedLane(self._pages, self._delay_s)
+        self._lanes.append(lane)
+        return lane
+
+    def close(self) -> None:
+        """End the threads, which would else last until the collector finds them unused. A device's
+        streams go with their lanes."""
+        for lane in self._lanes:
+            lane.close()
+        self._fetches.shutdown()
 
     def staging(self, count: int) -> Bytes:
         """See Copies."""

@@ -114,9 +114,9 @@ class Answers:
         """Make filled slots visible."""
         _check_length("session", request.session.encode(), 1, SESSION_BYTES_MAX)
         _check_count("slots", len(request.slots), SLOTS_MAX)
-        committed = self._store.commit(request.session, list(request.slots))
-        tell_committed(self._store, request, committed)
-        return cache_pb2.CommitReply(committed=committed)
+        losses = self._store.commit(request.session, list(request.slots))
+        tell_committed(self._store, request, losses)
+        return cache_pb2.CommitReply(committed=[not loss for loss in losses], reasons=losses)
 
     def abort(self, request: cache_pb2.AbortRequest) -> cache_pb2.AbortReply:
         """Take slots back unfilled."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from kvist.cachesvc.core.intake import Loss
 from kvist.cachesvc.core.store import Reserved, Store
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.worker.storing import REQUEST_CHARS_MAX
@@ -32,16 +33,14 @@ def tell_reserved(
         log.detail(2, "reserved", **fields, blocks=len(answers), **fates, **named)
 
 
-def tell_committed(
-    store: Store, request: cache_pb2.CommitRequest, committed: Sequence[bool]
-) -> None:
+def tell_committed(store: Store, request: cache_pb2.CommitRequest, losses: Sequence[Loss]) -> None:
     """Of a Commit: how many blocks are there now."""
     log = _log_of(store)
     if log is not None:
-        lost = len(committed) - sum(committed)
-        fields = {"session": request.session, "blocks": len(committed)}
+        lost = Counter[str](loss for loss in losses if loss)
+        fields: dict[str, object] = {"session": request.session, "blocks": len(losses)}
         if lost:
-            log.detail(1, "blocks not committed", **fields, lost=lost)
+            log.detail(1, "blocks not committed", **fields, lost=lost.total(), **lost)
         else:
             log.detail(2, "committed", **fields)
 

@@ -85,9 +85,17 @@ class CacheService(cache_pb2_grpc.CacheServicer):
         store: open.
         beat: told of every call, so that a busy store is ticked often.
         on_failure: told of an error that is none of the tree, which is a broken invariant.
+        document: what Stats says where all is asked for, as JSON; called on another thread.
     """
 
-    def __init__(self, store: Store, beat: Beat, on_failure: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        beat: Beat,
+        on_failure: Callable[[Exception], None],
+        document: Callable[[], str],
+    ) -> None:
+        self._document = document
         self._store = store
         self._on_failure = on_failure
         self._answers = Answers(store)
@@ -173,8 +181,13 @@ class CacheService(cache_pb2_grpc.CacheServicer):
     async def Stats(
         self, request: cache_pb2.StatsRequest, context: Context
     ) -> cache_pb2.StatsReply:
-        """What the service holds and has done."""
-        return await self._reply(self._answers.stats, request, context)
+        """What the service holds and has done; all of it is put together on another thread."""
+        try:
+            if not decoded(request).document:
+                return await self._reply(self._answers.stats, request, context)
+            return cache_pb2.StatsReply(document=await asyncio.to_thread(self._document))
+        except KvistError as error:
+            await _refuse(context, error)
 
     async def Clear(
         self, request: cache_pb2.ClearRequest, context: Context
@@ -340,7 +353,9 @@ class Server:
         try:
             return int(self._server.add_insecure_port(address))
         except RuntimeError as error:
-            raise ConfigInvalid(f"{key}: cannot listen on {address}: {error}") from None
+            raise ConfigInvalid(
+                f"{key}: cannot listen on {address}: {error}; give another address"
+            ) from None
 
     async def stop(self) -> None:
         """Say so to health checks, end the sessions, let other calls finish for a moment."""

@@ -129,8 +129,8 @@ class Blocks:
         """Number of a stored block's namespace in spaces, or as hide gave it; -1 of a free row."""
         return self._space[row]
 
-    def spaces_of(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
-        """The same of many."""
+    def spaces_of(self, rows: NDArray[np.int64] | slice) -> NDArray[np.int32]:
+        """The same of many; of a slice it is what is there at any time."""
         return np.asarray(self._space)[rows]
 
     def space_blocks(self, space: int) -> int:
@@ -174,9 +174,10 @@ class Blocks:
             rows = np.flatnonzero(np.asarray(self._space) != _NO_SPACE)
         else:
             rows = self.in_spaces([self._space_ids.get(namespace, _NO_SPACE - 1)])
-        return [int(row) for row in self._deepest_first(rows)]
+        return [int(row) for row in self.deepest_first(rows)]
 
-    def _deepest_first(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def deepest_first(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of stored blocks, children before their parents."""
         heights = -np.asarray(self.depth)[rows]
         heights -= heights.min(initial=0)
         # By radix where 16 bits will do.
@@ -195,12 +196,63 @@ class Blocks:
         of_one = self._space_ids.get(namespace or b"")
         numbers = list(self.spaces) if namespace is None else [of_one] if of_one is not None else []
         rows = self.in_spaces(numbers)
-        self.index.hidden.add(rows)  # in the order in which they lie in memory
+        self.index.hidden.add(rows, "cleared")  # in the order in which they lie in memory
         for number in numbers:
             digest = self._hidden_spaces[number] = self.spaces.pop(number)
             del self._space_ids[digest]
         self.spaces_version += 1
-        return self._deepest_first(rows), frozenset(numbers)
+        return self.deepest_first(rows), frozenset(numbers)
+
+    def hide_trees(self, rows: NDArray[np.int64], why: str) -> tuple[frozenset[int], list[int]]:
+        """Have nobody find some blocks any more, whatever stands on them included; as hide.
+
+        Their namespaces stay, and they get numbers of their own. What they stood on forgets them.
+
+        Args:
+            rows: of blocks that are found, and all that stand on these; one at least.
+            why: see catalog/hidden.REASONS.
+
+        Returns: the numbers that they have now, and the rows of what they stood on.
+        """
+        spaces, parent, hidden = np.asarray(self._space), np.asarray(self.parent), self.index.hidden
+        marks = np.zeros(self.index.rows, np.bool_)
+        marks[rows] = True
+        rows = np.flatnonzero(marks)  # in the order in which they lie in memory
+        hidden.add(rows, why)
+        cut = rows[parent[rows] != NO_ROW]
+        cut = cut[~hidden.are(parent[cut])]
+        bereft = parent[cut].tolist()
+        for row in cut.tolist():
+            self._detach(row)
+        numbers = []
+        for mine in by_value(rows, spaces[rows]):
+            numbers.append(self._spaces_seen)
+            self._move_space(mine, int(spaces[mine[0]]), self._spaces_seen)
+            spaces[mine] = self._spaces_seen
+            self._spaces_seen += 1
+        self.spaces_version += 1
+        return frozenset(numbers), bereft
+
+    def _move_space(self, rows: NDArray[np.int64], space: int, number: int) -> None:
+        """Count some blocks of a namespace as those of a hidden one."""
+        self._hidden_spaces[number] = self.spaces[space]
+        self._space_blocks[number] = len(rows)
+        in_dram, on_flash = self.index.copies(rows)
+        on_flash |= np.frombuffer(self._sinking, np.bool_)[rows]
+        for tier, held in (("dram", in_dram), ("flash", on_flash)):
+            copies, moved = self.copies[tier], int(np.count_nonzero(held))
+            copies[number] = moved
+            copies[space] = copies.get(space, 0) - moved
+        self._count_out(space, len(rows))
+
+    def _detach(self, row: int) -> None:
+        """Its parent forgets a block that nobody is to find."""
+        parent = self.parent[row]
+        self._leave_siblings(row)
+        self.dram_children[parent] -= self.index.dram(row) is not None
+        self.flash_children[parent] -= self.reaches_flash(row)
+        self.parent[row] = NO_ROW
+        self.next_sibling[row] = self._previous_sibling[row] = NO_ROW
 
     def in_spaces(self, numbers: Sequence[int]) -> NDArray[np.int64]:
         """Rows of the stored blocks of some namespaces, given by their numbers in spaces."""
@@ -214,16 +266,6 @@ class Blocks:
         while row != NO_ROW:
             rows.append(row)
             row = parent[row]
-        return rows
-
-    def subtree(self, row: int) -> list[int]:
-        """A block and all that stand on it, parents before their children."""
-        rows = [row]
-        for parent in rows:  # grows meanwhile
-            child = self.first_child[parent]
-            while child != NO_ROW:
-                rows.append(child)
-                child = self.next_sibling[child]
         return rows
 
     # Copies. A block whose last copy goes is forgotten, its row is free.
@@ -301,6 +343,13 @@ class Blocks:
     def _forget(self, row: int) -> None:
         assert self.first_child[row] == NO_ROW, "a block goes after all that stand on it"
         assert not self._sinking[row]
+        self._leave_siblings(row)
+        space = self._space[row]
+        self._space[row] = _NO_SPACE
+        self._count_out(space, 1)
+        self.index.remove(row)
+
+    def _leave_siblings(self, row: int) -> None:
         parent, elder = self.parent[row], self.next_sibling[row]
         younger = self._previous_sibling[row]
         if younger != NO_ROW:
@@ -309,8 +358,6 @@ class Blocks:
             self.first_child[parent] = elder
         if elder != NO_ROW:
             self._previous_sibling[elder] = younger
-        self._leave_space(row)
-        self.index.remove(row)
 
     def _enter_space(self, namespace: bytes) -> int:
         """Number of a namespace; one without blocks is forgotten: old tenants cost nothing."""
@@ -324,10 +371,9 @@ class Blocks:
         self._space_blocks[space] += 1
         return space
 
-    def _leave_space(self, row: int) -> None:
-        space = self._space[row]
-        self._space[row] = _NO_SPACE
-        self._space_blocks[space] -= 1
+    def _count_out(self, space: int, blocks: int) -> None:
+        """So many blocks of a namespace are not of it any more."""
+        self._space_blocks[space] -= blocks
         if not self._space_blocks[space]:
             del self._space_blocks[space]
             self.block_tokens.pop(space, None)
@@ -336,6 +382,14 @@ class Blocks:
                 copies.pop(space, None)
             if self._hidden_spaces.pop(space, None) is None:
                 del self._space_ids[self.spaces.pop(space)]
+
+
+def by_value(rows: NDArray[np.int64], values: NDArray[np.int32]) -> list[NDArray[np.int64]]:
+    """Rows, one at least, parted by a value of each."""
+    if (values == values[0]).all():
+        return [rows]
+    order = np.argsort(values, kind="stable")
+    return np.split(rows[order], np.flatnonzero(np.diff(values[order])) + 1)
 
 
 def _per_row(rows: int, value: int) -> memoryview:

@@ -2,9 +2,6 @@
 
 The bytes are those of proto/shm.py. A row that was given to a key keeps its number until the key
 is removed, so row numbers serve as block ids in the sidecar's own tables.
-
-Sizes: 7 rows for 4 slots, so a bucket of 8 holds 4.6 keys on average; with two buckets to choose
-from, both full is then so rare that a block is refused (and counted) and no row is moved.
 """
 
 from __future__ import annotations
@@ -20,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvist.cachesvc.catalog.departed import Departed, Origins, departed_buckets
-from kvist.cachesvc.catalog.hidden import Hidden, inverse
-from kvist.cachesvc.catalog.index_file import file_bytes, map_index
+from kvist.cachesvc.catalog.hidden import REASONS, Hidden, masked
+from kvist.cachesvc.catalog.index_file import bucket_count, file_bytes, map_index
 from kvist.cachesvc.catalog.location import (
     Location,
     dram_copies,
@@ -58,8 +55,6 @@ from kvist.proto.shm import (
 from kvist.proto.verify import VERIFY, Verify
 
 __all__ = ["Location", "pack_location", "unpack_location"]
-
-ROWS_PER_4_SLOTS = 7
 
 _HALVES = Struct("<QQ")
 _FREE_KEY = bytes(KEY_BYTES)
@@ -189,11 +184,15 @@ class _Table:
         state = self.flash_state
         if self._word_at(key) and state != FLASH_READY:
             return "flash_rebuilding" if state == FLASH_REBUILDING else "flash_off"
-        is_hidden = self._word_at(key, inverse(key))
-        departure = "cleared" if is_hidden else self.departed.reason(key)
+        departure = self._hidden_for(key) or self.departed.reason(key)
         if state == FLASH_REBUILDING and departure != "corrupt":
             return "flash_rebuilding"
         return departure or ("flash_off" if state == FLASH_UNREAD else "never_stored")
+
+    def _hidden_for(self, key: BlockKey) -> str:
+        """Why a block was given up that is not dropped yet; "" when none was."""
+        numbers = range(1, len(REASONS))
+        return next((REASONS[at] for at in numbers if self._word_at(key, masked(key, at))), "")
 
     def close(self) -> None:
         """Unmap; nothing is looked up after it."""
@@ -217,15 +216,6 @@ class IndexReader(_Table):
 def _key_at(row: int) -> int:
     bucket, way = divmod(row, BUCKET_ROWS)
     return HEADER_BYTES + bucket * BUCKET_BYTES + way * KEY_BYTES
-
-
-def bucket_count(slots: int) -> int:
-    """Buckets of an index for that many slots.
-
-    As many as it takes and not the next power of two: each row costs the sidecar 24 bytes here
-    and about 50 in its own tables, and there would be up to 4 a slot.
-    """
-    return max(1, -(-slots * ROWS_PER_4_SLOTS // (4 * BUCKET_ROWS)))
 
 
 class IndexWriter(_Table):
@@ -309,7 +299,8 @@ class IndexWriter(_Table):
         """Key of a used row."""
         start = _key_at(row)
         key = self._map[start : start + KEY_BYTES]
-        return inverse(key) if self.hidden.of[row] else BlockKey(key)
+        number = self.hidden.of[row]
+        return masked(key, number) if number else BlockKey(key)
 
     def is_free(self, row: int) -> bool:
         """Whether a row holds no block."""
@@ -330,9 +321,18 @@ class IndexWriter(_Table):
 
     def count_dram(self, rows: NDArray[np.int64]) -> int:
         """How many of some rows' blocks have a copy in DRAM."""
+        return int(np.count_nonzero(dram_copies(self._locations(rows))))
+
+    def copies(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which of some rows' blocks have a copy in DRAM, and which on flash."""
+        words = self._locations(rows)
+        return dram_copies(words), words >> np.uint64(32) != 0
+
+    def _locations(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         positions = rows // BUCKET_ROWS * (_BUCKET_WORDS - BUCKET_ROWS) + rows
-        words = np.frombuffer(self._words, np.uint64)[positions + _HEADER_WORDS + _KEYS_WORDS]
-        return int(np.count_nonzero(dram_copies(words)))
+        positions += _HEADER_WORDS + _KEYS_WORDS
+        words: NDArray[np.uint64] = np.frombuffer(self._words, np.uint64)[positions]
+        return words
 
     def flash(self, row: int) -> int | None:
         """Flash slot of a row's block, or None."""

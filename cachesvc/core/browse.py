@@ -323,7 +323,7 @@ class Browser:
                 "reached without it; say that they are to go, too"
             )
         rows = self._leaves_first(row)
-        self._placement.drop_all(rows, "cleared")
+        self._placement.drop_all(np.array(rows, np.int64), "cleared")
         more = rows[-1] != row
         self._parts.log.info("evicted by hand", key=key.hex(), blocks=len(rows), more=more)
         return len(rows), more

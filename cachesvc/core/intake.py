@@ -20,13 +20,17 @@ from kvist.cachesvc.placing.admission import Admission
 from kvist.cachesvc.placing.expiry import Expiry
 from kvist.cachesvc.placing.placement import Placement
 from kvist.cachesvc.placing.tenancy import Group
-from kvist.proto.errors import BlockCorrupt, KvistError, TierFull
+from kvist.proto.errors import BlockCorrupt, BlockMissing, KvistError, TierFull
 from kvist.proto.keys import NO_KEY, TRIAL_PREFIX, BlockKey
 from kvist.proto.record import BlockHeader, Bytes, checksum, unpack_header
 from kvist.proto.slot import fill_slot, payload_of
 
 Outcome = Literal["reserved", "present", "refused"]
 Refusal = Literal["", "full", "share", "no_parent"]
+Loss = Literal["", "no_parent", "index_full", "torn"]
+"""Why a filled slot was not committed; "" it was. no_parent: the block before has gone meanwhile.
+index_full: no row is free where its key belongs. torn: the slot does not hold what was reserved, or
+is not the session's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +175,11 @@ class Intake:
         if row is not None:
             self._placement.offer(row)
 
-    def commit(self, session: Session, slots: Sequence[int]) -> list[bool]:
+    def commit(self, session: Session, slots: Sequence[int]) -> list[Loss]:
         """Make filled slots visible, parents before their children.
 
-        Returns: one answer per slot; False when the session did not hold it, its record is not
-            what was reserved, or its parent is not stored. The slot is given back then.
+        Returns: one answer per slot, "" when its block is stored. If it is not, the slot is given
+            back.
         """
         rows: list[int] = []
         answers = [self._commit_one(session, slot, rows) for slot in slots]
@@ -187,10 +191,10 @@ class Intake:
             self._placement.offer(row)
         return answers
 
-    def _commit_one(self, session: Session, slot: int, rows: list[int]) -> bool:
+    def _commit_one(self, session: Session, slot: int, rows: list[int]) -> Loss:
         reservation = self._sessions.release(session, slot)
         if reservation is None:
-            return False
+            return "torn"
         try:
             header = self._placement.dram.header(slot)
             if (header.key, header.parent) != (reservation.key, reservation.parent):
@@ -198,13 +202,14 @@ class Intake:
             rows.append(self._enter(header, slot))
             if reservation.origin and reservation.parent == NO_KEY:
                 self._placement.index.origins.note(reservation.origin, header.namespace)
-            return True
-        except KvistError:
-            self._placement.counts.commits_refused += 1
+            return ""
+        except KvistError as error:
+            loss = _loss(error)
+            self._placement.counts.commits_refused += loss != "index_full"  # that is counted
             self._claims.settle(reservation.key)
             self._placement.free_dram(slot, reservation.group)
             self._offer_parent(reservation.parent)
-            return False
+            return loss
 
     def _enter(self, header: BlockHeader, slot: int) -> int:
         """Store what a slot holds; its row. The caller lets uses tell, when its batch is over.
@@ -233,14 +238,14 @@ class Intake:
         return row
 
     def _parent(self, header: BlockHeader) -> int:
-        """Row of the block before. Raises: BlockCorrupt when it is not there or does not fit."""
+        """Row of the block before. Raises: BlockMissing. BlockCorrupt when it does not fit."""
         if header.parent == NO_KEY:
             if header.depth:
                 raise BlockCorrupt("a block without a parent is not the first")
             return NO_ROW
         blocks, row = self._placement.blocks, self._placement.index.locate(header.parent)
         if row is None:
-            raise BlockCorrupt("the block before is not stored")
+            raise BlockMissing("the block before is not stored")
         if blocks.depth[row] + 1 != header.depth or blocks.namespace(row) != header.namespace:
             raise BlockCorrupt("the block does not follow the one before")
         return row
@@ -280,7 +285,7 @@ class Intake:
         return "stored"
 
     def _put(self, header: BlockHeader, payload: Bytes) -> int:
-        """Raises: TierFull, BlockCorrupt when it does not fit what is stored."""
+        """Raises: TierFull, BlockMissing, BlockCorrupt when it does not fit what is stored."""
         placement = self._placement
         self._parent(header)
         self._sessions.await_child(header.parent)
@@ -294,3 +299,9 @@ class Intake:
         except KvistError:
             placement.dram.free(slot)
             raise
+
+
+def _loss(error: KvistError) -> Loss:
+    if isinstance(error, TierFull):
+        return "index_full"
+    return "no_parent" if isinstance(error, BlockMissing) else "torn"

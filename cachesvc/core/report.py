@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from kvist.cachesvc.core.accounts import TenantUse, Worth, tenant_uses, worth_of_tiers
 from kvist.cachesvc.core.sessions import Session, Sessions
+from kvist.cachesvc.events.figures import EventUse
 from kvist.cachesvc.flash.budget import Wear
 from kvist.cachesvc.placing.moves import Moves
 from kvist.cachesvc.placing.placement import Placement
@@ -133,6 +134,7 @@ class StoreStats:
         attached: the workers, longest first.
         prefixes: used most, see study/hottest.
         block_tokens: tokens of a block, of the worker that attached last.
+        kv_events: what routers were told; None: events are off.
     """
 
     boot_epoch: bytes
@@ -161,6 +163,7 @@ class StoreStats:
     sessions_opened: int = 0
     queued_blocks: dict[str, int] = field(default_factory=dict)
     flash_busy_s: dict[str, float] = field(default_factory=dict)
+    kv_events: EventUse | None = None
 
 
 def tier_uses(placement: Placement, moves: Moves) -> tuple[TierUse, ...]:

@@ -22,7 +22,7 @@ from typing import Literal
 
 from kvist.cachesvc.catalog.blocks import name_of
 from kvist.cachesvc.core.host import Host
-from kvist.cachesvc.core.intake import Reserved
+from kvist.cachesvc.core.intake import Loss, Reserved
 from kvist.cachesvc.core.parts import Maker, Parts, StoreConfig, sweep
 from kvist.cachesvc.core.report import StoreStats, store_stats, unopened_flash
 from kvist.cachesvc.core.sessions import First, Session, SessionInfo, Sessions
@@ -210,7 +210,7 @@ class Store:
         holder = self._sessions.get(session)
         return self._made.intake.reserve(holder, blocks, firsts)
 
-    def commit(self, session: str, slots: Sequence[int]) -> list[bool]:
+    def commit(self, session: str, slots: Sequence[int]) -> list[Loss]:
         """See Intake.commit. Raises: SessionUnknown."""
         holder = self._sessions.get(session)
         self._drain(holder, self._now())  # the touch of what the blocks go on from comes first

@@ -1,45 +1,41 @@
-"""Prometheus metrics of KV events, read at each scrape."""
+"""What a publisher of KV events has done, for /metrics and /stats.json."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from dataclasses import dataclass
 
 from kvist.cachesvc.events.publisher import Publisher
+from kvist.proto.kv_events import CPU, STORAGE
+
+EVENTS, MEDIA, ANSWERS = ("stored", "removed"), (CPU, STORAGE), ("replay", "snapshot")
 
 
-class EventFigures(Collector):
-    """What a publisher has told.
+@dataclass(frozen=True, slots=True)
+class EventUse:
+    """What routers were told, in this life.
 
-    Args:
-        registry: where to be found. publisher: that is read.
+    Attributes:
+        blocks: event -> medium -> blocks told.
+        clears: times that they were told that all is gone.
+        batches: messages, those without an event included.
+        answers: "replay" or "snapshot" -> requests of routers that were answered.
+        pending: changes that they were not told yet.
     """
 
-    def __init__(self, registry: CollectorRegistry, publisher: Publisher) -> None:
-        self._publisher = publisher
-        registry.register(self)
+    blocks: dict[str, dict[str, int]]
+    clears: int
+    batches: int
+    answers: dict[str, int]
+    pending: int
 
-    def collect(self) -> Iterator[Metric]:
-        """All families."""
-        publisher = self._publisher
-        told = CounterMetricFamily(
-            "kvist_kv_event_blocks", "Blocks told to routers.", labels=["event", "medium"]
-        )
-        for (event, medium), count in sorted(publisher.events.copy().items()):
-            told.add_metric([event, medium], count)
-        yield told
-        yield CounterMetricFamily(
-            "kvist_kv_event_batches", "Messages to routers.", value=publisher.batches
-        )
-        answers = CounterMetricFamily(
-            "kvist_kv_event_answers", "Requests of routers that were answered.", labels=["kind"]
-        )
-        for kind in ("replay", "snapshot"):
-            answers.add_metric([kind], publisher.answers[kind])
-        yield answers
-        yield GaugeMetricFamily(
-            "kvist_kv_event_pending", "Changes not told to routers yet.", value=publisher.pending
-        )
+
+def event_use(publisher: Publisher) -> EventUse:
+    """As it is now; any thread."""
+    told = publisher.events.copy()
+    return EventUse(
+        blocks={event: {medium: told[event, medium] for medium in MEDIA} for event in EVENTS},
+        clears=told["cleared", ""],
+        batches=publisher.batches,
+        answers={kind: publisher.answers[kind] for kind in ANSWERS},
+        pending=publisher.pending,
+    )

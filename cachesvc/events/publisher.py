@@ -60,6 +60,7 @@ class Publisher:
         events: (event, medium) -> blocks told; ("cleared", "") -> how often that was.
         answers: "replay" or "snapshot" -> requests answered.
         batches: messages sent.
+        journal: what it tells.
 
     Args:
         config: addresses and bounds.
@@ -84,7 +85,7 @@ class Publisher:
         self.answers: Counter[str] = Counter()
         self.batches = 0
         self._config = config
-        self._journal = journal
+        self.journal = journal
         self._log = log
         self._wall = wall
         self._topic = config.topic.encode()
@@ -129,7 +130,7 @@ class Publisher:
     @property
     def pending(self) -> int:
         """Changes that were not told yet."""
-        return len(self._journal)
+        return len(self.journal)
 
     @property
     def number(self) -> int:
@@ -139,13 +140,13 @@ class Publisher:
     def close(self) -> None:
         """Tell that nothing is here now, end the thread, let the sockets go."""
         self._stopping = True
-        self._journal.ring()
+        self.journal.ring()
         self._thread.join()
         self._pub.close(linger=LINGER_MS)
         if self._replay is not None:
             self._replay.close(linger=0)
         self._context.term()
-        self._journal.close()
+        self.journal.close()
 
     # On the thread.
 
@@ -153,7 +154,7 @@ class Publisher:
         import zmq
 
         poller = zmq.Poller()
-        poller.register(self._journal.bell, zmq.POLLIN)
+        poller.register(self.journal.bell, zmq.POLLIN)
         if self._replay is not None:
             poller.register(self._replay, zmq.POLLIN)
         try:
@@ -162,7 +163,7 @@ class Publisher:
                 ready = dict(poller.poll(BUSY_WAIT_MS if self._waiting else IDLE_WAIT_MS))
                 if not ready and not self._waiting:
                     self._publish([])
-                if self._journal.bell in ready:
+                if self.journal.bell in ready:
                     time.sleep(GATHER_S)
                     self._tell()
                 if self._replay is not None:
@@ -174,7 +175,7 @@ class Publisher:
             self._log.error("kv events ended", error=repr(error))
 
     def _tell(self) -> None:
-        for events in self._told.apply(self._journal.take()):
+        for events in self._told.apply(self.journal.take()):
             self._publish(events)
 
     def _publish(self, events: list[Event]) -> None:

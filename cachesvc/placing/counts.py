@@ -28,7 +28,8 @@ class Counts:
         index_refused: no room in the index.
         flash_rebuilds: times that the flash index was missing or wrong and was made anew.
         expired: blocks dropped because their time was over; slots_wiped: overwritten when freed.
-        commits_refused: the record was not what had been reserved, or its parent was gone.
+        commits_refused: for other reasons: the record was not what had been reserved, or its
+            parent was gone.
     """
 
     dram_written: int = 0

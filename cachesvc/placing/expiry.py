@@ -1,9 +1,11 @@
 """Expiry: blocks of a tenant with a TTL are dropped when their time is over.
 
 The time runs from when a block was stored, whatever it was used for since. When a block goes, so
-do those that stand on it, though they may be younger. The slots are overwritten as they are freed
-(placing/placement), and blocks with a TTL are never written to flash (placing/admission),
-where nothing can promise that they are gone: an overwritten page of a disk lives on in it.
+do those that stand on it, though they may be younger. From one look to the next nobody finds them
+any more; where they are many they are dropped piece by piece (placing/clearing). The slots are
+overwritten as they are freed (placing/placement), and blocks with a TTL are never written to flash
+(placing/admission), where nothing can promise that they are gone: an overwritten page of a disk
+lives on in it.
 """
 
 from __future__ import annotations
@@ -12,11 +14,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kvist.cachesvc.catalog.trees import Rows, trees
 from kvist.cachesvc.placing.placement import Placement
 
 LOOK_S = 1.0
-# Dropped in one look: 256 slots of 1 MiB are 30 ms of overwriting.
-EXPIRED_MAX = 256
 
 
 class Expiry:
@@ -49,20 +50,33 @@ class Expiry:
         return max(0.0, group.limits.ttl - age_s)
 
     def tick(self, now_s: float) -> None:
-        """Once a second, drop what is over its time, at most EXPIRED_MAX blocks and their trees."""
+        """Once a second, what is over its time, and what stands on it, is found no more."""
         if not len(self._stored_s) or now_s < self._look_at_s:
             return
-        placement, blocks = self._placement, self._placement.blocks
-        age_s = int(now_s - self._began_s)
-        budget = EXPIRED_MAX
-        for namespace in blocks.namespaces():
-            group = placement.tenancy.group(namespace)
-            if group is None or group.limits.ttl is None:
-                continue
-            rows = np.array(blocks.in_namespace(namespace)[::-1], np.int64)  # parents first
-            old = rows[age_s - self._stored_s[rows].astype(np.int64) >= group.limits.ttl]
-            for row in old[:budget].tolist():
-                if not placement.index.is_free(row):  # it did not go with its parent
-                    placement.counts.expired += placement.drop_tree(row, "expired")
-            budget -= min(budget, len(old))
-        self._look_at_s = now_s + (LOOK_S if budget else 0.0)
+        self._look_at_s = now_s + LOOK_S
+        old = self._old(int(now_s - self._began_s))
+        if len(old):
+            rows = trees(self._placement.blocks, old)
+            self._placement.counts.expired += len(rows)
+            self._placement.drop_trees(rows, "expired")
+
+    def _old(self, age_s: int) -> Rows:
+        """Blocks that are over their time; age_s is that of the first ones."""
+        blocks, tenancy = self._placement.blocks, self._placement.tenancy
+        ttls = {
+            number: group.limits.ttl
+            for number, namespace in blocks.spaces.items()
+            if (group := tenancy.group(namespace)) is not None and group.limits.ttl is not None
+        }
+        least = min(ttls.values(), default=age_s + 1)
+        if least > age_s:
+            return np.zeros(0, np.int64)
+        is_stored = blocks.spaces_of(slice(None)) >= 0
+        rows = np.flatnonzero(is_stored & (self._stored_s <= age_s - least))
+        numbers = np.array(sorted(ttls), np.int64)
+        spaces = blocks.spaces_of(rows)
+        at = np.searchsorted(numbers, spaces).clip(max=len(numbers) - 1)
+        limits = np.array([ttls[number] for number in numbers.tolist()], np.int64)
+        is_old = (numbers[at] == spaces) & (self._stored_s[rows] <= age_s - limits[at])
+        old: Rows = rows[is_old]
+        return old

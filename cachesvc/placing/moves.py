@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 
 from kvist.cachesvc.catalog.blocks import NO_ROW
+from kvist.cachesvc.catalog.trees import sinking_from
 from kvist.cachesvc.core.host import Threads
 from kvist.cachesvc.flash.flashio import FlashIo, Post, Record, Rise, Sink, give, refuse
 from kvist.cachesvc.flash.watch import FlashState, Watch
@@ -74,8 +75,7 @@ class Moves:
         self._rising = 0
         self._wishes: dict[BlockKey, list[Record]] = {}
         self._followed: dict[BlockKey, int] = {}
-        self._turn = 0
-        self._closed = False
+        self._turn, self._closed = 0, False
         self.clearing = Clearing(placement)
         self._unlisted_at = 0
         self._io: FlashIo | None = None
@@ -221,7 +221,7 @@ class Moves:
                 self._log.warning("block corrupt", tier="dram", reason=str(job.problem))
                 placement.drop_tree(job.row, "corrupt")
             else:
-                for each in reversed(blocks.subtree(job.row)):
+                for each in sinking_from(blocks, job.row):
                     placement.cancel_job(each)
                     placement.offer(each)
             placement.offer(parent)

@@ -7,17 +7,21 @@ cachesvc/placing/moves.py, how it comes in from a worker in cachesvc/core/intake
                                    altogether if it has no copy on flash
     ... its flash copy             to make room, if nothing on flash stands on it, and nothing at
                                    all unless it has a copy in DRAM
-    ... its last copy, by force    (damage, clear): everything that stands on it goes too
+    ... its last copy, by force    (damage, TTL, clear): everything that stands on it goes too,
+                                   at once for all who look (placing/clearing)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
+import numpy as np
+
 from kvist.cachesvc.catalog.blocks import NO_ROW, Blocks
 from kvist.cachesvc.catalog.index import IndexWriter, Location
+from kvist.cachesvc.catalog.trees import Rows, tree, trees
 from kvist.cachesvc.flash.flashio import Rise, Sink
 from kvist.cachesvc.placing.counts import Counts
 from kvist.cachesvc.placing.measures import Measures
@@ -46,6 +50,8 @@ class Placement:
         jobs: moves under way by row; such a block is not evicted.
         unlisted: keys that left flash, to be taken out of the flash index; see FlashIo.delete.
         reclaim: called where a slot is wanted and none is free, before a block is evicted for it.
+        drop_trees: drops blocks and all that stand on them, children first, for a reason; Clearing
+            has many of them dropped later and found by nobody meanwhile.
         counts, measures: what happened, and how long it took.
         now: seconds, of a clock that does not jump.
         passed_over: by row, 1 when flash did not take a block that was offered to it.
@@ -86,6 +92,7 @@ class Placement:
         self.jobs: dict[int, Sink | Rise] = {}
         self.unlisted: list[bytes] = []
         self.reclaim: Callable[[], None] = lambda: None
+        self.drop_trees: Callable[[Rows, str], None] = self.drop_all
         self.counts = Counts()
         self.tenancy, self.pins = rules.tenancy, rules.pins
         self.passed_over = bytearray(index.rows)
@@ -246,7 +253,7 @@ class Placement:
         self._settle(row, parent, key, why)
 
     def _reason(self, row: int, why: str) -> str:
-        return "cleared" if why and self.index.hidden.of[row] else why
+        return why and (self.index.hidden.why(row) or why)
 
     def _settle(self, row: int, parent: int, key: BlockKey, why: str) -> None:
         if self.index.is_free(row):
@@ -270,8 +277,8 @@ class Placement:
 
     def drop_tree(self, row: int, why: str) -> int:
         """Drop a block and all that stand on it, from both tiers; how many that were."""
-        rows = self.blocks.subtree(row)
-        self.drop_all(rows[::-1], why)
+        rows = tree(self.blocks, row)
+        self.drop_trees(rows, why)
         return len(rows)
 
     def check_dram(self, row: int) -> bool:
@@ -301,9 +308,9 @@ class Placement:
         except KvistError:
             return False
 
-    def drop_all(self, rows: Sequence[int], why: str) -> None:
-        """Drop blocks altogether: children before their parents, and all children."""
-        for row in rows:
+    def drop_all(self, rows: Rows, why: str) -> None:
+        """Drop blocks altogether, now: children before their parents, and all children."""
+        for row in rows.tolist():
             self.cancel_job(row)
             if self.index.flash(row) is not None:
                 has_dram = self.index.dram(row) is not None
@@ -316,22 +323,25 @@ class Placement:
         """Drop the flash copies of a block, which is damaged, and of all that stand on it; its
         slot is quarantined.
 
-        Blocks that lose their last copy go, and whatever stands on these; the others stay.
+        Blocks that lose their last copy go, and whatever stands on these; the others stay. These
+        are few or none: the block itself was not in DRAM when it was read.
 
         Returns: how many went.
         """
         slot = self.index.flash(row)
         if self.flash is not None and slot is not None:
             self.flash.quarantine(slot)
-        rows = self.blocks.subtree(row)
-        doomed: set[int] = set()
-        for each in rows:
-            if self.index.dram(each) is None or self.blocks.parent[each] in doomed:
-                doomed.add(each)
-        for each in reversed(rows):
-            if each in doomed:
-                self.drop_all([each], "corrupt")
-            elif self.blocks.reaches_flash(each):
+        rows = tree(self.blocks, row)
+        in_dram, _ = self.index.copies(rows)
+        if not in_dram[-1]:
+            self.drop_trees(rows, "corrupt")
+            return len(rows)
+        doomed = rows[~in_dram]
+        if len(doomed):
+            doomed = trees(self.blocks, doomed)
+            self.drop_trees(doomed, "corrupt")
+        for each in rows[~np.isin(rows, doomed)].tolist():
+            if self.blocks.reaches_flash(each):
                 self._leave_flash(each)
         return len(doomed)
 
@@ -341,7 +351,7 @@ class Placement:
 
         No move is under way and nothing is about to begin.
         """
-        rows = self.blocks.subtree(row)
+        rows = tree(self.blocks, row)[::-1].tolist()
         doomed: set[int] = set()
         for each in rows:
             if self.index.dram(each) is None or self.blocks.parent[each] in doomed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import socket
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from kvist.cachesvc.core.store import StoreStats
-from kvist.cachesvc.view.history import STEPS_S, History, Recorder
-from kvist.cachesvc.view.summary import summary
+from kvist.cachesvc.view.document import Document
+from kvist.cachesvc.view.history import STEPS_S
 from kvist.proto.errors import ConfigInvalid, KvistError
 from kvist.proto.exposition import CONTENT_TYPE
 
@@ -45,13 +43,6 @@ _HEADERS = [
 ]
 
 
-def stats_document(stats: StoreStats, version: str) -> dict[str, Any]:
-    """What /stats.json says: the fields of StoreStats, bytes in hex, and the version."""
-    document = dataclasses.asdict(stats)
-    document["boot_epoch"] = stats.boot_epoch.hex()
-    return {"version": version, **document}
-
-
 class Dashboard:
     """Serves /, /metrics, /stats.json, /history.json and /healthz from threads of its own.
 
@@ -59,9 +50,8 @@ class Dashboard:
 
     Args:
         address: host:port; port 0 takes a free one.
-        read: the store's figures; called from the server's threads, may raise KvistError.
-        metrics: what /metrics shows; called as read is.
-        version: of the program.
+        document: what /stats.json says, and what it said; asked from the server's threads.
+        metrics: what /metrics shows; called from them too. Raises KvistError.
 
     Attributes:
         url: where it answers.
@@ -73,20 +63,17 @@ class Dashboard:
     def __init__(
         self,
         address: str,
-        read: Callable[[], StoreStats],
+        document: Document,
         metrics: Callable[[], bytes],
-        version: str,
     ) -> None:
-        self._read = read
-        self._version = version
+        self._document = document
+        self._recorder = document.recorder
         self._files = {
             f"/{path.name}": (_KINDS[path.suffix], path.read_bytes())
             for path in _FOLDER.iterdir()
             if path.suffix in _KINDS
         }
         self._files["/"] = self._files.pop("/index.html")
-        self._history = History()
-        self._recorder = Recorder(read, self._history)
         self._metrics = metrics
         host, _, port = address.rpartition(":")
         try:
@@ -94,8 +81,8 @@ class Dashboard:
             self._server = kind((host.strip("[]"), int(port)), _Handler)
         except OSError as error:
             raise ConfigInvalid(
-                f"http_listen: cannot listen on {address}: {error.strerror}; give another port or "
-                "none"
+                f"http_listen: cannot listen on {address}: {error.strerror}; give another "
+                "port, or nothing for no page"
             ) from None
         self._server.set_app(self._answer)
         self.url = f"http://{host}:{self._server.server_port}/"
@@ -124,11 +111,11 @@ class Dashboard:
             if path == "/metrics":
                 return _reply(start, "200 OK", CONTENT_TYPE, self._metrics())
             if path == "/stats.json":
-                return _reply_json(start, self._stats(self._read()))
+                return _reply_json(start, self._document.now())
             if path == "/history.json":
                 return self._answer_history(environ.get("QUERY_STRING", ""), start)
             if path == "/healthz":
-                self._read()
+                self._document.read()
                 return _reply(start, "200 OK", "text/plain", b"ok\n")
         except KvistError as error:
             message = f"{error}\n".encode()
@@ -136,9 +123,6 @@ class Dashboard:
         if path in self._files:
             return _reply(start, "200 OK", *self._files[path])
         return _reply(start, "404 Not Found", "text/plain", b"no such page\n")
-
-    def _stats(self, stats: StoreStats) -> dict[str, Any]:
-        return stats_document(stats, self._version) | summary(stats, self._history)
 
     def _answer_history(self, query: str, start: StartResponse) -> Iterable[bytes]:
         """What the page polls: one document, made of the last sample, without a turn of the loop.
@@ -155,8 +139,8 @@ class Dashboard:
         at_s, stats = self._recorder.latest
         document = {
             "at": at_s,
-            "history": self._history.since(step_s, since_s),
-            "stats": self._stats(stats),
+            "history": self._document.history.since(step_s, since_s),
+            "stats": self._document.of(stats),
         }
         return _reply_json(start, document)
 

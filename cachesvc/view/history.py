@@ -238,7 +238,10 @@ class Recorder:
 
     def take(self) -> None:
         """Take one sample now. Raises: KvistError when the store does not answer."""
-        stats = self._read()
+        self.keep(self._read())
+
+    def keep(self, stats: StoreStats) -> None:
+        """Take figures that were read just now for a sample."""
         with self._taking:  # a sample of another thread may be the later one
             at_s = self._start_s + self._now()
             self._history.add(at_s, sample(stats))

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
-
 from kvist.cachesvc.core.store import StoreStats
 from kvist.cachesvc.view.definitions import DEFINITIONS
 from kvist.proto.exposition import exposition
@@ -18,7 +16,6 @@ class Metrics:
     can be counted twice.
 
     Args:
-        others: collectors of parts that keep their figures themselves; shown behind.
         read: the store's figures; called at each scrape, from the scraper's thread.
         calls: calls so far by method, of each way: "grpc" and "packet" (cachesvc/api/calls.py).
         version: of the program.
@@ -26,12 +23,10 @@ class Metrics:
 
     def __init__(
         self,
-        others: CollectorRegistry,
         read: Callable[[], StoreStats],
         calls: Mapping[str, Mapping[str, int]],
         version: str,
     ) -> None:
-        self._others = others
         self._read = read
         self._calls = calls
         self._version = version
@@ -40,7 +35,7 @@ class Metrics:
         """What a scrape gets, from one reading. Raises: KvistError, as read does."""
         calls = {f"{way}_calls": dict(self._calls.get(way, {})) for way in ("grpc", "packet")}
         figures = figures_of(self._read()) | calls | {"version": self._version}
-        return exposition(DEFINITIONS, figures).encode() + generate_latest(self._others)
+        return exposition(DEFINITIONS, figures).encode()
 
 
 def figures_of(stats: StoreStats) -> dict[str, Any]:

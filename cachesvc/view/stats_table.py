@@ -60,7 +60,7 @@ def from_url(url: str) -> dict[str, Any]:
 
 
 def from_socket(where: str) -> dict[str, Any]:
-    """What a sidecar says over gRPC, in the words of its page. Raises: ConfigInvalid."""
+    """What a sidecar says over gRPC, as its page does. Raises: ConfigInvalid."""
     # Here: the other subcommands need no gRPC, which takes 0.2 s to import.
     import grpc
 
@@ -72,13 +72,16 @@ def from_socket(where: str) -> dict[str, Any]:
     with grpc.insecure_channel(address, options=options) as channel:
         try:
             reply = cache_pb2_grpc.CacheStub(channel).Stats(
-                cache_pb2.StatsRequest(), timeout=TIMEOUT_S
+                cache_pb2.StatsRequest(document=True), timeout=TIMEOUT_S
             )
         except grpc.RpcError as error:
             raise ConfigInvalid(
                 f"--socket: no sidecar answers at {where}: {error.details()}"
             ) from None
-    return {
+    if reply.document:
+        document: dict[str, Any] = json.loads(reply.document)
+        return document
+    return {  # an older sidecar
         "boot_epoch": reply.boot_epoch.hex(),
         "uptime_s": reply.uptime_s,
         "tiers": [
@@ -163,7 +166,7 @@ def _workers(workers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _worth(tiers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each tier saved and cost; over gRPC it is not known."""
+    """What each tier saved and cost."""
     if not tiers:
         return []
     lines = ["", "worth it       saved tokens   prefill saved - loading - storing =     net"]

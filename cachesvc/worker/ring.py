@@ -127,7 +127,7 @@ def _checked_entries(path: Path, mapped: mmap.mmap) -> int:
         raise FormatRefused(f"{path} is shorter than a ring's header")
     magic, version, entries = RING_HEADER.unpack_from(mapped)
     if magic != RING_MAGIC or version != SHM_VERSION:
-        raise FormatRefused(f"{path} is not a ring of version {SHM_VERSION}")
+        raise FormatRefused(f"{path} is no ring of version {SHM_VERSION}; run one version of Kvist")
     if entries & (entries - 1) or len(mapped) != ENTRIES_OFFSET + entries * ENTRY_BYTES:
         raise FormatRefused(f"{path}: {len(mapped)} bytes do not fit {entries} entries")
     return int(entries)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import numpy as np
 
@@ -65,7 +66,8 @@ class StoreResult:
         present: were there already, or are being stored by somebody else.
         dropped: reason -> blocks; "detached" the sidecar went, "full" nothing may be evicted,
             "share" the worker holds too many slots, "no_parent" the block before is not cached,
-            "torn" the sidecar did not find in the slot what was reserved.
+            "index_full" the index has no room where the key belongs, "torn" the sidecar did not
+            find in the slot what was reserved.
     """
 
     stored: int
@@ -259,8 +261,11 @@ class Storer:
         if len(reply.committed) != len(committing.items):
             raise Detached("the sidecar answered for another number of slots")
         stored_bytes = 0
-        for item, committed in zip(committing.items, reply.committed, strict=True):
-            fates.note(item, "stored" if committed else "torn")
+        reasons = chain(reply.reasons, repeat(""))  # a sidecar of an older version gives none
+        for item, committed, reason in zip(
+            committing.items, reply.committed, reasons, strict=False
+        ):
+            fates.note(item, "stored" if committed else reason or "torn")
             stored_bytes += item.payload.nbytes * committed
         life.add({"stored_bytes": stored_bytes})
 

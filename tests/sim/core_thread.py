@@ -139,6 +139,9 @@ class CoreThread:
             self._push.send(msgspec.msgpack.encode(Abort("wake up")), zmq.NOBLOCK)
         self._thread.join(WAIT_S)
         self.parts.close()
+        ends = self.parts.connector._copies
+        if isinstance(ends, DevicePages) and isinstance(ends._copies, DelayedCopies):
+            ends._copies.close()
         self._push.close(linger=0)
         self._pull.close(linger=0)
         self._context.term()

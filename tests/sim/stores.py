@@ -14,6 +14,7 @@ import numpy as np
 
 from kvist.cachesvc.catalog.blocks import NO_ROW
 from kvist.cachesvc.catalog.index import IndexReader
+from kvist.cachesvc.catalog.trees import tree
 from kvist.cachesvc.core.host import Host
 from kvist.cachesvc.core.parts import Parts
 from kvist.cachesvc.core.store import Reserved, Store, StoreConfig
@@ -76,7 +77,7 @@ class Worker:
         self.arena.fill(slot, block.header, block.payload)
 
     def commit(self, slots: Sequence[int]) -> list[bool]:
-        return self.store.commit(self.info.session, slots)
+        return [not loss for loss in self.store.commit(self.info.session, slots)]
 
     def put(self, blocks: Sequence[Block]) -> list[str]:
         """Reserve, fill and commit; what became of each block."""
@@ -214,14 +215,17 @@ def check(bench: Bench) -> None:
     placement, blocks, index = parts.placement, parts.placement.blocks, parts.index
     rows = [row for row in range(index.rows) if not index.is_free(row)]
     hidden = index.hidden.of
-    assert len(rows) == len(blocks) + sum(hidden)
+    assert len(rows) == len(blocks) + sum(map(bool, hidden))
     assert not any(hidden) or parts.moves.clearing.busy
     children = dict.fromkeys(rows, 0)
     in_dram, on_flash = dict(children), dict(children)
     for row in rows:
         parent = blocks.parent[row]
         assert (index.locate(index.key(row)) == row) == (not hidden[row])
-        assert blocks.depth[row] == (0 if parent == NO_ROW else blocks.depth[parent] + 1)
+        is_cut_off = parent == NO_ROW and hidden[row]
+        assert is_cut_off or blocks.depth[row] == (
+            0 if parent == NO_ROW else blocks.depth[parent] + 1
+        )
         if parent == NO_ROW:
             continue
         assert parent in children, "a block without the one before it"
@@ -230,7 +234,7 @@ def check(bench: Bench) -> None:
         on_flash[parent] += blocks.reaches_flash(row)
         assert not blocks.reaches_flash(row) or blocks.reaches_flash(parent)
     for row in rows:
-        assert len(blocks.subtree(row)) > children[row]
+        assert len(tree(blocks, row)) > children[row]
         assert blocks.dram_children[row] == in_dram[row]
         assert blocks.flash_children[row] == on_flash[row]
         if placement.may_leave_dram(row):
@@ -259,8 +263,8 @@ def check_slots(bench: Bench, rows: Sequence[int]) -> None:
         assert len(set(flash)) == len(flash)
         assert parts.flash.slots - parts.flash.free_slots >= len(flash)
         if not parts.moves._sinking:
-            assert parts.flash.slots - parts.flash.free_slots - parts.flash.quarantined == len(
-                flash
-            )
+            lost = parts.flash._free.doomed.difference(flash)
+            assert parts.flash.slots - parts.flash.free_slots - len(lost) == len(flash)
     if not parts.moves._rising:
-        assert parts.dram.slots - parts.dram.free_slots - parts.dram.quarantined == len(dram)
+        lost = parts.dram._free.doomed.difference(dram)
+        assert parts.dram.slots - parts.dram.free_slots - len(lost) == len(dram)

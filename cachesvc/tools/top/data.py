@@ -17,7 +17,7 @@ class Reading:
 
     Attributes:
         at_s: when it came, seconds of a clock that does not jump.
-        stats: as /stats.json has them; over gRPC some are missing.
+        stats: as /stats.json has them; over the socket of an older sidecar some are missing.
     """
 
     at_s: float

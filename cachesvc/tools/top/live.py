@@ -14,12 +14,14 @@ import time
 import tty
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 
+from kvist.cachesvc.tools.door import default_socket
 from kvist.cachesvc.tools.top.data import Now
 from kvist.cachesvc.tools.top.feed import Feed, Prefixes
 from kvist.cachesvc.tools.top.view import Shown, screen
@@ -57,9 +59,10 @@ def run_top(flags: argparse.Namespace) -> int:
 
 
 def _source(flags: argparse.Namespace) -> tuple[str, Callable[[], dict[str, Any]]]:
-    """The page says most; a socket is asked where only that was given."""
-    if flags.socket and not flags.url:
-        return str(flags.socket), lambda: from_socket(flags.socket)
+    """The page where it was named, else the socket; that of nobody's page, where there is none."""
+    socket = flags.socket or default_socket()
+    if not flags.url and (flags.socket or Path(socket).exists()):
+        return socket, lambda: from_socket(socket)
     url = flags.url or PAGE
     return url, lambda: from_url(url)
 

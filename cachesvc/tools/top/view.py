@@ -17,10 +17,17 @@ from kvist.proto.sizes import format_bytes
 
 Tab = Literal["prefixes", "workers", "eviction", "tenants", "health"]
 TABS: tuple[Tab, ...] = ("prefixes", "workers", "eviction", "tenants", "health")
+URGENT_FIRST: tuple[Tab, ...] = ("health", "tenants", "workers", "eviction", "prefixes")
 SORTS = ("uses", "size", "recent")
 MISSES_SHOWN = 4
+# Below the first there are no empty lines, from the second on other views than the chosen one.
+HEIGHT_ROOMY, HEIGHT_TALL = 24, 36
+# Of the chosen view before others get a place, and of each of these.
+CHOSEN_LINES, OTHER_LINES = 12, 8
+HEALTH_LINES = 2
 BAR_CELLS = 20
 GOOD, FAIR, POOR, DIM, HEAD = "green", "yellow", "red", "dim", "bold"
+_OLDER = "this kvistd is older than the tool: it says so on its page only; give --url"
 _LEVELS = {"bad": POOR, "warn": FAIR, "note": DIM}
 _STATES = {"ready": GOOD, "rebuilding": FAIR, "failed": POOR, "off": DIM}
 
@@ -69,14 +76,23 @@ class Scene:
 
 
 def screen(scene: Scene, shown: Shown, width: int, height: int) -> list[Text]:
-    """The lines of a screen, height of them at most, each width cells at most."""
+    """The lines of a screen, height of them at most, each width cells at most.
+
+    What is broken comes first and in words, then the figures, then the view that was chosen, and
+    on a tall screen the others below it. A short one has no empty lines.
+    """
+    room, now = max(1, height - 1), scene.now
     lines = [_title(scene, shown)]
     if scene.problem:
         lines.append(Text(scene.problem, POOR))
-    if scene.now is not None:
-        lines += [Text(), *_rates(scene.now), Text(), *_tiers(scene.now.tiers), Text()]
-        lines += [*_worth(scene.now.stats), _tabs(shown), *_tab(scene, scene.now, shown, width)]
-    room = max(1, height - 1)
+    if now is not None:
+        gap = [Text()] if height >= HEIGHT_ROOMY else []
+        lines += [*_health_line(now.stats, width), *gap, *_rates(now), *gap]
+        lines += [*_tiers(now.tiers, now.stats, width), *gap]
+        worth = [*_worth(now.stats), *_ttft(now.stats)]
+        lines += [*worth, *gap] if worth else []
+        lines.append(_tabs(shown))
+        lines += _views(scene, now, shown, width, room - len(lines), height >= HEIGHT_TALL)
     lines = lines[:room] + [Text()] * (room - len(lines))
     keys = " q quit   tab 1-5 view   s sort   p pause "
     lines.append(Text(keys.ljust(width), "reverse"))
@@ -87,6 +103,8 @@ def screen(scene: Scene, shown: Shown, width: int, height: int) -> list[Text]:
 
 def _title(scene: Scene, shown: Shown) -> Text:
     title = Text("kvist top", HEAD)
+    if shown.paused:
+        title.append("  PAUSED", FAIR)
     if scene.now is not None:
         stats = scene.now.stats
         title.append(
@@ -95,8 +113,6 @@ def _title(scene: Scene, shown: Shown) -> Text:
             "not bold",
         )
     title.append(f"  {scene.where}", "not bold dim")
-    if shown.paused:
-        title.append("  PAUSED", FAIR)
     return title
 
 
@@ -131,7 +147,8 @@ def _rates(now: Now) -> list[Text]:
     ]
 
 
-def _tiers(tiers: Sequence[TierNow]) -> list[Text]:
+def _tiers(tiers: Sequence[TierNow], stats: Mapping[str, Any], width: int) -> list[Text]:
+    failures = {one["tier"]: one.get("failure", "") for one in stats["tiers"]}
     head = "tier   state      used                       size       in /s     out /s evict/s"
     lines = [Text(head, HEAD)]
     for tier in tiers:
@@ -144,6 +161,10 @@ def _tiers(tiers: Sequence[TierNow]) -> list[Text]:
             f"{count(tier.evicted_per_s):>7}"
         )
         lines.append(line)
+        if failures.get(tier.tier):
+            lines += [
+                Text(each, POOR) for each in _wrapped(failures[tier.tier], width, *2 * (" " * 7,))
+            ]
     if not tiers:
         lines.append(Text("no worker has attached yet, so there are no tiers", DIM))
     return lines
@@ -154,31 +175,53 @@ def _flow(bytes_per_s: float) -> str:
 
 
 def _worth(stats: Mapping[str, Any]) -> list[Text]:
-    """Whether it pays, and how it is; only a page says so."""
-    lines = []
+    """Whether it pays."""
     tiers = [one for one in stats.get("worth", ()) if one["tier"] != "hbm"]
-    if tiers:
-        line = Text("worth it ", HEAD)
-        net = sum(float(one["net_s"]) for one in tiers)
-        line.append(f"{net:+.1f} s", GOOD if net > 0 else FAIR)
-        saved, moved = (
-            sum(float(one[name]) for one in tiers for name in names)
-            for names in (("saved_s",), ("load_s", "store_s"))
-        )
-        line.append(f" = {saved:.1f} s of prefill saved - {moved:.1f} s moving", "not bold")
-        minute = stats.get("spans", {}).get("minute")
-        if minute:
-            line.append(f"; {float(minute['net_s']):+.1f} s last minute", "not bold")
-        lines.append(line)
-    if "health" in stats:
-        advice = stats.get("advice", ())
-        line = Text("health   ", HEAD)
-        style = _LEVELS.get(advice[0]["level"], DIM) if advice else GOOD
-        line.append(str(stats["health"]), style)
-        if advice:
-            line.append(f": {advice[0]['what']}", "not bold")
-        lines.append(line)
-    return [*lines, Text()] if lines else []
+    if not tiers:
+        return []
+    line = Text("worth it ", HEAD)
+    net = sum(float(one["net_s"]) for one in tiers)
+    line.append(f"{net:+.1f} s", GOOD if net > 0 else FAIR)
+    saved, moved = (
+        sum(float(one[name]) for one in tiers for name in names)
+        for names in (("saved_s",), ("load_s", "store_s"))
+    )
+    line.append(f" = {saved:.1f} s of prefill saved - {moved:.1f} s moving", "not bold")
+    minute = stats.get("spans", {}).get("minute")
+    if minute:
+        line.append(f"; {float(minute['net_s']):+.1f} s last minute", "not bold")
+    return [line]
+
+
+def _ttft(stats: Mapping[str, Any]) -> list[Text]:
+    """Median time to the first token, by where most of the cached prefix came from."""
+    if not stats.get("ttft"):
+        return []
+    told = (
+        f"{'nothing' if one['tier'] == 'none' else one['tier']} {float(one['median_s']):.3f} s"
+        for one in stats["ttft"]
+    )
+    return [Text("ttft     ", HEAD).append("  ".join(told) + "  cached, median", "not bold")]
+
+
+def _health_line(stats: Mapping[str, Any], width: int) -> list[Text]:
+    """How it is, and the worst thing to know; an older sidecar does not say it."""
+    if "health" not in stats:
+        return []
+    advice = stats.get("advice", ())
+    style = _LEVELS.get(advice[0]["level"], DIM) if advice else GOOD
+    words = f"{stats['health']}: {advice[0]['what']}" if advice else str(stats["health"])
+    first, *rest = _wrapped(words, width, "health   ", " " * 9)
+    lines = [Text(first[:9], HEAD).append(first[9:], style), *(Text(each, style) for each in rest)]
+    if len(lines) > HEALTH_LINES:
+        lines = lines[:HEALTH_LINES]
+        lines[-1].append(" …")
+    return lines
+
+
+def _wrapped(text: str, width: int, first: str, rest: str) -> list[str]:
+    """Lines; first and rest is what they begin with."""
+    return textwrap.wrap(text, max(20, width), initial_indent=first, subsequent_indent=rest)
 
 
 def _tabs(shown: Shown) -> Text:
@@ -190,16 +233,31 @@ def _tabs(shown: Shown) -> Text:
     return line
 
 
-def _tab(scene: Scene, now: Now, shown: Shown, width: int) -> list[Text]:
-    if shown.tab == "workers":
+def _views(
+    scene: Scene, now: Now, shown: Shown, width: int, room: int, is_tall: bool
+) -> list[Text]:
+    """The chosen view, and on a tall screen the beginnings of others, the urgent ones first."""
+    chosen = _view(scene, now, shown.tab, shown.sort, width)
+    left = room - min(len(chosen), CHOSEN_LINES)
+    others: list[Text] = []
+    for tab in URGENT_FIRST if is_tall else ():
+        lines = _view(scene, now, tab, shown.sort, width)[:OTHER_LINES]
+        if tab != shown.tab and len(lines) + 2 <= left:
+            left -= len(lines) + 2
+            others += [Text(), Text(f" {tab} ", "reverse dim"), *lines]
+    return chosen[: max(0, room - len(others))] + others
+
+
+def _view(scene: Scene, now: Now, tab: Tab, sort: str, width: int) -> list[Text]:
+    if tab == "workers":
         return _workers(now.stats.get("workers", ()))
-    if shown.tab == "eviction":
+    if tab == "eviction":
         return _eviction(now.stats)
-    if shown.tab == "tenants":
-        return _tenants(now.stats.get("tenants", ()))
-    if shown.tab == "health":
-        return _health(now.stats.get("advice", ()), width)
-    return _prefixes(scene.prefixes, shown.sort)
+    if tab == "tenants":
+        return _tenants(now.stats)
+    if tab == "health":
+        return _health(now.stats, width)
+    return _prefixes(scene.prefixes, sort)
 
 
 def _prefixes(runs: Sequence[Mapping[str, Any]] | None, sort: str) -> list[Text]:
@@ -277,11 +335,14 @@ def _eviction(stats: Mapping[str, Any]) -> list[Text]:
     return lines
 
 
-def _tenants(tenants: Sequence[Mapping[str, Any]]) -> list[Text]:
-    """As the page says them, most asked first."""
+def _tenants(stats: Mapping[str, Any]) -> list[Text]:
+    """Most asked first."""
+    if "tenants" not in stats:
+        return [Text(_OLDER, DIM)]
+    tenants = stats["tenants"]
     head = "tenant            requests     tokens   hit %    dram   flash     saved      net"
     if not tenants:
-        return [Text("no request yet, or only a socket is asked: --url", DIM)]
+        return [Text("no request yet", DIM)]
     return [Text(head, HEAD), *(Text(_tenant_line(one)) for one in tenants)]
 
 
@@ -296,12 +357,14 @@ def _tenant_line(one: Mapping[str, Any]) -> str:
     )
 
 
-def _health(advice: Sequence[Mapping[str, Any]], width: int) -> list[Text]:
+def _health(stats: Mapping[str, Any], width: int) -> list[Text]:
     """What to do about it, whole."""
+    if "health" not in stats:
+        return [Text(_OLDER, DIM)]
     lines = []
-    for one in advice:
+    for one in stats.get("advice", ()):
         style = _LEVELS.get(one["level"], DIM)
         text = f"{one['level']:5}{one['what']} {one['do']}"
         wrapped = textwrap.wrap(text, max(20, width), subsequent_indent=" " * 5)
         lines += [Text(line, style if not at else "") for at, line in enumerate(wrapped)]
-    return lines or [Text("nothing to improve, or only a socket is asked: --url", DIM)]
+    return lines or [Text("nothing to improve", DIM)]

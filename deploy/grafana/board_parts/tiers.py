@@ -263,6 +263,27 @@ FLASH = (
     ),
 )  # fmt: skip
 
+ROUTERS = (
+    Panel(
+        "lines", "Blocks told to routers",
+        {"{{event}} {{medium}}":
+         "sum by (event, medium) (rate(kvist_kv_event_blocks_total[W]))"},
+        "Empty where KV events are off, as all of this row. CPU is DRAM, STORAGE flash.",
+    ),
+    Panel(
+        "lines", "Changes not told yet",
+        {"{{instance}}": "sum by (instance) (kvist_kv_event_pending)"},
+        "Told every 5 ms; if this stays high, routers send prompts to where their blocks were.",
+    ),
+    Panel(
+        "lines", "Routers that asked again",
+        {"{{kind}}": "sum by (kind) (increase(kvist_kv_event_answers_total[W]))",
+         "told that all is gone": "sum(increase(kvist_kv_event_clears_total[W]))"},
+        "A router asks at its start and when it has missed a message; one that asks all the time "
+        "is too slow or loses messages.",
+    ),
+)  # fmt: skip
+
 SERVICE = (
     Panel(
         "lines", "Calls a second",
@@ -294,6 +315,7 @@ BOARD = Board(
         "What is where?": WHERE,
         "What moves, and how fast?": MOVES,
         "Flash": FLASH,
+        "Routers (KV events)": ROUTERS,
         "The service": SERVICE,
     },
 )

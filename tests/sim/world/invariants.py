@@ -182,7 +182,7 @@ def shown_keys(parts: Parts, rows: Sequence[Row]) -> set[BlockKey]:
 
 
 def check_hidden(parts: Parts, rows: Sequence[Row]) -> None:
-    """What was cleared cannot be found, nothing is made of it, and somebody will drop it."""
+    """What was cut cannot be found, nothing is made of it, and somebody will drop it."""
     index, blocks = parts.index, parts.placement.blocks
     hidden = [(row, key) for row, key, _, _ in rows if index.hidden.of[row]]
     assert not hidden or parts.moves.clearing.busy, "cleared blocks that nobody drops"
@@ -204,7 +204,7 @@ def check_closures(parts: Parts, rows: Sequence[Row]) -> None:
         assert blocks.depth[row] == header.depth
         assert blocks.namespace(row) == header.namespace
         if parent == NO_ROW:
-            assert header.parent == NO_KEY
+            assert header.parent == NO_KEY or parts.index.hidden.of[row]
             continue
         assert parent in keys, "a block without the one before it"
         assert keys[parent] == header.parent
@@ -215,6 +215,8 @@ def check_closures(parts: Parts, rows: Sequence[Row]) -> None:
     for row in keys:
         assert blocks.dram_children[row] == in_dram[row]
         assert blocks.flash_children[row] == on_flash[row]
+        if parts.index.hidden.of[row]:  # it is dropped anyway, and before others are evicted
+            continue
         if placement.may_leave_dram(row):
             known = row in placement._dram_leaves or is_set_aside(placement._dram_wards, row)
             assert known, "a leaf that eviction does not know"
@@ -238,7 +240,7 @@ def check_slots(store: Store, parts: Parts, rows: Sequence[Row]) -> None:
     free = parts.dram._free
     assert len(set(dram)) == len(dram), "a DRAM slot is used twice"
     assert all(free._used[slot] for slot in dram), "a DRAM slot in use counts as free"
-    used = parts.dram.slots - free.count - len(free.doomed)
+    used = parts.dram.slots - free.count - len(free.doomed.difference(dram))
     assert used == len(dram) + moves._rising, f"{used} DRAM slots taken, {len(dram)} in use"
     if parts.flash is None:
         return
@@ -247,7 +249,7 @@ def check_slots(store: Store, parts: Parts, rows: Sequence[Row]) -> None:
     free = parts.flash._free
     assert len(set(flash)) == len(flash), "a flash slot is used twice"
     assert all(free._used[slot] for slot in flash), "a flash slot in use counts as free"
-    used = parts.flash.slots - free.count - len(free.doomed)
+    used = parts.flash.slots - free.count - len(free.doomed.difference(flash))
     assert used == len(flash), f"{used} flash slots taken, {len(flash)} in use"
 
 

@@ -56,15 +56,15 @@ def _publish_before_fill(real: Callable[..., int]) -> Callable[..., int]:
     return allocate
 
 
-def _commit_unfilled(real: Callable[..., bool]) -> Callable[..., bool]:
-    def commit_one(self: Any, session: Any, slot: int, rows: list[int]) -> bool:
+def _commit_unfilled(real: Callable[..., str]) -> Callable[..., str]:
+    def commit_one(self: Any, session: Any, slot: int, rows: list[int]) -> str:
         reservation = session.reserved.get(slot)
         parent = None if reservation is None else self._placement.index.locate(reservation.parent)
         if reservation is None or parent is None:
             return real(self, session, slot, rows)
         self._sessions.release(session, slot)
         rows.append(self._enter(BLOCKS[reservation.key].header, slot))
-        return True
+        return ""
 
     return commit_one
 
@@ -170,6 +170,9 @@ PLANTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     ),
     "what is cleared stays in the flash index": (
         Hidden, "keys_on_flash", lambda _: lambda *_: b"",
+    ),
+    "what a tree that was cut stood on still counts it": (
+        Blocks, "_detach", lambda _: lambda *_: None,
     ),
     "a cleared block takes one stored anew out of the flash index": (
         placement.Placement, "drop_flash", _unlist_what_was_cleared_again,
