@@ -128,8 +128,8 @@ class Connector:
             self._cache.prefetch(keys, blocks)
             return
         tiers = self._cache.tiers(keys[:blocks])
-        follow = self.weigher.by_layers
-        choice = self.weigher.weigh(sequence, there, tiers, follow)
+        follow, rising_s = self.weigher.by_layers, self._rising.ahead_s
+        choice = self.weigher.weigh(sequence, there, tiers, follow, rising_s)
         self._cache.prefetch(keys, choice.blocks, follow)
         rises = [i for i, tier in enumerate(tiers[: choice.blocks]) if tier == "flash"]
         sequence.rose = frozenset(there + i for i in rises)

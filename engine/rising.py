@@ -38,15 +38,18 @@ class _Rise:
         last: the block that rises last.
         blocks: how many rise.
         began_s: when they began to.
+        starts_s, ends_s: when it will be its turn, and over, as estimated.
         until_s: when its patience ends.
         looked_s: when it was looked at last.
-        choice: what was estimated of it.
+        choice: what was estimated of it, the wait for its turn included.
         block_bytes: of a block, if it may be followed, else 0.
     """
 
     last: BlockKey
     blocks: int
     began_s: float
+    starts_s: float
+    ends_s: float
     until_s: float
     looked_s: float
     choice: Choice
@@ -72,12 +75,19 @@ class Rising:
         self._now = now
         self._rose = rose
         self._rises: dict[Sequence, _Rise] = {}
+        self._ends_s = 0.0
         self.late = 0
 
     @property
     def waiting(self) -> int:
         """Requests that wait."""
         return len(self._rises)
+
+    @property
+    def ahead_s(self) -> float:
+        """Seconds until all that was asked for here has risen, as estimated: the sidecar reads what
+        was asked for first."""
+        return max(0.0, self._ends_s - self._now())
 
     def begin(
         self, sequence: Sequence, last: BlockKey, blocks: int, choice: Choice, block_bytes: int
@@ -87,12 +97,15 @@ class Rising:
         Args:
             last: the last one of them.
             blocks: how many they are.
-            choice: how long that takes, and the computation.
+            choice: how long that takes, those before it included, and the computation.
             block_bytes: of a block, if they rise side by side and may be followed, else 0.
         """
         now = self._now()
+        starts_s, self._ends_s = max(now, self._ends_s), now + choice.load_s
         until_s = now + PATIENCE_BASE_S + PATIENCE * choice.load_s
-        self._rises[sequence] = _Rise(last, blocks, now, until_s, now, choice, block_bytes)
+        self._rises[sequence] = _Rise(
+            last, blocks, now, starts_s, self._ends_s, until_s, now, choice, block_bytes
+        )
         if sequence.trace is not None:
             sequence.trace.rises(now, blocks)
 
@@ -113,15 +126,26 @@ class Rising:
                 return True
             sequence.follow_until_s = now + FOLLOW_BASE_S + PATIENCE * left_s
         self.late += is_late
-        sequence.rise_s = now - rise.began_s
+        sequence.rise_s = max(0.0, now - rise.starts_s)
         if sequence.trace is not None:
             sequence.trace.rose(now, is_late)
-        # Between two looks lies a step: what came during a long one may have come at its beginning.
-        is_timed = now - rise.looked_s <= LOOK_SHARE * (now - rise.began_s)
-        if is_timed and not sequence.follow_until_s:
-            self._rose(rise.blocks, now - rise.began_s)
+        if not is_rising:
+            self._ended(rise, now)
         del self._rises[sequence]
         return False
+
+    def _ended(self, rise: _Rise, now: float) -> None:
+        """Learn from a rise that is found to have ended: of the tier, and for those after it."""
+        # Between two looks lies a step: what came during a long one may have come at its beginning.
+        is_timed = now - rise.looked_s <= LOOK_SHARE * (now - rise.began_s)
+        if is_timed and rise.starts_s == rise.began_s:
+            self._rose(rise.blocks, now - rise.began_s)
+        if is_timed or now < rise.ends_s:
+            drift_s = now - rise.ends_s
+            self._ends_s += drift_s
+            for other in self._rises.values():
+                other.starts_s += drift_s
+                other.ends_s += drift_s
 
     def _left_s(self, rise: _Rise, alone: bool) -> float:
         """Seconds until a rise has ended; math.inf when it cannot be followed, or not yet."""
@@ -130,7 +154,9 @@ class Rising:
         # Where nobody else computes, its first layer may as well wait in the step.
         if there is None or not (there or alone):
             return math.inf
-        return rise.choice.load_s * max(0.0, 1 - there / rise.block_bytes)
+        if not there:
+            return max(rise.ends_s, self._now()) - self._now()
+        return (rise.ends_s - rise.starts_s) * max(0.0, 1 - there / rise.block_bytes)
 
     def prune(self) -> None:
         """Forget requests that wait no more."""

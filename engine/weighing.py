@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
 
-from kvist.cachesvc.worker.cost import STEP_TOKENS_MIN, Choice, CostModel, decision_of
+from kvist.cachesvc.worker.cost import STEP_TOKENS_MIN, Ahead, Choice, CostModel, decision_of
 from kvist.cachesvc.worker.meter import Meter
 from kvist.engine.copying import Loaded, Stored
 from kvist.engine.loading import LoadGate
@@ -67,14 +67,22 @@ class Weigher:
         self._store_s = 0.0
 
     def weigh(
-        self, sequence: Sequence, first_block: int, tiers: tuple[str, ...], followed: bool
+        self,
+        sequence: Sequence,
+        first_block: int,
+        tiers: tuple[str, ...],
+        followed: bool,
+        rising_s: float = 0.0,
     ) -> Choice:
         """What would be chosen now; see choose.
 
-        followed: what is on flash rises beside the computation.
+        Args:
+            followed: what is on flash rises beside the computation.
+            rising_s: seconds until it begins to rise.
         """
         first, tokens = first_block * self._block_tokens, len(sequence.tokens)
-        return self.cost.choose(first, tiers, tokens, self.queued, not self.beside, followed)
+        ahead = Ahead(self.queued, rising_s)
+        return self.cost.choose(first, tiers, tokens, ahead, not self.beside, followed)
 
     def choose(self, sequence: Sequence, first_block: int, tiers: tuple[str, ...]) -> None:
         """Set a sequence's found, choice and gate.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvist.cachesvc.worker.cost import START_S, TRY_AGAIN, CostModel, Prefill, Rate
+from kvist.cachesvc.worker.cost import START_S, TRY_AGAIN, Ahead, CostModel, Prefill, Rate
 from kvist.proto.shm import NEVER, RATES
 
 BLOCK = 64
@@ -76,7 +76,7 @@ def test_whatever_was_measured_no_estimate_is_negative_or_unknown(
     model = measured()
     for tokens, start, seconds in seen:
         model.prefill.observe(tokens, tokens * (start + tokens / 2), seconds)
-    choice = model.choose(0, ["dram"] * 5 + ["flash"] * 5, 700, 3, True)
+    choice = model.choose(0, ["dram"] * 5 + ["flash"] * 5, 700, Ahead(3), True)
     assert 0 <= choice.load_s < math.inf
     assert 0 <= choice.compute_s < math.inf
     assert choice.blocks + choice.skipped == 10
@@ -94,16 +94,16 @@ def test_a_long_step_without_change_of_shape_does_not_drift() -> None:
 
 
 def test_what_is_cheap_to_load_is_loaded_and_what_is_not_is_computed() -> None:
-    assert measured().choose(0, ["dram"] * 8, 600, 0, True).blocks == 8
+    assert measured().choose(0, ["dram"] * 8, 600, Ahead(), True).blocks == 8
     slow = measured(dram=1e7)  # 147 ms a block against 96 of computing
-    choice = slow.choose(0, ["dram"] * 8, 600, 0, True)
+    choice = slow.choose(0, ["dram"] * 8, 600, Ahead(), True)
     assert choice.blocks < 8
     assert choice.skipped == 8 - choice.blocks
 
 
 def test_a_flash_tail_that_is_slower_than_computing_is_computed_and_dram_before_it_loaded() -> None:
     model = measured(flash=1e7)
-    choice = model.choose(0, ["dram"] * 6 + ["flash"] * 4, 700, 0, True)
+    choice = model.choose(0, ["dram"] * 6 + ["flash"] * 4, 700, Ahead(), True)
     assert (choice.blocks, choice.skipped) == (6, 4)
 
 
@@ -114,7 +114,9 @@ def test_until_both_sides_were_measured_everything_is_loaded(alone: bool, follow
     tiers = ["dram"] * 6 + ["flash"] * 40
 
     def loads(what: list[str]) -> bool:
-        return model.choose(0, what, len(what) * BLOCK + 12, 0, alone, followed).blocks == len(what)
+        return model.choose(
+            0, what, len(what) * BLOCK + 12, Ahead(), alone, followed
+        ).blocks == len(what)
 
     assert loads(tiers)
     assert loads(tiers[:6])
@@ -130,15 +132,15 @@ def test_until_both_sides_were_measured_everything_is_loaded(alone: bool, follow
 
 def test_loads_that_are_queued_count() -> None:
     model = measured(dram=1.6e7)  # 92 ms a block against 96
-    assert model.choose(0, ["dram"] * 4, 272, 0, True).blocks > 0
-    assert model.choose(0, ["dram"] * 4, 272, 50, True).blocks == 0
+    assert model.choose(0, ["dram"] * 4, 272, Ahead(), True).blocks > 0
+    assert model.choose(0, ["dram"] * 4, 272, Ahead(50), True).blocks == 0
 
 
 def test_a_tier_that_was_slow_is_tried_again() -> None:
     model = measured(flash=1e7)
     loaded = []
     for _ in range(2 * (TRY_AGAIN + 1)):
-        choice = model.choose(0, ["flash"] * 4, 272, 0, True)
+        choice = model.choose(0, ["flash"] * 4, 272, Ahead(), True)
         model.decided(choice)
         loaded.append(choice.blocks)
     assert loaded.count(4) == 2

@@ -16,7 +16,7 @@ from kvist.cachesvc.worker.storing import StoreItem
 from kvist.engine.connector import Connector
 from kvist.engine.pages import Pages
 from kvist.engine.request import NewRequest, SamplingParams
-from kvist.engine.rising import PATIENCE, PATIENCE_BASE_S
+from kvist.engine.rising import PATIENCE, PATIENCE_BASE_S, Rising
 from kvist.engine.scheduler import Scheduler
 from kvist.engine.sequence import Limits, Sequence, State
 from kvist.engine.step import Bounds
@@ -26,6 +26,13 @@ from kvist.transfer.pages import HostPages
 SIZE, PAGE_BYTES = 4, 64
 DIGEST = bytes(range(32))
 LIMITS = Limits(max_model_len=4096, block_tokens=SIZE)
+
+
+def item_of(donor: Sequence, block: int) -> StoreItem:
+    """A block as it was stored."""
+    payload = np.zeros(PAGE_BYTES, np.uint8)
+    tokens = donor.block_tokens_bytes(block)
+    return StoreItem(donor.keys()[block], donor.parent(block), DIGEST, block, tokens, payload)
 
 
 class Bench:
@@ -56,13 +63,9 @@ class Bench:
     def put(self, tokens: list[int], tier: str) -> None:
         """The cache has a prompt's blocks."""
         donor = Sequence(NewRequest("d", tokens, SamplingParams()), 0, LIMITS, DIGEST, 0.0)
-        payload = np.zeros(PAGE_BYTES, np.uint8)
         for block in range(donor.usable_blocks):
-            item = StoreItem(
-                donor.keys()[block], donor.parent(block), DIGEST, block,
-                donor.block_tokens_bytes(block), payload,
-            )  # fmt: skip
-            self.cache.blocks[item.key] = (item, payload.tobytes())
+            item = item_of(donor, block)
+            self.cache.blocks[item.key] = (item, bytes(PAGE_BYTES))
             if tier == "flash":
                 self.cache.flash.add(item.key)
 
@@ -266,3 +269,77 @@ def test_told_not_to_overlap_nothing_is_followed() -> None:
     assert bench.scheduler.schedule(bench.now_s).loads == []
     assert bench.cache.followed == []
     bench.connector.close()
+
+
+def prompts(count: int) -> list[list[int]]:
+    """Different ones of three whole blocks and a token."""
+    return [[1000 * number + token for token in range(13)] for number in range(count)]
+
+
+def busy_bench(block_s: float, token_s: float) -> Bench:
+    """One where a block takes so long to rise and a token to compute, and somebody computes."""
+    bench = Bench(FakeCache())
+    bench.cache.stuck = True
+    weigher = bench.connector.weigher
+    assert weigher is not None
+    weigher.cost.loaded(["flash"] * 3, START_S + 3 * block_s)
+    weigher.cost.prefill.observe(64, 0.0, 64 * token_s)
+    bench.connector.beside(1)
+    return bench
+
+
+def test_patience_counts_the_rises_that_go_before() -> None:
+    bench = busy_bench(0.1, 10.0)
+    asked = []
+    for tokens in prompts(4):
+        bench.put(tokens, "flash")
+        asked.append(bench.add(tokens))
+    assert not bench.scheduler.schedule(bench.now_s).loads
+    for number, one in enumerate(asked, 1):
+        bench.now_s = 100.0 + PATIENCE_BASE_S + PATIENCE * number * (0.3 + START_S) - 0.01
+        assert not bench.scheduler.schedule(bench.now_s).loads
+        bench.now_s += 0.02
+        assert bench.scheduler.schedule(bench.now_s).loads == [one]
+    bench.connector.close()
+
+
+def test_what_would_rise_after_too_many_others_is_computed() -> None:
+    bench = busy_bench(0.1, 0.06)
+    wished = []
+    for tokens in prompts(12):
+        bench.put(tokens, "flash")
+        before = len(bench.cache.prefetched)
+        bench.add(tokens)
+        wished.append(len(bench.cache.prefetched) - before)
+    assert wished[0] == 3
+    assert wished[-1] == 0
+    assert wished == sorted(wished, reverse=True)
+    bench.connector.close()
+
+
+def test_a_rise_that_ends_tells_of_the_tier_and_of_those_behind_it() -> None:
+    cache, now = FakeCache(), [100.0]
+    rose: list[tuple[int, float]] = []
+    rising = Rising(cache, lambda: now[0], lambda *rise: rose.append(rise))
+    asked = []
+    for tokens in prompts(2):
+        request = NewRequest(str(tokens[0]), tokens, SamplingParams())
+        asked.append(Sequence(request, 0, LIMITS, DIGEST, now[0]))
+        last = asked[-1].keys()[0]
+        cache.blocks[last] = (item_of(asked[-1], 0), b"")
+        cache.flash.add(last)
+        rising.begin(asked[-1], last, 3, Choice(3, 0, rising.ahead_s + 0.3, 1.0), 0)
+    assert rising.ahead_s == pytest.approx(0.6)
+    now[0] += 0.2
+    assert all(rising.waits(one, False) for one in asked)
+    cache.flash.discard(asked[0].keys()[0])  # after 0.2 s where 0.3 were expected
+    assert not rising.waits(asked[0], False)
+    assert rose == [(3, pytest.approx(0.2))]
+    assert rising.ahead_s == pytest.approx(0.3)
+    now[0] += 0.3
+    assert rising.waits(asked[1], False)
+    cache.flash.clear()
+    assert not rising.waits(asked[1], False)
+    assert len(rose) == 1, "how long it waited for its turn is no rate"
+    assert asked[1].rise_s == pytest.approx(0.3)
+    assert rising.ahead_s == 0.0

@@ -140,6 +140,19 @@ class Choice:
     compute_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What goes before a load.
+
+    Attributes:
+        blocks: of other loads that are under way.
+        rising_s: seconds until the flash tier has done what was asked of it before.
+    """
+
+    blocks: int = 0
+    rising_s: float = 0.0
+
+
 def decision_of(choice: Choice) -> str:
     """ "load" all that was found, "part" of it, or "compute" it."""
     return "compute" if not choice.blocks else "part" if choice.skipped else "load"
@@ -167,7 +180,7 @@ class CostModel:
         self._avoided = 0
 
     def choose(
-        self, first: int, tiers: Sequence[str], tokens: int, queued: int, alone: bool,
+        self, first: int, tiers: Sequence[str], tokens: int, ahead: Ahead, alone: bool,
         followed: bool = False,
     ) -> Choice:  # fmt: skip
         """Decide how much of a found prefix is loaded; tell `decided` when that is done.
@@ -176,13 +189,14 @@ class CostModel:
             first: position where the found blocks begin.
             tiers: of each found block.
             tokens: of the whole sequence.
-            queued: blocks of other loads that are under way and go first.
+            ahead: what goes first.
             alone: nobody is held up when the load takes longer than the computation.
             followed: what is on flash rises beside the computation, as far as that is no longer;
                 the rest of the rise is waited for in the queue, where it holds up nobody.
         """
-        load_s, compute_s = self._load_s(tiers, queued), self._compute_s(first, len(tiers), tokens)
         risen = np.array([0, *np.cumsum([tier == "flash" for tier in tiers])])
+        load_s = self._load_s(tiers, ahead.blocks) + ahead.rising_s * (risen > 0)
+        compute_s = self._compute_s(first, len(tiers), tokens)
         is_late = (load_s > compute_s) & (not alone)
         is_serial = np.where(risen > 0, not followed, is_late)
         total = np.where(is_serial, load_s + compute_s, np.maximum(load_s, compute_s))
