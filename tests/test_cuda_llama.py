@@ -22,6 +22,7 @@ from kvist.engine.request import SamplingParams
 from kvist.engine.sampler import DrawState
 from kvist.engine.weights import LoadedModel, load_model
 from kvist.kernels.device.worklist import _cut_kernel
+from kvist.kernels.narrow import FLOAT8
 
 BLOCK_TOKENS = 8
 PROMPT = [(7 * i * i + 3) % 200 for i in range(19)]
@@ -190,12 +191,15 @@ def test_pages_may_be_filled_until_a_layer_reads_them(wide: LoadedModel) -> None
 
 @pytest.mark.gpu
 @on_gpu
-def test_a_captured_step_draws_what_an_eager_one_does(wide: LoadedModel) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT8], ids=str)
+def test_a_captured_step_draws_what_an_eager_one_does(
+    wide: LoadedModel, dtype: torch.dtype
+) -> None:
     model = CudaLlama(wide, DEVICE.type, fast=True)
     drawn = []
     told: list[tuple[int, int, int]] = []
     for captured in (False, True):
-        pool = new_pool(wide)
+        pool = new_pool(wide).to(dtype)
         model.forward(both(), pool)
         batch = DecodeBatch(model, pool, rows=4, width=4, keys=200)
         if captured:
@@ -219,10 +223,21 @@ def test_blocks_of_fast_and_invariant_models_are_told_apart(wide: LoadedModel) -
 
 def test_the_pool_may_be_narrower_than_the_computation(wide: LoadedModel) -> None:
     model = CudaLlama(wide, DEVICE.type, fast=True, kv_scale=0.25)
-    pool = torch.zeros_like(new_pool(wide)).to(torch.float8_e4m3fn)
+    pool = torch.zeros_like(new_pool(wide)).to(FLOAT8)
     chunks = [Chunk(OTHER, 0, OTHERS_PAGES, True)]
     # 3 bits of mantissa: an eighth, averaged over keys and dimensions; the interpreter cuts off.
     assert relative_error(model.forward(chunks, pool), cpu_logits(wide, chunks)) < 0.3
+
+
+def test_float8_pages_are_the_same_however_a_prompt_is_cut(wide: LoadedModel) -> None:
+    model = CudaLlama(wide, DEVICE.type, kv_scale=0.25)
+    pool, cut_pool = (new_pool(wide).to(FLOAT8) for _ in range(2))
+    whole = model.forward([Chunk(PROMPT, 0, PAGES, True)], pool)
+    model.forward([Chunk(PROMPT[:11], 0, PAGES, False)], cut_pool)
+    part = model.forward([Chunk(PROMPT[11:], 11, PAGES, True)], cut_pool)
+    assert torch.equal(part, whole)
+    full, cut = (one.view(torch.uint8)[PAGES[:2]] for one in (pool, cut_pool))
+    assert torch.equal(full, cut)
 
 
 def test_a_checkpoint_on_the_device_is_not_copied(tmp_path: Path) -> None:
