@@ -138,25 +138,24 @@ def evaluate(
         ModelFilesError: the model cannot be loaded.
     """
     torch.set_num_threads(config.threads)
-
-    def opened(mode: Mode) -> Subject:
-        fields = dataclasses.asdict(mode)
-        return open_subject(dataclasses.replace(config, **fields), min(len(tokens), WINDOW_TOKENS))
-
-    exact = [part.log_softmax(-1) for part in _windows(opened(REFERENCE), tokens)]
+    reference, *others = (
+        dataclasses.replace(config, **dataclasses.asdict(mode)) for mode in (REFERENCE, *modes)
+    )
+    room = min(len(tokens), WINDOW_TOKENS)
+    exact = [part.log_softmax(-1) for part in _windows(open_subject(reference, room), tokens)]
     scores = []
-    for mode in (REFERENCE, *modes):
-        scaled = f", K and V {mode.kv_cache_dtype}" if is_float8(mode.kv_cache_dtype) else ""
-        progress(f"{mode.dtype}, quantization {mode.quantization}{scaled}")
+    for one in (reference, *others):
+        progress(f"{one.dtype}, quantization {one.quantization}, K and V {one.kv_cache_dtype}")
         try:
-            subject = opened(mode)
+            subject = open_subject(one, room)
         except ConfigInvalid:
-            if len(modes) == 1:
+            if len(others) == 1:
                 raise
             continue
-        if mode.quantization == "auto" and not subject.loaded.groups and len(modes) > 1:
-            continue  # the file has no codes: it is what none is
-        scores.append(_score(mode, subject, tokens, exact))
+        # Without codes in the file auto is what none is.
+        if one.quantization != "auto" or subject.loaded.groups or len(others) == 1:
+            scores.append(_score(one, subject, tokens, exact))
+        del subject  # for the next one: a device may not have room for two
     return scores
 
 
@@ -180,11 +179,11 @@ def _range_shares(subject: Subject, scale: float, count: int) -> tuple[float, fl
 
 
 def _score(
-    mode: Mode, subject: Subject, tokens: Sequence[int], exact: Sequence[torch.Tensor]
+    config: EngineConfig, subject: Subject, tokens: Sequence[int], exact: Sequence[torch.Tensor]
 ) -> Score:
     likelihood, predicted, agreed, place = 0.0, 0, 0, 0
     divergences, shares = [], []
-    float8 = is_float8(mode.kv_cache_dtype)
+    float8 = is_float8(config.kv_cache_dtype)
     for wanted, logits in zip(exact, _windows(subject, tokens), strict=True):
         given = logits.log_softmax(-1)
         divergences.append((wanted.exp() * (wanted - given)).sum(-1))
@@ -194,13 +193,13 @@ def _score(
         predicted += len(following)
         place += len(given)
         if float8:
-            both = _range_shares(subject, mode.kv_cache_scale, len(given))
+            both = _range_shares(subject, config.kv_cache_scale, len(given))
             shares.append(torch.tensor(both) * len(given) / len(tokens))
     divergence = torch.cat(divergences)
     clipped, small = torch.stack(shares).sum(0).tolist() if float8 else (None, None)
     return Score(
         dtype=subject.loaded.dtype,
-        quantization=mode.quantization,
+        quantization=config.quantization,
         kernels=subject.kernels,
         weight_bytes=weight_bytes(subject.loaded),
         perplexity=math.exp(-likelihood / max(1, predicted)),
@@ -209,7 +208,7 @@ def _score(
         kl_max=max(0.0, float(divergence.max())),
         top1=agreed / len(tokens),
         kv_dtype=subject.kv_dtype,
-        kv_scale=mode.kv_cache_scale,
+        kv_scale=config.kv_cache_scale,
         kv_clipped=clipped,
         kv_small=small,
     )

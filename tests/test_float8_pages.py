@@ -4,13 +4,16 @@ near to float32 as 3 bits of mantissa allow, and no NaN from what they cannot ho
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from sim.core_thread import CoreThread
-from sim.device import DEVICE
+from sim.device import DEVICE, interpreted
 from sim.device_core import BLOCK_TOKENS, DeviceCores
 from sim.models import tiny_llama
 from sim.sidecar import Sidecar
@@ -18,6 +21,7 @@ from sim.sidecar import Sidecar
 from kvist.engine.config import EngineConfig
 from kvist.engine.device import found
 from kvist.engine.device.found import Device
+from kvist.engine.local import LocalProcess, free_port
 from kvist.engine.models.base import Chunk
 from kvist.engine.models.llama import LlamaModel
 from kvist.engine.opening import open_backend
@@ -54,7 +58,9 @@ def start(model: str, tmp_path: Path) -> Iterator[DeviceCores]:
 @pytest.fixture
 def sidecar(tmp_path: Path) -> Iterator[Sidecar]:
     flash = ["--flash-path", str(tmp_path / "flash"), "--flash-bytes", "16MiB"]
-    made = Sidecar(tmp_path / "sidecar", [*flash, "--flash-admission", "always"])
+    flags = [*flash, "--flash-admission", "always"]
+    # As a module: a machine with a GPU may have kvist on its path only.
+    made = Sidecar(tmp_path / "sidecar", flags, (sys.executable, "-P", "-m", "kvist.cachesvc"))
     made.start()
     yield made
     made.close()
@@ -169,3 +175,30 @@ def test_numbers_are_rounded_to_the_nearest_and_clamped_to_the_range() -> None:
     clipped, small = range_shares(values)
     assert (clipped, small) == pytest.approx((0.3, 0.3))
     assert values.dtype == FLOAT8
+
+
+@interpreted
+def test_a_server_with_float8_pages_says_so_and_one_on_a_cpu_ends_with_the_way_out(
+    model: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-P", "-m", "kvist.engine.cli", "serve", model]
+    command += ["--kv-cache-dtype", "fp8", "--kv-cache-scale", "0.5", "--cache", "off"]
+    refused = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "--kv-cache-dtype fp8: kernels for processors read" in refused.stderr
+    port = free_port()
+    flags = ["--device", "interpreter", "--block-size", "8", "--max-model-len", "64"]
+    flags += ["--max-num-batched-tokens", "24", "--max-num-seqs", "2", "--port", str(port)]
+    command += [*flags, "--kv-cache-memory-bytes", "1MiB"]
+    server = LocalProcess(command, f"http://127.0.0.1:{port}", "/health", tmp_path / "log")
+    server.start()
+    try:
+        server.wait_ready()
+        body = {"prompt": [1, 2, 3], "max_tokens": 2, "ignore_eos": True}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60.0)
+        assert answer.json()["usage"]["completion_tokens"] == 2
+        said = server.tail()
+    finally:
+        assert server.stop() == 0
+    assert "K and V float8_e4m3fn times 0.5; namespace" in said
+    assert "1024 of 8 tokens and 1KiB, 1MiB in all" in said
