@@ -230,34 +230,33 @@ def weight_bytes(loaded: LoadedModel) -> int:
 def as_table(scores: Sequence[Score], tokens: int) -> Table:
     """For people."""
     table = Table(title=f"{tokens} tokens against float32", box=SIMPLE_HEAD)
-    for name in ("dtype", "weights", "K and V", "kernels"):
+    for name in ("dtype", "weights", "kernels"):
         table.add_column(name)
-    float8 = any(score.kv_clipped is not None for score in scores)
-    ends = ("clipped", "small") if float8 else ()
-    for name in ("MB", "perplexity", "KL mean", "KL max", "top-1", *ends):
+    for name in ("MB", "perplexity", "KL mean", "KL max", "top-1"):
         table.add_column(name, justify="right")
     for score in scores:
         table.add_row(
-            score.dtype,
+            score.dtype if score.kv_clipped is None else f"{score.dtype}*",
             score.quantization,
-            _kv(score),
             score.kernels,
             f"{score.weight_bytes / 1e6:.0f}",
             f"{score.perplexity:.3f}",
             f"{score.kl_mean:.2e}",
             f"{score.kl_max:.2e}",
             f"{score.top1:.1%}",
-            *(_share(share) for share in (score.kv_clipped, score.kv_small) if float8),
         )
+    table.caption = "\n".join(filter(None, map(_ends, scores))) or None
     return table
 
 
-def _kv(score: Score) -> str:
-    return score.kv_dtype if score.kv_clipped is None else f"fp8 times {score.kv_scale:g}"
-
-
-def _share(share: float | None) -> str:
-    return "" if share is None else f"{share:.3%}"
+def _ends(score: Score) -> str:
+    """How the scale fits, "" where there is none."""
+    if score.kv_clipped is None or score.kv_small is None:
+        return ""
+    return (
+        f"* K and V fp8 times {score.kv_scale:g}: {score.kv_clipped:.3%} clamped, "
+        f"{score.kv_small:.2%} too small for all bits"
+    )
 
 
 def _read(path: str) -> str:

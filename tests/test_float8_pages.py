@@ -1,39 +1,31 @@
-"""An engine whose pages are float8: the same bits wherever a prefix was, never another's blocks, as
-near to float32 as 3 bits of mantissa allow, and no NaN from what they cannot hold."""
+"""An engine whose pages are float8: the same bits wherever a prefix was, never another's blocks,
+and no NaN from what they cannot hold. How near it comes to float32: test_cuda_llama."""
 
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from sim.core_thread import CoreThread
-from sim.device import DEVICE, interpreted
-from sim.device_core import BLOCK_TOKENS, DeviceCores
+from sim.device_core import BLOCK_TOKENS, WHERE, DeviceCores
 from sim.models import tiny_llama
 from sim.sidecar import Sidecar
 
 from kvist.engine.config import EngineConfig
 from kvist.engine.device import found
 from kvist.engine.device.found import Device
-from kvist.engine.local import LocalProcess, free_port
-from kvist.engine.models.base import Chunk
-from kvist.engine.models.llama import LlamaModel
-from kvist.engine.opening import open_backend
-from kvist.engine.weights import LoadedModel, load_model
+from kvist.engine.opening import _build, open_backend
 from kvist.kernels.narrow import FLOAT8, range_shares, to_float8
 from kvist.proto.errors import ConfigInvalid
-from kvist.tiers.hbm import PagePool
 
 FLOAT8_PAGES = {"kv_cache_dtype": "fp8", "kv_cache_scale": 0.25, "deterministic": True}
-PROMPT = [(7 * i * i + 3) % 200 for i in range(35)]
+PROMPT = [(7 * i * i + 3) % 200 for i in range(19)]
 CACHED = len(PROMPT) // BLOCK_TOKENS * BLOCK_TOKENS
-COUNT = 4
+COUNT = 3
 Answer = list[tuple[int, float]]
 
 
@@ -41,11 +33,6 @@ Answer = list[tuple[int, float]]
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.set_num_threads(1)
     return str(tiny_llama(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def loaded(model: str) -> LoadedModel:
-    return load_model(model, "float32")
 
 
 @pytest.fixture
@@ -78,15 +65,8 @@ def ask(core: CoreThread) -> tuple[Answer, tuple[int, ...]]:
     return list(zip(tokens, told, strict=True)), (cached.hbm, cached.dram, cached.flash)
 
 
-def logs_of(loaded: LoadedModel, text: list[int]) -> torch.Tensor:
-    """Log-probabilities after each position of a text, by the CPU's model in float32."""
-    pool = PagePool(loaded.block_format(BLOCK_TOKENS, "float32"), 8).tensor
-    chunks = [Chunk([token], place, range(8), True) for place, token in enumerate(text)]
-    return torch.log_softmax(LlamaModel(loaded).forward(chunks, pool), dim=-1)
-
-
 def test_an_answer_is_the_same_bits_cold_and_from_every_tier_and_no_other_pages_are_taken(
-    start: DeviceCores, sidecar: Sidecar, loaded: LoadedModel
+    start: DeviceCores, sidecar: Sidecar
 ) -> None:
     first = start(cache=sidecar.address, **FLOAT8_PAGES)
     assert first.ready is not None
@@ -100,17 +80,11 @@ def test_an_answer_is_the_same_bits_cold_and_from_every_tier_and_no_other_pages_
     first.settle()
     first.stop()
 
-    others = (
-        {"kv_cache_dtype": "bfloat16", "kv_cache_scale": 1.0},
-        {"kv_cache_scale": 0.5},
-        {"deterministic": False},
-    )
-    for other in others:
-        core = start(cache=sidecar.address, **{**FLOAT8_PAGES, **other})
-        assert ask(core)[1] == (0, 0, 0), f"took blocks of another namespace with {other}"
-        assert core.stats.misses_tokens["namespace"] == CACHED
-        core.settle()
-        core.stop()
+    other = start(cache=sidecar.address, **{**FLOAT8_PAGES, "kv_cache_scale": 0.5})
+    assert ask(other)[1] == (0, 0, 0), "took blocks of another scale"
+    assert other.stats.misses_tokens["namespace"] == CACHED
+    other.settle()
+    other.stop()
 
     second = start(cache=sidecar.address, **FLOAT8_PAGES)
     assert ask(second) == (cold, (0, CACHED, 0))
@@ -120,15 +94,14 @@ def test_an_answer_is_the_same_bits_cold_and_from_every_tier_and_no_other_pages_
     third = start(cache=sidecar.address, **FLOAT8_PAGES)
     assert ask(third) == (cold, (0, 0, CACHED))
 
-    tokens, told = zip(*cold, strict=True)
-    exact = logs_of(loaded, [*PROMPT, *tokens])[len(PROMPT) - 1 : -1]
-    wanted = [float(row[token]) for row, token in zip(exact, tokens, strict=True)]
-    assert list(told) == pytest.approx(wanted, abs=LOG_ERROR)
 
-
-# Of a random model, whose likeliest tokens are near one another. The interpreter halves a value
-# that rounds up to a power of two, which is one in 32; a GPU rounds to nearest.
-LOG_ERROR = 1.0 if DEVICE.type == "cpu" else 0.3
+def test_pages_of_another_dtype_or_scale_have_another_namespace(model: str) -> None:
+    digests = set()
+    for dtype, scale in (("fp8", 0.25), ("fp8", 0.5), ("fp8", 1.0), ("bfloat16", 1.0)):
+        chosen = {"kv_cache_dtype": dtype, "kv_cache_scale": scale, "dtype": "float32"}
+        config = EngineConfig(model=model, device=WHERE, **chosen)  # type: ignore[arg-type]
+        digests.add(_build(config, open_backend(config), lambda *_: None).namespace.digest())
+    assert len(digests) == 4
 
 
 def test_what_pages_cannot_hold_is_clamped_and_answers_are_numbers(start: DeviceCores) -> None:
@@ -175,30 +148,3 @@ def test_numbers_are_rounded_to_the_nearest_and_clamped_to_the_range() -> None:
     clipped, small = range_shares(values)
     assert (clipped, small) == pytest.approx((0.3, 0.3))
     assert values.dtype == FLOAT8
-
-
-@interpreted
-def test_a_server_with_float8_pages_says_so_and_one_on_a_cpu_ends_with_the_way_out(
-    model: str, tmp_path: Path
-) -> None:
-    command = [sys.executable, "-P", "-m", "kvist.engine.cli", "serve", model]
-    command += ["--kv-cache-dtype", "fp8", "--kv-cache-scale", "0.5", "--cache", "off"]
-    refused = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True)
-    assert refused.returncode != 0
-    assert "--kv-cache-dtype fp8: kernels for processors read" in refused.stderr
-    port = free_port()
-    flags = ["--device", "interpreter", "--block-size", "8", "--max-model-len", "64"]
-    flags += ["--max-num-batched-tokens", "24", "--max-num-seqs", "2", "--port", str(port)]
-    command += [*flags, "--kv-cache-memory-bytes", "1MiB"]
-    server = LocalProcess(command, f"http://127.0.0.1:{port}", "/health", tmp_path / "log")
-    server.start()
-    try:
-        server.wait_ready()
-        body = {"prompt": [1, 2, 3], "max_tokens": 2, "ignore_eos": True}
-        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60.0)
-        assert answer.json()["usage"]["completion_tokens"] == 2
-        said = server.tail()
-    finally:
-        assert server.stop() == 0
-    assert "K and V float8_e4m3fn times 0.5; namespace" in said
-    assert "1024 of 8 tokens and 1KiB, 1MiB in all" in said
