@@ -250,10 +250,10 @@ class CacheClient:
                     life.push(FOLLOW if follow else PREFETCH, blocks, keys[blocks - 1])
                     self.bell_failures += not life.ring_bell()
 
-    def risen(self, key: BlockKey) -> int:
-        """Bytes of a block's record that can be streamed now; 0 if it is not on its way up."""
+    def risen(self, key: BlockKey) -> int | None:
+        """Bytes of a block's record that can be streamed now; None if it is not on its way up."""
         with self._entered() as life:
-            return 0 if life is None else risen(life, key)
+            return None if life is None else risen(life, key)
 
     def count(
         self,

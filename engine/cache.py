@@ -43,8 +43,9 @@ class Cache(Protocol):
         meanwhile."""
         ...
 
-    def risen(self, key: BlockKey) -> int:
-        """Bytes of a block's record that can be streamed now; makes no call."""
+    def risen(self, key: BlockKey) -> int | None:
+        """Bytes of a block's record that can be streamed now, None if it is not on its way; makes
+        no call."""
         ...
 
     def claim(self, keys: Sequence[BlockKey]) -> None:

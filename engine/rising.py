@@ -3,8 +3,8 @@
 A request that waits in the queue holds no page and no seat. So one whose blocks are on their way up
 stays there, and those behind it go first. It is let in when the first layers of all blocks are
 there and the others will have come before it has computed: then it follows the rise, and computes
-layer by layer behind it. It waits no longer than PATIENCE times what the rise was estimated to
-take.
+layer by layer behind it. Where nobody else computes, it is let in as soon as all blocks are on
+their way. It waits no longer than PATIENCE times what the rise was estimated to take.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Rising:
         is_rising, now = "flash" in self._cache.tiers([rise.last]), self._now()
         is_late = is_rising and now >= rise.until_s
         if is_rising and not is_late:
-            left_s = self._left_s(rise)
+            left_s = self._left_s(rise, alone)
             if left_s > max(rise.choice.compute_s, ALONE_S if alone else 0.0):
                 rise.looked_s = now
                 return True
@@ -123,11 +123,12 @@ class Rising:
         del self._rises[sequence]
         return False
 
-    def _left_s(self, rise: _Rise) -> float:
+    def _left_s(self, rise: _Rise, alone: bool) -> float:
         """Seconds until a rise has ended; math.inf when it cannot be followed, or not yet."""
         # The last block is the one that lags behind: parts come by turns.
-        there = self._cache.risen(rise.last) if rise.block_bytes else 0
-        if not there:
+        there = self._cache.risen(rise.last) if rise.block_bytes else None
+        # Where nobody else computes, its first layer may as well wait in the step.
+        if there is None or not (there or alone):
             return math.inf
         return rise.choice.load_s * max(0.0, 1 - there / rise.block_bytes)
 

@@ -216,19 +216,21 @@ LET_IN = [
     (0.05, 0.01, True, 0.1, False),  # others would wait with it
     (0.05, 0.01, True, 0.9, True),  # no longer than it computes
     (0.05, 0.1, True, 0.1, True),
-    (0.05, 0.1, False, 0.0, False),  # its first layers have not come
+    (0.05, 0.1, True, 0.0, False),  # its first layers have not come
+    (0.05, 0.1, False, 0.0, True),  # alone: it waits for them at its gate
+    (0.05, 0.1, False, None, False),  # nobody has begun to read it
 ]
 
 
 @pytest.mark.parametrize(("load_s", "compute_s", "beside", "share", "let_in"), LET_IN)
 def test_a_request_is_let_in_when_the_rest_of_the_rise_is_hidden_by_its_computation(
-    load_s: float, compute_s: float, beside: bool, share: float, let_in: bool
+    load_s: float, compute_s: float, beside: bool, share: float | None, let_in: bool
 ) -> None:
     bench = bench_of(load_s, compute_s)
     bench.connector.beside(int(beside))
     asked = bench.add(HIGH)
     assert bench.cache.followed == asked.keys()[:3]
-    bench.cache.shown = int(share * PAGE_BYTES)
+    bench.cache.shown = None if share is None else int(share * PAGE_BYTES)
     step = bench.scheduler.schedule(bench.now_s)
     assert step.loads == ([asked] if let_in else [])
     assert (asked.gate is not None, bench.connector.deferred) == (let_in, not let_in)

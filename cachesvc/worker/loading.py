@@ -157,9 +157,9 @@ def _reader(life: Life, place: Location, wanted: Wanted) -> SlotReader:
     raise BlockMissing("the block is on flash")
 
 
-def risen(life: Life, key: BlockKey) -> int:
-    """Bytes of a block's record that can be read now; 0 of one that is not on its way."""
+def risen(life: Life, key: BlockKey) -> int | None:
+    """Bytes of a block's record that can be read now; None of one that is not on its way."""
     place = life.index.find(key)
     if place is None or place.dram == place.rising:  # neither
-        return 0
+        return None
     return life.arena.slot_bytes if place.rising is None else life.arena.shown(place.rising)

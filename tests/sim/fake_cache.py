@@ -32,7 +32,8 @@ class FakeCache:
         corrupt: keys whose payload does not match.
         condemned: keys that are said to be corrupt as long as they are not stored.
         elsewhere: origins of first blocks that are said to be stored under another namespace.
-        stuck: nothing rises from flash; shown: bytes of each block there that can be read.
+        stuck: nothing rises from flash; shown: bytes of each block there that can be read,
+            None while they are not on their way.
         gate: loads wait for it.
         store_gate: stores wait for it.
         alone: no other engine is attached.
@@ -65,7 +66,7 @@ class FakeCache:
         self.hints: list[Hint] = []
         self.prefetched: list[BlockKey] = []
         self.followed: list[BlockKey] = []
-        self.shown = 0
+        self.shown: int | None = None
         self.batches: list[int] = []
         self.alone = True
         self.claims: dict[BlockKey, Claimant] = {}
@@ -104,7 +105,7 @@ class FakeCache:
         if not self.stuck:
             self.flash -= set(keys[:blocks])
 
-    def risen(self, key: BlockKey) -> int:
+    def risen(self, key: BlockKey) -> int | None:
         """See CacheClient.risen."""
         return self.shown if key in self.flash else 1 << 20
 
