@@ -4,11 +4,15 @@ Triton's kernels run in its interpreter, also beside a GPU, but for make test-gp
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 # Read when a kernel is defined, so before any test imports one.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell's job in the background ignores it, and so would all the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPLAY = "test_seed_finds_nothing"
 

@@ -150,6 +150,6 @@ def test_an_interrupted_warm_says_what_was_done_and_from_which_line_to_go_on(
     assert tool.returncode == 130, error
     document = json.loads(out)
     assert 0 < document["prompts"] < 20_000
-    # With two at once, one of the later line may be done before that of the earlier.
-    assert document["next_line"] - 1 <= document["prompts"] <= document["next_line"]
+    # With two at once, some of later lines may be done before that of an earlier one.
+    assert 1 <= document["next_line"] <= document["prompts"] + 1
     assert error == ""
