@@ -233,7 +233,8 @@ def test_float8_pages_are_near_float32_and_read_as_exactly_what_they_hold(
     chunks = [Chunk(OTHER, 0, OTHERS_PAGES, True)]
     # A sixteenth of each key and value at most; the interpreter halves what it should round up to
     # a power of two.
-    assert relative_error(logits, cpu_logits(wide, chunks)) < (0.3 if DEVICE.type == "cpu" else 0.15)
+    limit = 0.3 if DEVICE.type == "cpu" else 0.15
+    assert relative_error(logits, cpu_logits(wide, chunks)) < limit
     held, copy = pool.float().cpu() * scale, new_pool(wide).cpu()
 
     def take_what_is_held(layer: int) -> None:
