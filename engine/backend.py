@@ -12,7 +12,7 @@ from kvist.cachesvc.log import Log
 from kvist.engine.cache_address import CACHE_EMBEDDED
 from kvist.engine.config import EngineConfig
 from kvist.engine.device.found import CPU, Device
-from kvist.engine.memory import free_memory_bytes
+from kvist.engine.host import free_memory_bytes
 from kvist.engine.models.base import Model
 from kvist.engine.models.build import build_model, compute_tag, kernels_of, quantization_of
 from kvist.engine.runner import Runner, StepRunner

@@ -20,8 +20,8 @@ from kvist.engine.config import (
     QUANTIZATIONS,
     add_serve_flags,
     config_from_flags,
-    usable_cores,
 )
+from kvist.engine.host import usable_cores
 from kvist.engine.kv_dtype import add_kv_dtype_flags
 from kvist.proto.errors import ConfigInvalid, KvistError
 

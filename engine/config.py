@@ -12,6 +12,7 @@ from kvist.cachesvc.events.settings import checked_kv_events
 from kvist.cachesvc.log import FORMATS, debug_detail
 from kvist.engine.cache_address import CACHE_EMBEDDED, normal_cache
 from kvist.engine.device.flags import DEVICES, add_device_flags
+from kvist.engine.host import usable_cores
 from kvist.engine.kv_dtype import add_kv_dtype_flags, check_kv_dtype
 from kvist.engine.priority import INTERACTIVE, PRIORITIES
 from kvist.proto.errors import ConfigInvalid
@@ -24,22 +25,6 @@ BLOCK_TOKENS_MAX = 4096
 # A prompt holds up those that decode beside it for as long as a step takes: on a CPU that is soon
 # too long. On a GPU few tokens leave the matrix units idle.
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use: its affinity mask, cut by a cgroup quota if any.
-
-    Without the quota a container with a limit of 2 on a machine of 64 would start 64 threads
-    that take turns on 2 cores, which is slower than 2 threads by a factor, not by a share.
-    """
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return cores
 
 
 def default_flash_path() -> str:
@@ -88,7 +73,7 @@ class EngineConfig:
         deterministic: a request without a seed gets one from its content, not from its turn.
         async_scheduling: plan a step while the one before it runs; None is up to the device.
         default_priority: class of requests that name none, see priority.
-        priority_aging_seconds: waiting that raises a request by a class.
+        priority_aging_seconds: waiting that raises the oldest request of a class by one.
         otlp_traces_endpoint: of an OpenTelemetry collector; "" traces nothing.
         drain_seconds: how long running requests may go on after SIGTERM.
 
@@ -306,7 +291,8 @@ def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
         type=_number(float, "a number"),
         default=30.0,
         metavar="SECONDS",
-        help="waiting that raises a request by a class, so that nobody starves (%(default)s)",
+        help="waiting that raises the oldest request of a class, so that nobody starves "
+        "(%(default)s)",
     )
     group.add_argument(
         "--async-scheduling",

@@ -70,7 +70,7 @@ class Connector:
         self._copies = copies
         self._pages = pages
         self._now = now
-        self._store_room = min(STORE_QUEUE_BLOCKS, pages.total // STORE_POOL_SHARE)
+        self._store_room = max(1, min(STORE_QUEUE_BLOCKS, pages.total // STORE_POOL_SHARE))
         self.tally = Tally()
         self.stored_blocks = 0
         self.store_drops: Counter[str] = Counter()

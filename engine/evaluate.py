@@ -123,7 +123,8 @@ def evaluate(
     modes: Sequence[Mode],
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Score]:
-    """Compute the tokens in float32 and in each mode; modes that this device lacks are left out.
+    """Compute the tokens in float32 and in each mode; modes that this device lacks are left out,
+    and those that compute with the same weights and pages as one before.
 
     The log-probabilities of float32 are kept meanwhile: 4 bytes a token and word of the vocabulary.
 
@@ -143,7 +144,8 @@ def evaluate(
     )
     room = min(len(tokens), WINDOW_TOKENS)
     exact = [part.log_softmax(-1) for part in _windows(open_subject(reference, room), tokens)]
-    scores = []
+    scores: list[Score] = []
+    seen: set[tuple[str, str, str, float]] = set()
     for one in (reference, *others):
         progress(f"{one.dtype}, quantization {one.quantization}, K and V {one.kv_cache_dtype}")
         try:
@@ -152,10 +154,13 @@ def evaluate(
             if len(others) == 1:
                 raise
             continue
-        # Without codes in the file auto is what none is.
-        if one.quantization != "auto" or subject.loaded.groups or len(others) == 1:
+        loaded = subject.loaded
+        what = loaded.dtype, loaded.fingerprint, subject.kv_dtype, one.kv_cache_scale
+        # auto of a file without codes is none; int8 of one in 4 bits is auto
+        if what not in seen or len(others) == 1:
+            seen.add(what)
             scores.append(_score(one, subject, tokens, exact))
-        del subject  # for the next one: a device may not have room for two
+        del subject, loaded  # for the next one: a device may not have room for two
     return scores
 
 

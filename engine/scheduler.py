@@ -18,7 +18,7 @@ from itertools import islice
 from kvist.engine.pages import Pages
 from kvist.engine.sequence import Sequence, State
 from kvist.engine.step import PREEMPTIONS, Bounds, Finder, Step, Work
-from kvist.engine.waiting import Waiting
+from kvist.engine.waiting import Ages, Waiting
 from kvist.proto.kv_events import GPU
 
 RESERVE_SHARE = 32
@@ -50,7 +50,8 @@ class Scheduler:
         self._pages = pages
         self._finder = finder
         self._bounds = bounds
-        self.waiting = Waiting(bounds.aging_s)
+        self.waiting = Waiting()
+        self._ages = Ages(bounds.aging_s)
         self.running: list[Sequence] = []
         self.loading: list[Sequence] = []
         self.deferred: set[Sequence] = set()
@@ -150,12 +151,12 @@ class Scheduler:
         self._pages.release(step.kept)
 
     def _age(self) -> None:
-        self.waiting.age(self._now)
-        for sequence in [s for s in self.running if s.since_s is not None]:
-            rank = sequence.rank_at(self._now, self._bounds.aging_s)
-            if rank < sequence.rank:
+        for sequence in list(self._ages.due(self._now, self.waiting.oldest, self.running)):
+            if sequence.state is State.WAITING:
+                self.waiting.rise(sequence)
+            else:
                 self.running.remove(sequence)
-                sequence.rank = rank
+                sequence.rank -= 1
                 insort(self.running, sequence, key=_place)
 
     def _take(self, sequence: Sequence) -> None:

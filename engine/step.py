@@ -94,7 +94,7 @@ class Bounds:
         tokens: of one step at most, >= seats.
         seats: sequences with pages at most.
         block_tokens: tokens per page.
-        aging_s: see waiting.Waiting.
+        aging_s: see waiting.Ages.
     """
 
     tokens: int

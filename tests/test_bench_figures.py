@@ -23,12 +23,22 @@ from kvist.engine.bench.summary import (
     summarize,
 )
 from kvist.engine.bench.timed_trace import TimedTrace
+from kvist.engine.bench.timeline import (
+    FAILED,
+    FIRST,
+    GAPS,
+    WAITS,
+    parse_thresholds,
+    parts_of,
+    timeline,
+)
 from kvist.engine.bench.wire import Dechunker, Head, WireError
 from kvist.engine.bench.workload import (
     Prompt,
     RandomPrompts,
     RepeatedPrefixes,
     Vocabulary,
+    burstgpt_items,
     custom_items,
     sharegpt_items,
     warm_up_items,
@@ -275,6 +285,39 @@ def test_a_file_of_prompts_may_hold_text_or_ids(tmp_path: Path) -> None:
     write_trace(path, {"prompt": 5})
     with pytest.raises(ConfigInvalid, match="line 1: prompt"):
         custom_items(path, 2, len, 4)
+
+
+def test_burstgpt_gives_the_lengths_of_gpt_4s_answered_requests(tmp_path: Path) -> None:
+    path = tmp_path / "b.csv"
+    path.write_text(
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "5,ChatGPT,472,18,490,API log\n"
+        "45,GPT-4,30,7,37,API log\n"
+        "47,GPT-4,90,0,90,API log\n"
+        "60,GPT-4,12,5,17,Conversation log\n"
+    )
+    made = burstgpt_items(path, 3, 0, IDS)
+    assert {(len(ids(i.prompt)), i.output_tokens) for i in made} == {(30, 7), (12, 5)}
+    assert len(made) == 3, "a file with too few is used more than once"
+    path.write_text("Timestamp,Model\n5,GPT-4\n")
+    with pytest.raises(ConfigInvalid, match="Request tokens"):
+        burstgpt_items(path, 1, 0, IDS)
+
+
+def test_a_timeline_has_a_row_of_parts_for_each_request() -> None:
+    good = ended(1.0, 2.09, [2.0, 2.01, 2.02, 2.05, 2.09], 5, due=0.5)
+    lost = Outcome(3.0, 10, 3.0, [3.5], 4.0, 1, error="out of <pages>", done=True)
+    limits = parse_thresholds("25,35")
+    parts = [(colour, round(end - begin, 3)) for begin, end, colour in parts_of(good, limits)]
+    assert parts == [(WAITS, 0.5), (FIRST, 1.0), (GAPS[0], 0.02), (GAPS[1], 0.03), (GAPS[2], 0.04)]
+    assert parts_of(lost, limits)[-1] == (3.5, 4.0, FAILED)
+    page = timeline([good, lost, Outcome(5.0, 10)], limits)
+    assert page.count("<g>") == 3
+    assert "out of &lt;pages&gt;" in page
+    assert timeline([], limits).count("<g>") == 0
+    for bad in ("25", "50,25", "a,b", "0,nan"):
+        with pytest.raises(ConfigInvalid, match="--timeline-itl-thresholds"):
+            parse_thresholds(bad)
 
 
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=8), st.integers(0, 2**32))

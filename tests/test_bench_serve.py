@@ -56,6 +56,7 @@ def test_tokens_are_counted_to_the_last_one(url: str, capsys: pytest.CaptureFixt
     got = bench(
         capsys,
         *("serve", "--base-url", url, "--num-prompts", "12", "--random-input-len", "40"),
+        *("--backend", "vllm"),
         *("--random-output-len", "7", "--ignore-eos", "--max-concurrency", "3"),
         *("--num-warmups", "2", "--percentile-metrics", "ttft,tpot,itl,e2el"),
         *("--metric-percentiles", "50,90", "--goodput", "ttft:600000"),
@@ -131,6 +132,7 @@ def test_chats_are_answered_and_the_table_has_its_rows(
     flags += ["--input-len", "9", "--output-len", "4", "--ignore-eos", "--append-result"]
     flags += ["--save-detailed", "--result-dir", str(path.parent), "--result-filename", path.name]
     flags += ["--metadata", "host=here", "--burstiness", "inf", "--request-rate", "200"]
+    flags += ["--plot-timeline"]
     assert main(flags) == 0
     table = capsys.readouterr().out.splitlines()
     rows = {line.split(":")[0]: line.split(":")[1].split()[0] for line in table if ":" in line}
@@ -145,6 +147,12 @@ def test_chats_are_answered_and_the_table_has_its_rows(
     assert [each["output_tokens"] for each in first["requests"]] == [4, 4, 4]
     assert [each["due"] for each in first["requests"]] == pytest.approx([0.005, 0.01, 0.015])
     assert all(each["sent"] >= each["due"] for each in first["requests"])
+    assert first["start_times"] == [each["sent"] for each in first["requests"]]
+    assert first["output_lens"] == [4, 4, 4]
+    for ttft, gaps, latency in zip(first["ttfts"], first["itls"], first["latencies"], strict=True):
+        assert 0 < ttft <= latency
+        assert ttft + sum(gaps) == pytest.approx(latency, rel=0.2, abs=0.05)
+    assert (path.parent / "r.timeline.html").read_text().count("<g>") == 3
 
 
 def test_refused_requests_are_failures_with_the_servers_words(
@@ -333,12 +341,14 @@ def test_the_peers_benchmark_measures_our_engine_in_every_figure(model: Path) ->
     [
         (("latency",), "--model"),
         (("latency", "x", "--batch-size", "0"), "--batch-size"),
+        (("latency", "x", "--num-iters-warmup", "-1"), "--num-iters-warmup"),
         (("throughput", "/no/such/model"), "/no/such/model"),
         (("serve", "--dataset-name", "sharegpt", "--base-url", "ftp:/x"), "--base-url"),
         (("serve", "--ramp-up-strategy", "linear"), "--ramp-up-start-rps"),
         (("serve", "--max-concurrency", "0"), "--max-concurrency"),
         (("serve", "--num-prompts", "0"), "--num-prompts"),
         (("serve", "--goodput", "speed:1"), "--goodput"),
+        (("serve", "--timeline-itl-thresholds", "9"), "--timeline-itl-thresholds"),
     ],
 )
 def test_a_bad_flag_is_named(

@@ -98,8 +98,10 @@ def test_what_cannot_be_measured_is_refused_by_flag(
 @pytest.mark.model
 def test_the_real_model_keeps_its_answers_in_every_mode() -> None:
     tokens = [number * 31 % 49000 + 100 for number in range(48)]
-    modes = (Mode("bfloat16", "none"), Mode("bfloat16", "auto"))
+    modes = (Mode("bfloat16", "none"), Mode("bfloat16", "auto"), Mode("bfloat16", "int8"))
     exact, *others = evaluate(EngineConfig(model="demo", device="cpu", threads=1), tokens, modes)
+    names = [score.quantization for score in others]
+    assert names == ["none", "auto"], "a file in 4 bits stays in 4 bits, whoever asks for 8"
     assert (exact.dtype, exact.quantization) == (REFERENCE.dtype, REFERENCE.quantization)
     assert [score.kernels for score in others] == ["own", "own"]
     for score in others:

@@ -143,6 +143,41 @@ def test_a_batch_request_ends_although_realtime_ones_never_stop_coming(overlap: 
     assert poor.output == alone(prompt(24, 99), 8)
 
 
+@pytest.mark.parametrize("flood", [BATCH, INTERACTIVE])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_backlog_that_has_waited_long_is_not_ahead_of_who_comes_above_it(
+    flood: int, overlap: bool
+) -> None:
+    aging_s = 40.0
+    machine = Machine(max_tokens=16, max_seqs=4, pages=64, aging_s=aging_s, overlap=overlap)
+    backlog = [machine.add(prompt(8, i), 20, priority=flood) for i in range(60)]
+    for _ in range(3 * int(aging_s)):
+        machine.step()
+    assert sum(one.state is State.WAITING for one in backlog) > 20
+    for i in range(30):
+        late = machine.add(prompt(9, 100 + i), 4, priority=REALTIME)
+        for _ in range(4 + 4):
+            machine.step()
+        assert late.state is State.FINISHED, f"request {i} waits for the backlog"
+    assert sum(one.rank < flood for one in backlog) <= machine.now / aging_s
+    machine.run()
+    assert [one.output for one in backlog] == [alone(prompt(8, i), 20) for i in range(60)]
+
+
+def test_each_of_a_backlog_has_its_turn_beside_a_flood_from_above() -> None:
+    aging_s = 10.0
+    machine = Machine(max_tokens=8, max_seqs=2, pages=24, aging_s=aging_s)
+    backlog = [machine.add(prompt(8, i), 2, priority=BATCH) for i in range(5)]
+    steps, ended = 0, []
+    while len(ended) < len(backlog):
+        machine.add(prompt(8, 100 + steps), 4, priority=REALTIME)  # each more than a step's work
+        machine.step()
+        steps += 1
+        ended += [one for one in backlog if one.state is State.FINISHED and one not in ended]
+        assert steps < 5 * (2 * aging_s + 12), "somebody starves"
+    assert ended == backlog, "first come, first served"
+
+
 def test_peers_do_not_take_turns_however_long_they_wait() -> None:
     machine = Machine(max_seqs=1, aging_s=3.0)
     first, second = machine.add(prompt(5, 1), 30), machine.add(prompt(5, 2), 3)

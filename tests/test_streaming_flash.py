@@ -188,6 +188,40 @@ def test_a_clear_amid_the_rise_costs_a_computation(sunk: Cached) -> None:
     sunk.core.parts.pages.check({})
 
 
+def test_an_abort_amid_the_rise_frees_the_pages_and_the_next_one_is_served(sunk: Cached) -> None:
+    began, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        began.set()
+        assert go.wait(30)
+
+    at_first_layers(sunk, hold)
+    request = sunk.submit()
+    assert began.wait(30)
+    sunk.core.send_abort(request)
+    go.set()
+    assert sunk.core.last(request).finish_reason == "abort"
+    sunk.core.settle()
+    sunk.core.parts.pages.check({})
+    assert sunk.ask()[0] == sunk.expected
+
+
+def test_an_abort_while_its_blocks_are_waited_for_leaves_nothing(
+    sunk: Cached, disk: SlowDisk
+) -> None:
+    go = threading.Event()
+    disk.before = lambda: go.wait(30)
+    request = sunk.submit()
+    sunk.core.wait(lambda: sunk.core.stats.waiting_deferred == 1)
+    sunk.core.send_abort(request)
+    assert sunk.core.last(request).finish_reason == "abort"
+    go.set()
+    sunk.core.settle()
+    sunk.core.parts.pages.check({})
+    assert sunk.core.stats.waiting_deferred == 0
+    assert sunk.ask()[0] == sunk.expected
+
+
 def test_told_not_to_overlap_it_waits_for_whole_blocks(sunk: Cached) -> None:
     weigher = sunk.core.parts.connector.weigher
     assert weigher is not None

@@ -19,7 +19,9 @@ from kvist.proto.errors import KvistError
 CONNECT_SECONDS = 10.0
 ASK_SECONDS = 60.0
 CHAT = "openai-chat"
-ENDPOINTS = {"openai": "/v1/completions", CHAT: "/v1/chat/completions"}
+COMPLETIONS = "/v1/completions"
+# vLLM's benchmark has a name of its own for completions; they are OpenAI's.
+ENDPOINTS = {"openai": COMPLETIONS, "vllm": COMPLETIONS, CHAT: "/v1/chat/completions"}
 
 
 class BenchError(KvistError):

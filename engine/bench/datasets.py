@@ -12,6 +12,7 @@ from kvist.engine.bench.workload import (
     RandomPrompts,
     RepeatedPrefixes,
     Vocabulary,
+    burstgpt_items,
     custom_items,
     sharegpt_items,
 )
@@ -36,6 +37,8 @@ def items_of(flags: argparse.Namespace, vocabulary: Vocabulary, count: Count) ->
     if flags.dataset_name == "sharegpt":
         wanted = _either(flags.output_len, flags.sharegpt_output_len)
         return sharegpt_items(path, flags.num_prompts, flags.seed, count, wanted)
+    if flags.dataset_name == "burstgpt":
+        return burstgpt_items(path, flags.num_prompts, flags.seed, vocabulary)
     if flags.dataset_name == "custom":
         wanted = _either(flags.output_len, flags.custom_output_len)
         assert wanted is not None

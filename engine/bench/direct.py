@@ -196,7 +196,7 @@ class DirectEngine:
             with torch.inference_mode():
                 Core(self._link, parts, config, log, time.monotonic).run(self._stopping)
         finally:
-            parts.connector.close()
+            parts.close()
 
 
 def _note(answer: Generated, delta: Delta, at_s: float) -> None:

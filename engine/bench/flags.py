@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 
 from kvist.engine.bench.timed_trace import MOONCAKE_CHUNK_TOKENS
 from kvist.engine.bench.workload import RandomPrompts, RepeatedPrefixes
 from kvist.engine.config import add_serve_flags
 
-SERVE_DATASETS = ("random", "sharegpt", "prefix_repetition", "timed_trace", "custom")
-OFFLINE_DATASETS = ("random", "sharegpt", "prefix_repetition", "custom")
+OFFLINE_DATASETS = ("random", "sharegpt", "burstgpt", "prefix_repetition", "custom")
+SERVE_DATASETS = (*OFFLINE_DATASETS, "timed_trace")
 # Flags of `kvist serve` that mean nothing without a server.
 HTTP_FLAGS = ("host", "port", "served_model_name", "api_key", "drain_seconds")
 
@@ -21,9 +22,9 @@ def add_bench_serve_flags(parser: argparse.ArgumentParser) -> None:
     to = parser.add_argument_group("server")
     to.add_argument(
         "--backend",
-        choices=("openai", "openai-chat"),
+        choices=("openai", "vllm", "openai-chat"),
         default="openai",
-        help="completions or chat (%(default)s)",
+        help="completions (both of the first) or chat (%(default)s)",
     )
     to.add_argument("--base-url", metavar="URL", help="of the server, instead of host and port")
     to.add_argument("--host", default="127.0.0.1", help="of the server (%(default)s)")
@@ -34,7 +35,11 @@ def add_bench_serve_flags(parser: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--tokenizer", metavar="MODEL", help="folder or .gguf file; default: the server's /tokenize"
     )
-    to.add_argument("--api-key", help="the server's key")
+    to.add_argument(
+        "--api-key",
+        default=os.environ.get("OPENAI_API_KEY"),
+        help="the server's key ($OPENAI_API_KEY, as with vLLM's benchmark)",
+    )
     to.add_argument("--header", metavar="NAME=VALUE", nargs="*", help="of every request")
     to.add_argument(
         "--extra-body", metavar="JSON", help='fields of every request, like {"kv_cache": ...}'
@@ -111,6 +116,15 @@ def _add_report_flags(report: argparse._ArgumentGroup) -> None:
     report.add_argument("--result-dir", metavar="FOLDER")
     report.add_argument("--result-filename", metavar="FILE")
     report.add_argument("--label", help="of the run, into the JSON")
+    report.add_argument(
+        "--plot-timeline", action="store_true", help="draw every request in an HTML file beside it"
+    )
+    report.add_argument(
+        "--timeline-itl-thresholds",
+        default="25,50",
+        metavar="MS,MS",
+        help="between three colours of inter-token latency (%(default)s)",
+    )
     report.add_argument("--json", action="store_true", help="print one JSON object, no table")
     report.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
 

@@ -86,6 +86,8 @@ def run_bench_latency(flags: argparse.Namespace) -> int:
     for name in ("input_len", "output_len", "batch_size", "num_iters"):
         if getattr(flags, name) < 1:
             raise ConfigInvalid(f"--{name.replace('_', '-')}: give 1 or more")
+    if flags.num_iters_warmup < 0:
+        raise ConfigInvalid("--num-iters-warmup: give 0 or more")
     console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
     vocabulary, chance = plain_ids(config.model), random.Random(config.seed)
     batches: list[list[Generated]] = []

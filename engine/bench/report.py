@@ -100,16 +100,16 @@ def result_path(folder: str | None, name: str | None, figures: Mapping[str, Any]
     return Path(folder or ".") / name
 
 
-def save(path: Path, figures: Mapping[str, Any], append: bool) -> None:
-    """Write one JSON object; with append, one more line of a file of JSON lines.
+def save(path: Path, text: str, append: bool = False) -> None:
+    """Write a file, or with append to its end.
 
     Raises:
-        ConfigInvalid: the file cannot be written.
+        ConfigInvalid: it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a" if append else "w", encoding="utf-8") as file:
-            file.write(as_json(figures) + "\n")
+            file.write(text)
     except OSError as error:
         raise ConfigInvalid(f"--result-filename: {path}: {error.strerror}") from None
 

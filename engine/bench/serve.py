@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -34,6 +35,7 @@ from kvist.engine.bench.datasets import items_of
 from kvist.engine.bench.load import Load
 from kvist.engine.bench.report import as_json, result_path, save, stamp, table
 from kvist.engine.bench.summary import Wanted, parse_wanted, summarize
+from kvist.engine.bench.timeline import parse_thresholds, timeline
 from kvist.engine.bench.wire import Wire
 from kvist.engine.bench.workload import Item, vocabulary_of, warm_up_items, words_text
 from kvist.proto.errors import ConfigInvalid
@@ -81,6 +83,7 @@ def run_bench_serve(flags: argparse.Namespace) -> int:
     wanted = parse_wanted(flags.percentile_metrics, flags.metric_percentiles, flags.goodput)
     arrivals = arrivals_of(flags)
     check_counts(flags)
+    parse_thresholds(flags.timeline_itl_thresholds)
     started = datetime.now()
     try:
         run, model = prepare(flags, arrivals, console)
@@ -128,16 +131,32 @@ def tell(
     print(as_json(figures) if flags.json else table(figures))
     if not flags.json and "itl" in wanted.metrics and figures["token_counts"] != "usage":
         print("The server does not report usage: token counts are estimates.")
+    path = result_path(flags.result_dir, flags.result_filename, figures)
     if flags.save_result or flags.save_detailed or flags.append_result:
         whole = figures | (detail(outcomes) if flags.save_detailed else {})
-        path = result_path(flags.result_dir, flags.result_filename, figures)
-        save(path, whole, flags.append_result)
+        save(path, as_json(whole) + "\n", flags.append_result)
+        print(f"saved: {path}", file=sys.stderr)
+    if flags.plot_timeline:
+        path = path.with_suffix(".timeline.html")
+        save(path, timeline(outcomes, parse_thresholds(flags.timeline_itl_thresholds)))
         print(f"saved: {path}", file=sys.stderr)
 
 
 def detail(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The times of every request, in seconds from the start of the run."""
+    """The times of every request, in seconds from the start of the run.
+
+    First under the names of vLLM's benchmark, whose times count from when a request was sent; then
+    all that is known.
+    """
+    sent = [outcome.due_s if outcome.sent_s is None else outcome.sent_s for outcome in outcomes]
+    both = list(zip(outcomes, sent, strict=True))
     return {
+        "input_lens": [outcome.prompt_tokens for outcome in outcomes],
+        "output_lens": [outcome.output_tokens for outcome in outcomes],
+        "start_times": sent,
+        "ttfts": [one.chunk_s[0] - at if one.chunk_s else 0.0 for one, at in both],
+        "itls": [[b - a for a, b in pairwise(outcome.chunk_s)] for outcome in outcomes],
+        "latencies": [one.end_s - at if one.good else 0.0 for one, at in both],
         "requests": [
             {
                 "due": outcome.due_s,
@@ -151,7 +170,7 @@ def detail(outcomes: Sequence[Outcome]) -> dict[str, Any]:
                 "done": outcome.done,
             }
             for outcome in outcomes
-        ]
+        ],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import lzma
@@ -225,6 +226,37 @@ def _first_turns(entry: object) -> tuple[str, str] | None:
     texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns[:2]]
     question, answer = texts
     return (question, answer) if isinstance(question, str) and isinstance(answer, str) else None
+
+
+def burstgpt_items(path: Path, count: int, seed: int, vocabulary: Vocabulary) -> list[Item]:
+    """Made-up requests as long as those of BurstGPT (Wang et al., 2024), in random order.
+
+    Args:
+        path: CSV with the columns Model, Request tokens, Response tokens; perhaps .gz or .xz. As in
+            vLLM's benchmark, those of GPT-4 that got an answer are taken.
+
+    Raises:
+        ConfigInvalid: the file is none, or has no such request.
+    """
+    lengths = []
+    try:
+        with _opened(path) as file:
+            for row in csv.DictReader(file):
+                asked, given = row["Request tokens"], row["Response tokens"]
+                if row["Model"] == "GPT-4" and asked.isdigit() and given.isdigit():
+                    lengths.append((int(asked), int(given)))
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise ConfigInvalid(f"--dataset-path: {path}: {error}") from None
+    except (KeyError, AttributeError, csv.Error):
+        raise ConfigInvalid(
+            f"--dataset-path: {path}: not a CSV with the columns Model, Request tokens and "
+            "Response tokens"
+        ) from None
+    chance = random.Random(seed)
+    lengths = [each for each in lengths if min(each) > 0]
+    chance.shuffle(lengths)
+    made = [vocabulary.item(vocabulary.draw(chance, a), b) for a, b in lengths[:count]]
+    return _repeat(made, count, path)
 
 
 def custom_items(path: Path, count: int, tokens_of: Count, output_tokens: int) -> list[Item]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvist.engine.memory import free_memory_bytes
+from kvist.engine.host import free_memory_bytes
 from kvist.proto.layout import BlockFormat, pattern
 from kvist.proto.memory import populate
 from kvist.proto.record import Bytes
