@@ -16,7 +16,7 @@ LMCACHE ?= lmcache==0.5.6
 LMCACHE_VENV ?= .venv-lmcache
 # What runs on a CUDA device with `make test-gpu`; there torch is a CUDA build: make setup TORCH=...
 GPU_TESTS := $(addprefix tests/test_,paged_attention.py device_kernels.py cuda_llama.py device.py \
-	device_copies.py device_engine.py)
+	device_copies.py device_engine.py float8_pages.py)
 # Prompts of the run under vLLM, which is nightly: its environment is too large for each commit.
 PROMPTS ?= 200
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q

@@ -4,7 +4,8 @@ One command, random weights of Llama 8B's shape, under 10 minutes: every kernel 
 model's promises, graphs and copies; then measured ceilings (copy and matrix product), attention in
 percent of them, decode steps and prefill of the whole model against the roofline and vLLM's
 published line, blocks between pinned memory and pages (GB/s, what they add to a step, hits against
-recompute), and an offline run. "aims" says what was set out to be reached, and whether it was.
+recompute), an offline run, and decodes over float8 pages. "aims" says what was set out to be
+reached, and whether it was.
 
 Without a GPU, or with --tiny, the same code runs at toy sizes in Triton's interpreter. That shows
 that it runs and that results are right; its rates say nothing, and the line says "tiny": true.
@@ -225,6 +226,26 @@ class Bench:
             self.phase("offline", lambda: whole.offline_run(sizes, one, model, steps, ceilings))
             self.phase("invariance", lambda: whole.invariance_cost(sizes, one, model, pool, steps))
 
+    def float8(self, pool: torch.Tensor, model: CudaLlama) -> None:
+        """Decodes over float8 pages, which take the place of the others: last."""
+        sizes, one = self._sizes.float8(), self._clock
+        copy, _ = self.ceilings
+        if self._only and not any(name.endswith("_float8") for name in self._only):
+            return
+        narrow = self.phase("pool_float8", lambda: attention.as_float8(pool), needed=True)
+        if not isinstance(narrow, torch.Tensor):
+            return
+        rates = functools.partial(attention.decode_rates, sizes, one, narrow, copy)
+        self.phase("decode_attention_float8", rates)
+        steps = self.phase(
+            "capture_float8",
+            lambda: whole.Steps(sizes, one, model, narrow),
+            not {"decode_steps_float8", "step_line_float8"}.isdisjoint(self._only),
+        )
+        if isinstance(steps, whole.Steps):
+            self.phase("decode_steps_float8", lambda: whole.decode_steps(sizes, steps, copy))
+            self.phase("step_line_float8", lambda: whole.step_line(sizes, steps, copy))
+
     def tiers(self, pool: torch.Tensor, model: CudaLlama, steps: whole.Steps | None) -> None:
         """Blocks between the arena and pages."""
         sizes, one = self._sizes, self._clock
@@ -256,6 +277,7 @@ class Bench:
                 self.result["pool_pages"] = len(pool)
                 self.kernels(pool)
                 self.model(pool, model)
+                self.float8(pool, model)
         elif "ceilings" in self._only:
             self.phase("ceilings", lambda: clock.ceilings(sizes, one))
 

@@ -22,6 +22,7 @@ from kvist.engine.config import (
     config_from_flags,
 )
 from kvist.engine.host import usable_cores
+from kvist.engine.kv_dtype import add_kv_dtype_flags
 from kvist.proto.errors import ConfigInvalid, KvistError
 
 EXIT_FAILED = 1
@@ -76,7 +77,11 @@ def _add_eval_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="compare this one; default: all modes that work here"
     )
+    parser.add_argument(
+        "--device", default="auto", metavar="WHERE", help="as for serve (%(default)s)"
+    )
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="the same")
+    add_kv_dtype_flags(parser)
     parser.add_argument("--text", metavar="FILE", help="UTF-8; default: 7 KB that come with kvist")
     parser.add_argument(
         "--tokens", type=int, default=1024, metavar="N", help="of it, at most (%(default)s)"

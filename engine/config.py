@@ -13,6 +13,7 @@ from kvist.cachesvc.log import FORMATS, debug_detail
 from kvist.engine.cache_address import CACHE_EMBEDDED, normal_cache
 from kvist.engine.device.flags import DEVICES, add_device_flags
 from kvist.engine.host import usable_cores
+from kvist.engine.kv_dtype import add_kv_dtype_flags, check_kv_dtype
 from kvist.engine.priority import INTERACTIVE, PRIORITIES
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.sizes import format_bytes, parse_bytes
@@ -48,7 +49,8 @@ class EngineConfig:
             "bfloat16", "float32".
         quantization: of the weights in memory: "auto" (4 and 8 bits where the file has them),
             "none" (all in dtype), "int8" or "int4" (rounded to these).
-        kv_cache_dtype: of K and V: "auto" (bfloat16; dtype's where that is set) or one of these.
+        kv_cache_dtype: of K and V: "auto" (bfloat16; dtype's where that is set) or of KV_DTYPES.
+        kv_cache_scale: what a float8 number in a page is multiplied by; 1 for other dtypes.
         block_tokens: tokens per KV block and page, a power of two.
         max_model_len: tokens of prompt and output together; None is the model's own limit.
         max_num_batched_tokens: tokens of one step at most; None is up to the device.
@@ -89,6 +91,7 @@ class EngineConfig:
     dtype: str = "auto"
     quantization: str = "auto"
     kv_cache_dtype: str = "auto"
+    kv_cache_scale: float = 1.0
     block_tokens: int = 64
     max_model_len: int | None = None
     max_num_batched_tokens: int | None = None
@@ -151,7 +154,7 @@ class EngineConfig:
         self._check_choice("--default-priority", self.default_priority, PRIORITIES)
         self._check_choice("--dtype", self.dtype, DTYPES)
         self._check_choice("--quantization", self.quantization, QUANTIZATIONS)
-        self._check_choice("--kv-cache-dtype", self.kv_cache_dtype, DTYPES)
+        check_kv_dtype(self.kv_cache_dtype, self.kv_cache_scale)
         self._check_choice("--log-level", self.log_level, LOG_LEVELS)
         self._check_choice("--log-format", self.log_format, FORMATS)
         if self.api_key == "":
@@ -307,7 +310,7 @@ def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float]) -> None:
-    kv.add_argument("--kv-cache-dtype", default="auto", help=f"{', '.join(DTYPES)} (%(default)s)")
+    add_kv_dtype_flags(kv, "auto", 1.0)
     kv.add_argument(
         "--block-size", dest="block_tokens", type=whole, default=64, help="tokens (%(default)s)"
     )

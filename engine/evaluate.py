@@ -18,25 +18,25 @@ from rich.table import Table
 
 from kvist.engine.config import EngineConfig
 from kvist.engine.demo_text import SYSTEM_PROMPT
-from kvist.engine.models.base import Chunk, Model
-from kvist.engine.models.build import build_model, own_kernels_refuse, quantization_of
+from kvist.engine.device.found import find_device
+from kvist.engine.kv_dtype import is_float8
+from kvist.engine.models.base import Chunk
 from kvist.engine.models.files import model_path
+from kvist.engine.modes import (
+    DEVICE_MODES,
+    MODES,
+    REFERENCE,
+    Mode,
+    Subject,
+    open_subject,
+)
 from kvist.engine.tokenizer import load_tokenizer
-from kvist.engine.weights import LoadedModel, load_model
+from kvist.engine.weights import LoadedModel
+from kvist.kernels.narrow import FLOAT8, range_shares, to_float8
 from kvist.proto.errors import ConfigInvalid
-from kvist.tiers.hbm import PagePool
 
-BLOCK_TOKENS = 64
 # Tokens that are computed together, each with those before it as its context.
 WINDOW_TOKENS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Mode:
-    """A way to compute, as the flags of `kvist serve` say it."""
-
-    dtype: str
-    quantization: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,17 @@ class Score:
     Attributes:
         dtype: of the computation.
         quantization: see EngineConfig.
-        kernels: "own" or "torch".
+        kernels: "own", "torch" or "triton".
         weight_bytes: of all weights, as they are kept to compute with.
         perplexity: exp of the mean negative log-likelihood of each next token, in nats.
         kl_mean: of float32's next-token distribution against this mode's, nats, mean of all
             tokens.
         kl_max: of the worst token.
         top1: share of tokens whose likeliest next token is float32's.
+        kv_dtype: of K and V.
+        kv_scale: of float8, 1 for others.
+        kv_clipped: share of K and V beyond float8's largest number, or at it; None for others.
+        kv_small: share of them below float8's smallest number with all bits; None for others.
     """
 
     dtype: str
@@ -63,15 +67,10 @@ class Score:
     kl_mean: float
     kl_max: float
     top1: float
-
-
-REFERENCE = Mode("float32", "none")
-MODES = (
-    Mode("bfloat16", "none"),
-    Mode("bfloat16", "auto"),
-    Mode("bfloat16", "int8"),
-    Mode("bfloat16", "int4"),
-)
+    kv_dtype: str
+    kv_scale: float
+    kv_clipped: float | None = None
+    kv_small: float | None = None
 
 
 def run_eval(flags: argparse.Namespace) -> int:
@@ -84,104 +83,113 @@ def run_eval(flags: argparse.Namespace) -> int:
     tokens = load_tokenizer(model_path(flags.model)).encode(text)[: flags.tokens]
     if len(tokens) < 2:
         raise ConfigInvalid("--tokens: the text has fewer than 2 tokens; give 2 or more")
-    modes: Sequence[Mode] = MODES
-    if flags.dtype or flags.quantization:
-        modes = (Mode(flags.dtype or "auto", flags.quantization or "auto"),)
+    config = EngineConfig(model=flags.model, device=flags.device, threads=flags.threads)
+    device = find_device(config.device)
+    asked = _asked(flags)
+    modes: Sequence[Mode] = (asked,) if asked else MODES if device.host else DEVICE_MODES
     console = Console(file=sys.stderr)
     with console.status("float32") as status:
-        scores = evaluate(
-            flags.model, tokens, modes, flags.threads, lambda what: status.update(what)
-        )
+        scores = evaluate(config, tokens, modes, lambda what: status.update(what))
     if flags.json:
-        document = {"model": flags.model, "tokens": len(tokens), "threads": flags.threads}
-        print(json.dumps(document | {"modes": [dataclasses.asdict(score) for score in scores]}))
+        document = {
+            "model": flags.model,
+            "tokens": len(tokens),
+            "threads": flags.threads,
+            "device": device.name,
+            "modes": [dataclasses.asdict(score) for score in scores],
+        }
+        print(json.dumps(document))
     else:
         Console().print(as_table(scores, len(tokens)))
     return 0
 
 
+def _asked(flags: argparse.Namespace) -> Mode | None:
+    """The mode that flags name, None when they name none."""
+    named = (flags.dtype, flags.quantization, flags.kv_cache_dtype, flags.kv_cache_scale)
+    if named == (None,) * len(named):
+        return None
+    return Mode(
+        flags.dtype or "auto",
+        flags.quantization or "auto",
+        flags.kv_cache_dtype or "auto",
+        1.0 if flags.kv_cache_scale is None else flags.kv_cache_scale,
+    )
+
+
 def evaluate(
-    model: str,
+    config: EngineConfig,
     tokens: Sequence[int],
     modes: Sequence[Mode],
-    threads: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Score]:
-    """Compute the tokens in float32 and in each mode; modes that this machine lacks are left out,
-    and those that compute with the same weights as one before.
+    """Compute the tokens in float32 and in each mode; modes that this device lacks are left out,
+    and those that compute with the same weights and pages as one before.
 
     The log-probabilities of float32 are kept meanwhile: 4 bytes a token and word of the vocabulary.
 
     Args:
-        model: as for `kvist serve`.
+        config: model, device and threads.
         tokens: at least 2; cut into windows that do not see one another.
         modes: to compare. A single one that does not work here raises.
-        threads: to compute with.
         progress: told what comes next.
 
     Raises:
         ConfigInvalid: see above.
         ModelFilesError: the model cannot be loaded.
     """
-    if threads < 1:
-        raise ConfigInvalid(f"--threads: {threads} is out of range; give 1 or more")
-    torch.set_num_threads(threads)
-    exact = [part.log_softmax(-1) for part in _logits(model, REFERENCE, tokens, threads)[1]]
+    torch.set_num_threads(config.threads)
+    reference, *others = (
+        dataclasses.replace(config, **dataclasses.asdict(mode)) for mode in (REFERENCE, *modes)
+    )
+    room = min(len(tokens), WINDOW_TOKENS)
+    exact = [part.log_softmax(-1) for part in _windows(open_subject(reference, room), tokens)]
     scores: list[Score] = []
-    seen: set[tuple[str, str]] = set()
-    for mode in (REFERENCE, *modes):
-        progress(f"{mode.dtype}, quantization {mode.quantization}")
+    seen: set[tuple[str, str, str, float]] = set()
+    for one in (reference, *others):
+        progress(f"{one.dtype}, quantization {one.quantization}, K and V {one.kv_cache_dtype}")
         try:
-            loaded, parts = _logits(model, mode, tokens, threads)
+            subject = open_subject(one, room)
         except ConfigInvalid:
-            if len(modes) == 1:
+            if len(others) == 1:
                 raise
             continue
-        what = loaded.dtype, loaded.fingerprint
-        if what in seen and len(modes) > 1:
-            continue  # auto of a file without codes is none; int8 of one in 4 bits is auto
-        seen.add(what)
-        scores.append(_score(mode, loaded, tokens, exact, parts))
+        loaded = subject.loaded
+        what = loaded.dtype, loaded.fingerprint, subject.kv_dtype, one.kv_cache_scale
+        # auto of a file without codes is none; int8 of one in 4 bits is auto
+        if what not in seen or len(others) == 1:
+            seen.add(what)
+            scores.append(_score(one, subject, tokens, exact))
+        del subject, loaded  # for the next one: a device may not have room for two
     return scores
 
 
-def _logits(
-    path: str, mode: Mode, tokens: Sequence[int], threads: int
-) -> tuple[LoadedModel, Iterator[torch.Tensor]]:
-    """The model, and the logits of each window: (tokens of it, vocab)."""
-    config = EngineConfig(
-        model=path,
-        dtype=mode.dtype,
-        quantization=mode.quantization,
-        threads=threads,
-        block_tokens=BLOCK_TOKENS,
-    )
-    loaded = load_model(path, mode.dtype, quantization=quantization_of(config))
-    model = build_model(config, loaded, loaded.dtype)
-    return loaded, _windows(model, loaded, tokens)
-
-
-def _windows(model: Model, loaded: LoadedModel, tokens: Sequence[int]) -> Iterator[torch.Tensor]:
-    length = min(WINDOW_TOKENS, model.config.max_model_len)
-    pages = range(-(-length // BLOCK_TOKENS))
-    pool = PagePool(loaded.block_format(BLOCK_TOKENS, loaded.dtype), len(pages)).tensor
+def _windows(subject: Subject, tokens: Sequence[int]) -> Iterator[torch.Tensor]:
+    """The logits of each window, on the host: (tokens of it, vocab)."""
+    length = min(WINDOW_TOKENS, subject.model.config.max_model_len)
+    pages = range(len(subject.pool))
     for first in range(0, len(tokens), length):
         window = tokens[first : first + length]
         # A chunk for each token gives the logits of each, see Model.forward.
         chunks = [Chunk([token], place, pages, True) for place, token in enumerate(window)]
-        yield model.forward(chunks, pool)
+        yield subject.model.forward(chunks, subject.pool, subject.rounding).cpu()
+
+
+def _range_shares(subject: Subject, scale: float, count: int) -> tuple[float, float]:
+    """See range_shares: of the first tokens in the pages."""
+    pool = subject.pool
+    codes = pool if pool.dtype == FLOAT8 else to_float8(pool, scale)
+    rows = codes.view(torch.uint8).movedim(4, 1).flatten(0, 1)[:count]
+    return range_shares(rows.contiguous().view(FLOAT8))
 
 
 def _score(
-    mode: Mode,
-    loaded: LoadedModel,
-    tokens: Sequence[int],
-    exact: Sequence[torch.Tensor],
-    parts: Iterator[torch.Tensor],
+    config: EngineConfig, subject: Subject, tokens: Sequence[int], exact: Sequence[torch.Tensor]
 ) -> Score:
     likelihood, predicted, agreed, place = 0.0, 0, 0, 0
-    divergences = []
-    for wanted, logits in zip(exact, parts, strict=True):
+    divergences, shares = [], []
+    float8 = is_float8(config.kv_cache_dtype)
+    for wanted, logits in zip(exact, _windows(subject, tokens), strict=True):
         given = logits.log_softmax(-1)
         divergences.append((wanted.exp() * (wanted - given)).sum(-1))
         agreed += int((wanted.argmax(-1) == given.argmax(-1)).sum())
@@ -189,18 +197,25 @@ def _score(
         likelihood += float(given[: len(following)].gather(1, following[:, None]).sum())
         predicted += len(following)
         place += len(given)
+        if float8:
+            both = _range_shares(subject, config.kv_cache_scale, len(given))
+            shares.append(torch.tensor(both) * len(given) / len(tokens))
     divergence = torch.cat(divergences)
-    own = not own_kernels_refuse(loaded.config, loaded.dtype, loaded.dtype)
+    clipped, small = torch.stack(shares).sum(0).tolist() if float8 else (None, None)
     return Score(
-        dtype=loaded.dtype,
-        quantization=mode.quantization,
-        kernels="own" if own else "torch",
-        weight_bytes=weight_bytes(loaded),
+        dtype=subject.loaded.dtype,
+        quantization=config.quantization,
+        kernels=subject.kernels,
+        weight_bytes=weight_bytes(subject.loaded),
         perplexity=math.exp(-likelihood / max(1, predicted)),
         # Rounding can leave a sum below 0, which no divergence is.
         kl_mean=max(0.0, float(divergence.mean())),
         kl_max=max(0.0, float(divergence.max())),
         top1=agreed / len(tokens),
+        kv_dtype=subject.kv_dtype,
+        kv_scale=config.kv_cache_scale,
+        kv_clipped=clipped,
+        kv_small=small,
     )
 
 
@@ -226,7 +241,7 @@ def as_table(scores: Sequence[Score], tokens: int) -> Table:
         table.add_column(name, justify="right")
     for score in scores:
         table.add_row(
-            score.dtype,
+            score.dtype if score.kv_clipped is None else f"{score.dtype}*",
             score.quantization,
             score.kernels,
             f"{score.weight_bytes / 1e6:.0f}",
@@ -235,7 +250,18 @@ def as_table(scores: Sequence[Score], tokens: int) -> Table:
             f"{score.kl_max:.2e}",
             f"{score.top1:.1%}",
         )
+    table.caption = "\n".join(filter(None, map(_ends, scores))) or None
     return table
+
+
+def _ends(score: Score) -> str:
+    """How the scale fits, "" where there is none."""
+    if score.kv_clipped is None or score.kv_small is None:
+        return ""
+    return (
+        f"* K and V fp8 times {score.kv_scale:g}: {score.kv_clipped:.3%} clamped, "
+        f"{score.kv_small:.2%} too small for all bits"
+    )
 
 
 def _read(path: str) -> str:

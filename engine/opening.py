@@ -20,6 +20,7 @@ from kvist.engine.config import EngineConfig
 from kvist.engine.connector import Connector
 from kvist.engine.device.found import CPU, Device, find_device
 from kvist.engine.device.near import near
+from kvist.engine.kv_dtype import KV_DTYPES, is_float8
 from kvist.engine.models.base import ModelConfig
 from kvist.engine.models.build import compute_tag
 from kvist.engine.pages import Pages
@@ -54,6 +55,7 @@ class Parts:
         kernels: what computes, for people.
         device: where it computes.
         memory: what is left there, for people.
+        kv_scale: see EngineConfig.kv_cache_scale.
         events: tells routers what the tiers hold, None when that is off; to be closed last.
     """
 
@@ -67,6 +69,7 @@ class Parts:
     kernels: str = ""
     device: Device = CPU
     memory: str = ""
+    kv_scale: float = 1.0
     events: Publisher | None = None
 
     def close(self) -> None:
@@ -85,6 +88,7 @@ class Parts:
             dtype=self.dtype,
             kv_dtype=self.format.dtype,
             namespace=self.digests.of("").hex(),
+            kv_scale=self.kv_scale,
             kernels=self.kernels,
             device=", ".join(filter(None, (self.device.name, self.memory))),
         )
@@ -131,7 +135,8 @@ def open_parts(
     return Parts(
         runner=runner, pages=pages, connector=connector, limits=limits, format=format,
         digests=Digests(namespace), dtype=built.dtype, kernels=built.kernels,
-        device=backend.device, memory=backend.memory(), events=events,
+        device=backend.device, memory=backend.memory(), kv_scale=config.kv_cache_scale,
+        events=events,
     )  # fmt: skip
 
 
@@ -183,9 +188,15 @@ def _silent(done: int, total: int, what: str = "") -> None:
 
 
 def open_backend(config: EngineConfig) -> Backend:
-    """What --device stands for; raises ConfigInvalid when it is not there."""
+    """What --device stands for; raises ConfigInvalid when it is not there, or its kernels do not
+    read pages of --kv-cache-dtype."""
     device = find_device(config.device)
     if device.host:
+        if is_float8(config.kv_cache_dtype):
+            raise ConfigInvalid(
+                f"--kv-cache-dtype {config.kv_cache_dtype}: kernels for processors read bfloat16, "
+                "float16 and float32; leave it out, or give --device cuda where there is one"
+            )
         return CpuBackend(config)
     # Here and not at the top: an engine on a CPU starts without Triton.
     from kvist.engine.device.backend import DeviceBackend
@@ -217,7 +228,7 @@ def kv_dtype_of(config: EngineConfig, loaded: LoadedModel) -> str:
     hold and to move. Who asks for a dtype gets it for K and V too, unless he says otherwise.
     """
     if config.kv_cache_dtype != "auto":
-        return config.kv_cache_dtype
+        return KV_DTYPES[config.kv_cache_dtype]
     return "bfloat16" if config.dtype == "auto" else loaded.dtype
 
 

@@ -273,10 +273,11 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
         pages: pages in the pool.
         page_bytes: bytes of one page.
         dtype: what is computed in, "bfloat16" or "float32"; never "auto".
-        kv_dtype: of K and V in every tier, one of the same.
+        kv_dtype: of K and V in every tier, one of proto.layout.DTYPE_BYTES.
         namespace: hex digest under which blocks are shared.
         kernels: what computes, for people.
         device: where, for people.
+        kv_scale: what numbers of kv_dtype are multiplied by.
     """
 
     max_model_len: int
@@ -288,6 +289,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     namespace: str
     kernels: str = ""
     device: str = ""
+    kv_scale: float = 1.0
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):

@@ -34,6 +34,7 @@ from kvist.engine.api import create_app
 from kvist.engine.cache_address import CACHE_EMBEDDED, CACHE_OFF
 from kvist.engine.config import EngineConfig
 from kvist.engine.ipc import CoreLink
+from kvist.engine.kv_dtype import KV_DTYPES
 from kvist.engine.logs import LibraryLines, open_log
 from kvist.engine.process import CoreProcess
 from kvist.engine.request import Fatal, FromCore, Loading, Ready
@@ -286,7 +287,7 @@ class EngineServer:
         for name, text in (
             (
                 "Dtype",
-                f"{ready.dtype}, K and V {ready.kv_dtype}; namespace {ready.namespace[:12]}",
+                f"{ready.dtype}, K and V {_kv_dtype(ready)}; namespace {ready.namespace[:12]}",
             ),
             ("Device", ready.device),
             ("Kernels", ready.kernels),
@@ -361,6 +362,12 @@ def bind(host: str, port: int) -> socket.socket:
             "give another port, or 0 for any free one"
         ) from None
     return listener
+
+
+def _kv_dtype(ready: Ready) -> str:
+    """What K and V are in, with the scale where there can be one."""
+    scaled = ready.kv_dtype == KV_DTYPES["fp8"]
+    return f"{ready.kv_dtype} times {ready.kv_scale:g}" if scaled else ready.kv_dtype
 
 
 def url_of(listener: socket.socket) -> str:

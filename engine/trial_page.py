@@ -9,7 +9,7 @@ from kvist.proto.record import Bytes
 from kvist.tiers.hbm import PagePool
 from kvist.transfer.device import Pinner
 
-_INTEGERS = {2: torch.int16, 4: torch.int32}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 class PoolPage:

@@ -9,7 +9,7 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}
 
 # A step along one axis of the pattern; odd and far apart, so that no two axes look alike.
 PATTERN_STEPS: Final = {"layer": 7919, "kind": 15731, "head": 22307, "token": 30011, "dim": 613}
@@ -45,7 +45,8 @@ class BlockFormat:
         layers: layers held in the block, >= 1.
         kv_heads: KV heads held in the block, >= 1.
         head_dim: elements of one head, >= 1.
-        dtype: "bfloat16", "float16" or "float32".
+        dtype: "bfloat16", "float16", "float32" or "float8_e4m3fn", as torch names them; what float8
+            is multiplied by is a matter of the namespace (compute), not of the bytes.
         block_tokens: tokens per block, >= 1.
         first_layer: the model's number of the block's first layer (a pipeline stage starts here).
         first_head: the model's number of the block's first KV head (a tensor-parallel rank).

@@ -3,32 +3,22 @@ persistent batch, with copies that are late on purpose. Answers are those of the
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from sim.core_thread import CoreThread
-from sim.device import DEVICE
+from sim.device_core import BLOCK_TOKENS, WHERE, DeviceCores
 from sim.models import tiny_llama
 
-from kvist.cachesvc.log import Log
-from kvist.engine.config import EngineConfig
 from kvist.engine.models.base import Chunk
 from kvist.engine.models.llama import LlamaModel
-from kvist.engine.opening import open_parts
 from kvist.engine.weights import LoadedModel, load_model
 from kvist.tiers.hbm import PagePool
 
-BLOCK_TOKENS = 8
-WHERE = "interpreter" if DEVICE.type == "cpu" else "cuda"
-Start = Callable[..., CoreThread]
 ASKED = [([(start + 7 * i * i) % 200 for i in range(length)], count)
          for length, start, count in ((19, 1, 3), (7, 9, 4), (2, 5, 5))]  # fmt: skip
 
@@ -45,32 +35,10 @@ def loaded(model: str) -> LoadedModel:
 
 
 @pytest.fixture
-def start(model: str, tmp_path: Path) -> Iterator[Start]:
-    running: list[CoreThread] = []
-
-    def make(**more: Any) -> CoreThread:
-        folder = tmp_path / str(len(running))
-        folder.mkdir()
-        chosen = {
-            "device": WHERE,
-            "dtype": "float32",
-            "block_tokens": BLOCK_TOKENS,
-            "max_model_len": 64,
-            "max_num_batched_tokens": 24,
-            "max_num_seqs": 4,
-            "kv_cache_bytes": 1 << 20,
-            "cache": "off",
-            **more,
-        }
-        log = Log(io.StringIO())
-        parts = open_parts(EngineConfig(model=model, **chosen), log, time.monotonic)
-        core = CoreThread(folder, parts, **chosen)
-        running.append(core)
-        return core.start()
-
-    yield make
-    for core in running:
-        core.stop()
+def start(model: str, tmp_path: Path) -> Iterator[DeviceCores]:
+    cores = DeviceCores(model, tmp_path)
+    yield cores
+    cores.stop()
 
 
 def logits_of(loaded: LoadedModel, text: list[int]) -> torch.Tensor:
@@ -85,7 +53,7 @@ def logits_of(loaded: LoadedModel, text: list[int]) -> torch.Tensor:
     ("deterministic", "overlap"), [(False, True), (True, False)], ids=["fast", "invariant"]
 )
 def test_requests_of_any_arrival_get_the_answers_of_the_cpu(
-    start: Start, loaded: LoadedModel, deterministic: bool, overlap: bool
+    start: DeviceCores, loaded: LoadedModel, deterministic: bool, overlap: bool
 ) -> None:
     core = start(deterministic=deterministic, async_scheduling=overlap)
     ids = [core.submit(*one, ignore_eos=True, logprobs=2) for one in ASKED]
@@ -103,7 +71,9 @@ def test_requests_of_any_arrival_get_the_answers_of_the_cpu(
     core.settle()
 
 
-def test_a_sampled_answer_depends_on_no_neighbour_and_not_on_what_was_cached(start: Start) -> None:
+def test_a_sampled_answer_depends_on_no_neighbour_and_not_on_what_was_cached(
+    start: DeviceCores,
+) -> None:
     core = start(deterministic=True)
     draws = {"temperature": 1.0, "top_k": 30, "seed": 5, "ignore_eos": True}
     (prompt, count), *others = ASKED
@@ -118,7 +88,9 @@ def test_a_sampled_answer_depends_on_no_neighbour_and_not_on_what_was_cached(sta
     assert cached.hbm == 2 * BLOCK_TOKENS
 
 
-def test_where_it_computes_and_how_is_told_and_is_a_namespace_of_its_own(start: Start) -> None:
+def test_where_it_computes_and_how_is_told_and_is_a_namespace_of_its_own(
+    start: DeviceCores,
+) -> None:
     cores = [start(), start(deterministic=True), start(device="cpu")]
     told = [core.ready for core in cores]
     assert len({one.namespace for one in told if one is not None}) == 3

@@ -18,6 +18,7 @@ from kvist.kernels.device.matmul import matmul
 from kvist.kernels.device.rope_store import find_slots, rope_store, rope_store_reference
 from kvist.kernels.device.sampling import Draws, new_draws, probabilities_reference, sample
 from kvist.kernels.linear import linear_reference
+from kvist.kernels.narrow import FLOAT8, LIMITS
 from kvist.kernels.rope import RopeParams, rope_table
 
 # rows, heads, kv_heads, block_tokens, head_dim
@@ -56,7 +57,9 @@ def test_queries_are_turned_and_keys_and_values_are_in_their_pages(
     exact_q *= head_dim**-0.5
     error = (queries.double() - exact_q).abs()
     assert bool((error <= noise + exact_q.abs() * rounding(dtype)).all())
-    places = paged.pool[slots[:rows] // block_tokens, 1, :, :, slots[:rows] % block_tokens]
+    # On the host, which has every operation for float8.
+    at = slots[:rows].cpu()
+    places = paged.pool.cpu()[at // block_tokens, 1, :, :, at % block_tokens].to(DEVICE)
     # Below 2^-6 float8 has steps of 2^-9, of which the interpreter cuts a whole one off.
     least = 2.0**-9 * paged.scale if pool_dtype == torch.float8_e4m3fn else 0.0
     for stored, exact in ((places[:, 0], exact_k[:rows]), (places[:, 1], exact_v[:rows])):
@@ -70,6 +73,29 @@ def test_queries_are_turned_and_keys_and_values_are_in_their_pages(
     assert torch.equal(
         after[untouched], before.cpu().view(torch.uint8).view(*before.shape, -1)[untouched]
     )
+
+
+@pytest.mark.parametrize("pool_dtype", list(LIMITS), ids=str)
+@pytest.mark.parametrize("shape", sizes(ROPE_SHAPES[1:], [(4096, 32, 8, 64, 128)]), ids=str)
+def test_what_a_page_cannot_hold_is_its_largest_number_and_no_nan(
+    pool_dtype: torch.dtype, shape: tuple[int, int, int, int, int]
+) -> None:
+    rows, heads, kv_heads, block_tokens, head_dim = shape
+    scale = 0.25 if pool_dtype == FLOAT8 else 1.0
+    paged = random_pages([rows], (1, kv_heads, block_tokens, head_dim), pool_dtype)
+    paged = dataclasses.replace(paged, scale=scale)
+    limit = LIMITS[pool_dtype] * scale
+    projected = randn(rows, (heads + 2 * kv_heads) * head_dim).sign() * limit * 1.01
+    projected[:, -head_dim:] *= 1e30
+    # At position 0 nothing is turned.
+    positions, owner = torch.arange(rows, device=DEVICE), torch.zeros_like(projected[:, 0]).long()
+    table = rope_table(RopeParams(10000.0, head_dim, rows), DEVICE.type)
+    slots = find_slots(paged, owner, positions)
+    rope_store(projected, positions * 0, table, paged, 0, slots)
+    at = slots.cpu()
+    stored = paged.pool.cpu()[at // block_tokens, 0, :, :, at % block_tokens].double() * scale
+    wanted = projected.cpu().view(rows, heads + 2 * kv_heads, head_dim)[:, heads:]
+    assert torch.equal(stored.flatten(1, 2), wanted.double().clamp(-limit, limit))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

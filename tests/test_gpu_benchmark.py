@@ -50,7 +50,8 @@ def test_a_tiny_run_goes_through_every_phase_and_finds_every_kernel_right(tmp_pa
     assert line["wrong"] == []
     assert line["tiny"]
     kernels = {*line["attention_errors"], *line["small_errors"]} - {"seconds"}
-    assert len(kernels) == 11
+    assert len(kernels) == 13
+    assert {"decode_attention_float8", "prefill_attention_float8"} < kernels
     promises = {
         name for name, entry in line["model_errors"].items() if name != "seconds" and entry["right"]
     }
@@ -65,7 +66,13 @@ def test_a_tiny_run_goes_through_every_phase_and_finds_every_kernel_right(tmp_pa
     assert line["step_inflation"]["load"]["gb_per_s_beside"] > 0
     for phase in ("decode_steps", "prefill", "tiers", "hits", "invariance"):
         assert len(line[phase]) > 1
-    assert {"a_ms", "b_ms_per_token", "floor_a_ms"} <= set(line["step_line"])
+    for phase in ("step_line", "step_line_float8"):
+        assert {"a_ms", "b_ms_per_token", "floor_a_ms"} <= set(line[phase])
+    floor, narrow = (
+        line[name]["1x16"]["floor_ms"] for name in ("decode_steps", "decode_steps_float8")
+    )
+    assert narrow < floor, "half the bytes of K and V, or a quarter"
+    assert line["decode_attention_float8"]["2x20"]["us"] > 0
     assert line["offline"]["tok_per_s"] > 0
     assert line["tiers"]["right"]
 

@@ -28,6 +28,7 @@ lacks = missing_for_own_kernels()
 own = pytest.mark.skipif(bool(lacks), reason=f"needs {lacks}")
 TINY = [
     *DTYPES,
+    ("float32", "float16"),
     *(pytest.param(("own", codes), marks=own) for codes in CODES),
 ]
 REAL = [*DTYPES, *(pytest.param(("own", codes), marks=own) for codes in ("none", "auto"))]

@@ -36,6 +36,7 @@ REAL = [
     ([1000] * 64, (32, 8, 16, 128)),
     ([65536], (9, 3, 64, 64)),
 ]
+LONG = ([4096, 1000], (32, 8, 64, 128))
 Case = tuple[list[int], tuple[int, int, int, int]]
 
 
@@ -148,7 +149,7 @@ def new_tokens(lengths: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", sizes(SMALL, [REAL[0], ([4096, 1000], (32, 8, 64, 128))]), ids=str)
+@pytest.mark.parametrize("case", sizes(SMALL, [REAL[0], LONG]), ids=str)
 def test_prefill_on_cached_prefixes_is_its_reference(case: Case, dtype: torch.dtype) -> None:
     paged, heads = pages_of(case, dtype)
     counts = [min(count, 1024) for count in new_tokens(case[0])]
@@ -176,13 +177,20 @@ def test_a_prefilled_row_has_the_same_bits_however_the_prompt_is_cut(
         assert torch.equal(part, whole[first:last])
 
 
-def test_float8_pages_are_read_as_their_values_times_the_scale() -> None:
-    lengths, (heads, kv_heads, block_tokens, head_dim) = SMALL[0]
-    shape = (1, kv_heads, block_tokens, head_dim)
-    paged = dataclasses.replace(random_pages(lengths, shape, torch.float8_e4m3fn), scale=0.5)
-    q = queries(len(lengths), heads, head_dim, torch.bfloat16)
+@pytest.mark.parametrize("case", sizes([SMALL[0], SMALL[3]], [REAL[0], LONG]), ids=str)
+def test_float8_pages_are_read_as_their_values_times_the_scale(case: Case) -> None:
+    paged, heads = pages_of(case, torch.float8_e4m3fn)
+    paged = dataclasses.replace(paged, scale=0.5)
+    # The same numbers in a dtype that the references read everywhere.
     wide = dataclasses.replace(paged, pool=paged.pool.float())
-    exact = decode_reference(q, wide, 0)
-    magnitude = decode_reference(q, with_absolute_values(wide), 0)
+    absolute = with_absolute_values(wide)
+    q = queries(len(case[0]), heads, case[1][3], torch.bfloat16)
+    exact, magnitude = (decode_reference(q, one, 0) for one in (wide, absolute))
     error = (decode(q, paged, 0).double() - exact).abs()
+    assert bool((error <= bound(q, paged, exact, magnitude)).all())
+    counts = [min(count, 1024) for count in new_tokens(case[0])]
+    firsts = [sum(counts[:i]) for i in range(len(counts))]
+    q = queries(sum(counts), heads, case[1][3], torch.bfloat16)
+    exact, magnitude = (prefill_reference(q, one, 1, firsts, counts) for one in (wide, absolute))
+    error = (prefill(q, paged, 1, counts).double() - exact).abs()
     assert bool((error <= bound(q, paged, exact, magnitude)).all())

@@ -25,6 +25,7 @@ FORMATS = [
     BlockFormat(1, 1, 1, "float32", 1),
     BlockFormat(5, 3, 64, "float16", 16, first_layer=7, first_head=2),
     BlockFormat(2, 2, 16, "float32", 16),
+    BlockFormat(3, 2, 64, "float8_e4m3fn", 16, first_layer=1),
 ]
 
 
@@ -77,11 +78,15 @@ def test_a_page_made_by_the_models_indices_is_the_pattern_of_its_format(
 
 def test_formats_that_differ_in_one_thing_have_patterns_that_differ() -> None:
     base = {"layers": 2, "kv_heads": 4, "head_dim": 4, "dtype": "float16", "block_tokens": 4}
+    narrow = {**base, "head_dim": 8, "dtype": "float8_e4m3fn"}
     same_size = [
         BlockFormat(**base),  # type: ignore[arg-type]
         BlockFormat(**{**base, "layers": 4, "kv_heads": 2}),  # type: ignore[arg-type]
         BlockFormat(**{**base, "head_dim": 8, "block_tokens": 2}),  # type: ignore[arg-type]
         BlockFormat(**{**base, "head_dim": 2, "dtype": "float32"}),  # type: ignore[arg-type]
+        BlockFormat(**narrow),  # type: ignore[arg-type]
+        BlockFormat(**{**narrow, "kv_heads": 2, "block_tokens": 8}),  # type: ignore[arg-type]
+        BlockFormat(**{**narrow, "layers": 4, "block_tokens": 2}),  # type: ignore[arg-type]
         BlockFormat(**base, first_layer=2),  # type: ignore[arg-type]
         BlockFormat(**base, first_head=4),  # type: ignore[arg-type]
     ]

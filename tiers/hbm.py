@@ -47,7 +47,9 @@ class PagePool:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
             self.tensor = torch.frombuffer(self._map, dtype=dtype).view(pages, *shape)
         else:
-            self.tensor = torch.zeros((pages, *shape), dtype=dtype, device=device)
+            # Zeros as bytes: not every device fills every dtype.
+            zeros = torch.zeros(pages * format.payload_bytes, dtype=torch.uint8, device=device)
+            self.tensor = zeros.view(dtype).view(pages, *shape)
         self._bytes = self.tensor.view(pages, -1).view(torch.uint8)
 
     def prefault(self, stop: Event) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -20,10 +21,13 @@ from kvist.kernels.device.prefill_attention import (
     prefill_attention,
     prefill_reference,
 )
+from kvist.kernels.narrow import FLOAT8
 
 # Relative error of a result against float64. bfloat16 operands are known to give 1e-3 to 1e-2;
 # NaN, which stands in every place that is no key, is not below any limit.
 ERROR_MAX = 1e-2
+# Of a large pool of float8 pages, which repeat: what is read is other memory all the same.
+RANDOM_PAGES = 32
 
 
 def new_pool(sizes: Sizes, pages: int, layers: int, device: torch.device) -> torch.Tensor:
@@ -31,6 +35,18 @@ def new_pool(sizes: Sizes, pages: int, layers: int, device: torch.device) -> tor
     model = sizes.model
     shape = (pages, layers, 2, model.kv_heads, sizes.block_tokens, model.head_dim)
     return torch.empty(shape, dtype=sizes.dtype, device=device).normal_()
+
+
+def as_float8(pool: torch.Tensor) -> torch.Tensor:
+    """Random float8 pages in the memory of other pages, which are lost."""
+    narrow = pool.view(-1).view(FLOAT8).view(-1, *pool.shape[1:])
+    some = torch.randn(narrow[:RANDOM_PAGES].shape, device=pool.device).to(FLOAT8)
+    # As bytes: not every device copies every dtype.
+    source, target = some.view(torch.uint8), narrow.view(torch.uint8)
+    for first in range(0, len(target), len(source)):
+        part = target[first : first + len(source)]
+        part.copy_(source[: len(part)])
+    return narrow
 
 
 def lay_out(lengths: list[int], pool: torch.Tensor) -> Paged:
@@ -87,23 +103,45 @@ def poisoned(paged: Paged) -> Paged:
 
 @torch.inference_mode()
 def attention_errors(sizes: Sizes, clock: Clock) -> Result:
-    """Both kernels on fresh random pages of two layers, against float64."""
+    """Both kernels on fresh random pages of two layers, also in float8, against float64."""
     longest = sizes.prefill[-1] if len(sizes.prefill) < 3 else sizes.prefill[2]
     lengths = [1, longest, longest // 3 + 1, sizes.block_tokens]
     pages = sum(-(-length // sizes.block_tokens) for length in lengths)
     paged = poisoned(lay_out(lengths, new_pool(sizes, pages + 3, 2, clock.device)))
-    q = random_queries(sizes, len(lengths), clock.device)
+    errors = _errors(sizes, paged, paged)
+    narrow = dataclasses.replace(paged, pool=paged.pool.to(FLOAT8), scale=0.5)
+    # Its numbers in float32: not every device has each operation of the reference for float8.
+    wide = dataclasses.replace(narrow, pool=narrow.pool.float())
+    errors |= {f"{name}_float8": e for name, e in _errors(sizes, narrow, wide).items()}
+    return {name: {"error": e, "right": e < ERROR_MAX} for name, e in errors.items()}
+
+
+def _errors(sizes: Sizes, paged: Paged, exact: Paged) -> dict[str, float]:
+    """Of both kernels.
+
+    Args:
+        paged: four sequences.
+        exact: the same numbers in a dtype that the references read.
+    """
+    lengths, device = paged.lengths, paged.pool.device
+    q = random_queries(sizes, len(lengths), device)
     out = torch.full_like(q, float("nan"))
     decode_attention(q, paged, 1, decode_plan(sizes, paged), out)
-    errors = {"decode_attention": relative_error(out, decode_reference(q, paged, 1))}
+    errors = {"decode_attention": relative_error(out, decode_reference(q, exact, 1))}
     # The second sequence alone: half of it is cached.
-    one = Paged(paged.pool, paged.tables[1:2].contiguous(), paged.lengths[1:2].contiguous())
+    one, known = (
+        dataclasses.replace(
+            each, tables=each.tables[1:2].contiguous(), lengths=lengths[1:2].clone()
+        )
+        for each in (paged, exact)
+    )
+    longest = int(lengths[1])
     new = min(longest - longest // 2, sizes.chunk)
-    q = random_queries(sizes, new, clock.device)
+    q = random_queries(sizes, new, device)
     out = torch.full_like(q, float("nan"))
-    prefill_attention(q, one, 0, prefill_plan(sizes, new, clock.device), out)
-    errors["prefill_attention"] = relative_error(out, prefill_reference(q, one, 0, [0], [new]))
-    return {name: {"error": e, "right": e < ERROR_MAX} for name, e in errors.items()}
+    prefill_attention(q, one, 0, prefill_plan(sizes, new, device), out)
+    errors["prefill_attention"] = relative_error(out, prefill_reference(q, known, 0, [0], [new]))
+    return errors
 
 
 @torch.inference_mode()

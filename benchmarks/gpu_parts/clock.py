@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from kvist.engine.models.base import ModelConfig
+from kvist.kernels.narrow import FLOAT8
 
 Result = dict[str, Any]
 
@@ -24,7 +26,7 @@ class Sizes:
 
     Attributes:
         model: shape of the model.
-        dtype: of weights and pages.
+        dtype: of weights, and of pages unless kv_dtype says otherwise.
         block_tokens: of a page.
         pool_bytes: of pages, at most; less where the device has less.
         copy_bytes: of one buffer of the copy ceiling.
@@ -41,6 +43,7 @@ class Sizes:
         hits: tokens of prompts whose blocks are in DRAM.
         chunk: prompt tokens of a step.
         repeats: of each timing; the median counts.
+        kv_dtype: of pages.
     """
 
     model: ModelConfig
@@ -61,12 +64,21 @@ class Sizes:
     hits: tuple[int, ...]
     chunk: int
     repeats: int
+    kv_dtype: torch.dtype | None = None
+
+    def float8(self) -> Sizes:
+        """The same over float8 pages: every second case, as a batch of rows is a graph of its own
+        and 20 seconds have to do."""
+        return dataclasses.replace(
+            self, kv_dtype=FLOAT8, decode=self.decode[::2], rows=self.rows[::2]
+        )
 
     @property
     def token_bytes(self) -> int:
         """K and V of one token, all layers."""
         model = self.model
-        return 2 * model.layers * model.kv_heads * model.head_dim * self.dtype.itemsize
+        elements = 2 * model.layers * model.kv_heads * model.head_dim
+        return elements * (self.kv_dtype or self.dtype).itemsize
 
     @property
     def page_bytes(self) -> int:

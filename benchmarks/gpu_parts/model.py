@@ -13,12 +13,13 @@ from kvist.engine.models.llama_cuda import CudaLlama
 from kvist.engine.request import SamplingParams
 from kvist.engine.sampler import DrawState
 from kvist.engine.weights import LoadedModel, tensor_shapes
+from kvist.kernels.narrow import FLOAT8
 from kvist.kernels.rope import RopeParams
 
 # vLLM with FlashAttention 3, Llama-3.1-8B in bfloat16 on one H100, one request: inter-token
-# latency is this much and this much more for each token of context (vLLM blog, 2026-04-22).
-VLLM_STEP_MS = 6.44
-VLLM_CONTEXT_MS = 4.37e-5
+# latency is this much and this much more for each token of context (vLLM blog, 2026-04-22), by
+# the dtype of K and V.
+VLLM_MS = {None: (6.44, 4.37e-5), FLOAT8: (6.58, 2.37e-5)}
 GREEDY = DrawState(SamplingParams(temperature=0), seed=0)
 
 
@@ -126,6 +127,7 @@ def step_line(sizes: Sizes, steps: Steps, copy_gb_per_s: float) -> Result:
     times = [steps.time_ms(1, context) for context in contexts]
     base, slope = fit_line(contexts, times)
     weights = product_weights(sizes) * sizes.dtype.itemsize
+    vllm_ms, vllm_context_ms = VLLM_MS[sizes.kv_dtype]
     return {
         "contexts": contexts,
         "ms": times,
@@ -134,8 +136,8 @@ def step_line(sizes: Sizes, steps: Steps, copy_gb_per_s: float) -> Result:
         "floor_a_ms": weights / copy_gb_per_s / 1e6,
         "floor_b_ms_per_token": sizes.token_bytes / copy_gb_per_s / 1e6,
         "a_over_floor": base * copy_gb_per_s * 1e6 / weights,
-        "vllm_h100_a_ms": VLLM_STEP_MS,
-        "vllm_h100_b_ms_per_token": VLLM_CONTEXT_MS,
+        "vllm_h100_a_ms": vllm_ms,
+        "vllm_h100_b_ms_per_token": vllm_context_ms,
     }
 
 

@@ -7,9 +7,10 @@ import torch
 from kvist.cachesvc.log import Log
 from kvist.engine.backend import CpuBackend, Progress
 from kvist.engine.config import EngineConfig
-from kvist.engine.device.found import Device
+from kvist.engine.device.found import Device, check_float8
 from kvist.engine.device.runner import DeviceRunner
 from kvist.engine.device.sizing import CudaMemory, PoolSizing, batch_keys
+from kvist.engine.kv_dtype import is_float8
 from kvist.engine.models.base import Chunk
 from kvist.engine.models.decode_batch import DecodeBatch, graph_sizes
 from kvist.engine.models.llama_cuda import CudaLlama
@@ -33,9 +34,14 @@ class DeviceBackend:
     Args:
         config: checked settings.
         device: a CUDA device, or Triton's interpreter in its place.
+
+    Raises:
+        ConfigInvalid: the device lacks what K and V in float8 need.
     """
 
     def __init__(self, config: EngineConfig, device: Device) -> None:
+        if is_float8(config.kv_cache_dtype):
+            check_float8(device, config.kv_cache_dtype)
         self.device = device
         self.dtype = "bfloat16" if config.dtype == "auto" else config.dtype
         self._config = config
@@ -64,8 +70,8 @@ class DeviceBackend:
     def build(self, loaded: LoadedModel, kv_dtype: str) -> CudaLlama:
         """See Backend."""
         del kv_dtype
-        fast = not self._config.deterministic
-        self._model = CudaLlama(loaded, self.device.torch, fast=fast)
+        fast, scale = not self._config.deterministic, self._config.kv_cache_scale
+        self._model = CudaLlama(loaded, self.device.torch, fast=fast, kv_scale=scale)
         return self._model
 
     def compute(self, loaded: LoadedModel, kv_dtype: str) -> str:
@@ -106,7 +112,7 @@ class DeviceBackend:
         logits = self.model.forward(chunks, pool.tensor)
         tokens = torch.zeros(len(chunks), dtype=torch.int64, device=logits.device)
         sample(logits, new_draws(len(chunks), logits.device), tokens)
-        pool.tensor[:1].zero_()
+        pool.tensor[:1].view(torch.uint8).zero_()
 
     def copies(self, pool: PagePool, log: Log) -> tuple[PageCopies, Pinner]:
         """See Backend."""

@@ -11,6 +11,7 @@ import torch
 from kvist.proto.errors import ConfigInvalid
 
 LEAST_CAPABILITY = (8, 0)
+FLOAT8_CAPABILITY = (8, 9)  # from there on Triton compiles e4m3
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +73,34 @@ def _find_cuda(asked: str) -> Device:
     number, there = int(asked.partition(":")[2] or 0), torch.cuda.device_count()
     if number >= there:
         raise ConfigInvalid(f"--device {asked}: there are {there}, cuda:0 to cuda:{there - 1}")
-    name, capability = torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)
-    if capability < LEAST_CAPABILITY:
-        have, need = (".".join(map(str, one)) for one in (capability, LEAST_CAPABILITY))
+    name = torch.cuda.get_device_name(number)
+    if missing := _lacks(number, LEAST_CAPABILITY):
         raise ConfigInvalid(
-            f"--device {asked}: {name} has compute capability {have}; the kernels need {need}, "
-            "which has bfloat16; give --device cpu"
+            f"--device {asked}: {name} has {missing}, which has bfloat16; give --device cpu"
         )
     return Device("cuda", f"cuda:{number}", name)
+
+
+def check_float8(device: Device, asked: str) -> None:
+    """Raises ConfigInvalid when kernels on a device cannot read float8 pages.
+
+    Args:
+        device: from find_device, not the CPU.
+        asked: a checked --kv-cache-dtype that is float8.
+    """
+    if device.kind != "cuda":
+        return
+    number = torch.device(device.torch).index or 0
+    if missing := _lacks(number, FLOAT8_CAPABILITY):
+        raise ConfigInvalid(
+            f"--kv-cache-dtype {asked}: {device.name} has {missing}, which has float8; leave it out"
+        )
+
+
+def _lacks(number: int, least: tuple[int, int]) -> str:
+    """What a CUDA device has, and what of the kernels' needs it lacks; "" if nothing."""
+    capability = torch.cuda.get_device_capability(number)
+    if capability >= least:
+        return ""
+    have, need = (".".join(map(str, one)) for one in (capability, least))
+    return f"compute capability {have}; the kernels need {need}"

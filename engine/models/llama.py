@@ -14,6 +14,7 @@ from kvist.engine.weights import LoadedModel
 from kvist.kernels.activation import silu_mul
 from kvist.kernels.attention import attend, gather_pages, least_rows, page_mask
 from kvist.kernels.linear import Linear
+from kvist.kernels.narrow import narrowed
 from kvist.kernels.norm import rms_norm
 from kvist.kernels.rope import RopeStep, rope, rope_step, rope_table
 
@@ -172,8 +173,8 @@ class LlamaModel:
         keys = turned[:, config.heads :].reshape(-1, config.head_dim)
         values = projected[:, config.heads + config.kv_heads :].reshape(-1, config.head_dim)
         dtype = step.pool_rows.dtype
-        step.pool_rows.index_copy_(0, step.plan.stores[number, 0], keys.to(dtype))
-        step.pool_rows.index_copy_(0, step.plan.stores[number, 1], values.to(dtype))
+        step.pool_rows.index_copy_(0, step.plan.stores[number, 0], narrowed(keys, dtype))
+        step.pool_rows.index_copy_(0, step.plan.stores[number, 1], narrowed(values, dtype))
         queries = turned[:, : config.heads].view(len(x), config.kv_heads, -1, config.head_dim)
         out = torch.empty_like(queries)
         if step.before_layer is not None:

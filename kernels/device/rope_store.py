@@ -10,7 +10,7 @@ Pages may be float8 (e4m3). The scale is one number for the pool, given from out
 what makes blocks interchangeable. A scale for each page and head would be finer, but a page is
 filled token by token: a later token with a larger value would make the earlier ones be rounded
 again, so that a token's bytes depended on what comes after it, and a page, which is the block byte
-for byte, would need a place for it. Values beyond the range are clamped.
+for byte, would need a place for it. Values beyond the range are clamped, see kernels/narrow.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import triton.language as tl
 
 from kvist.kernels.device.launch import OPTIONS
 from kvist.kernels.device.paged import Paged
+from kvist.kernels.narrow import LIMITS
 from kvist.kernels.rope import RopeTable
 
 HEADS_AT_ONCE = 8  # heads of a row that one program turns: 8 * 128 bfloat16 are 2 KiB
-FLOAT8_MAX = 448.0  # largest finite number of e4m3
 
 
 def rope_store_reference(
@@ -113,7 +113,7 @@ def rope_store(
         PAIRS=triton.next_power_of_2(head_dim // 2),
         BLOCK_TOKENS=block_tokens,
         AT_ONCE=HEADS_AT_ONCE,
-        LIMIT=FLOAT8_MAX if paged.pool.dtype == torch.float8_e4m3fn else 0.0,
+        LIMIT=LIMITS.get(paged.pool.dtype, 0.0),
         num_warps=2,
         **OPTIONS,
     )
