@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -24,8 +25,10 @@ from kvist.cachesvc.log import Log
 from kvist.cachesvc.worker.control import CALL_TIMEOUT_S
 from kvist.cachesvc.worker.trial import TrialPage
 from kvist.proto import cache_pb2
-from kvist.proto.errors import Detached
+from kvist.proto.errors import ConfigInvalid, Detached, FormatRefused
 from kvist.proto.keys import Namespace
+from kvist.proto.record import RecordShape
+from kvist.tiers.segment import clear_directory, read_superblock
 
 __all__ = ["DirectControl", "StoreConfig", "open_embedded"]
 
@@ -181,6 +184,22 @@ def _has_room(parent: Path, wanted_bytes: int) -> bool:
     return space.f_bavail * space.f_frsize >= wanted_bytes
 
 
+def _empty_smaller(flash: Path, record_bytes: int, log: Log) -> None:
+    """Empty a flash folder whose slots are too small: it serves this engine alone, and of what an
+    engine of smaller blocks left there nothing is of use to it.
+
+    A folder that cannot be read, or that a process uses, is left to the store, which says so.
+    """
+    with suppress(ConfigInvalid, FormatRefused, OSError):
+        superblock = read_superblock(flash)
+        if superblock is not None and superblock.slot_bytes < record_bytes:
+            clear_directory(flash)
+            log.warning(
+                "flash folder emptied, its slots are too small for this model's blocks",
+                flash_path=flash, slot_bytes=superblock.slot_bytes, needed_bytes=record_bytes,
+            )  # fmt: skip
+
+
 def open_embedded(
     config: StoreConfig,
     namespace: Namespace,
@@ -198,6 +217,9 @@ def open_embedded(
     Raises:
         ConfigInvalid, FormatRefused: the store cannot be opened as configured.
     """
+    shape = RecordShape(namespace.format.payload_bytes, namespace.format.block_tokens)
+    if config.flash_path is not None:
+        _empty_smaller(config.flash_path, shape.record_bytes, log)
     client = CacheClient(DirectControl(config, log), namespace, name, log)
     client.trial, client.model = trial, model
     client.start()

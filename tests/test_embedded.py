@@ -49,6 +49,23 @@ def test_blocks_go_in_and_come_out_and_lookups_and_loads_make_no_call(client: Ca
     assert client.rpc_calls == calls
 
 
+def test_a_flash_folder_with_slots_too_small_for_a_model_is_emptied_and_used(
+    tmp_path: Path,
+) -> None:
+    held = []
+    for layers in (2, 8, 2, 8):
+        of = namespace(layers=layers)
+        prompt = Prompt(3, 4, of)
+        opened = open_embedded(config(tmp_path, flash=True), of, "test", QUIET)
+        assert opened.wait_attached(10.0)
+        held.append(len(opened.tiers(prompt.keys)))
+        assert opened.store(prompt.items).stored == 4 - held[-1]
+        opened.prefetch(prompt.keys, 4)
+        assert load_all(opened, prompt) == [None] * 4
+        opened.close()
+    assert held == [0, 0, 0, 4], "smaller blocks fit into larger slots, beside the larger ones"
+
+
 def test_flash_survives_from_one_life_to_the_next(tmp_path: Path) -> None:
     prompt = Prompt(2, 5)
     first = open_embedded(config(tmp_path, flash=True), namespace(), "test", QUIET)
