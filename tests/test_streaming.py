@@ -222,10 +222,11 @@ def test_a_cap_slows_loads_and_changes_no_answer(model: str, tmp_path: Path) -> 
     assert cached.ask() == (cached.expected, BLOCKS * BLOCK_TOKENS)
     cached.core.settle()
     copied = BLOCKS * cached.core.parts.format.payload_bytes
-    throttled = cached.core.stats.loads.throttled_s
-    # But for what the bucket held in the beginning.
-    assert throttled["load"] > 0.5 * copied / (1 << 20)
-    assert throttled["store"] == 0
+    loads = cached.core.stats.loads
+    # But for what the bucket held in the beginning; on a slow machine the copies take some of it.
+    assert loads.load_s > 0.5 * copied / (1 << 20)
+    assert loads.throttled_s["load"] > 0
+    assert loads.throttled_s["store"] == 0
     cached.core.stop()
 
 
