@@ -11,6 +11,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,6 +191,7 @@ class Stuck:
 
     gate = None
     pages = (0,)
+    sequence = SimpleNamespace(rank=0)
 
     def __init__(self, go: threading.Event) -> None:
         self._go = go
