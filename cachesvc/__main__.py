@@ -37,7 +37,7 @@ from kvist.cachesvc.view.document import Document
 from kvist.cachesvc.view.metrics import Metrics
 from kvist.proto.errors import ConfigInvalid, FormatRefused, KvistError
 from kvist.proto.numa import chosen_nodes, memory_nodes
-from kvist.tiers.segment import clear_directory
+from kvist.tiers.flash_clear import clear_directory
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 # Figures that are not there in 2 s are no use to a page that asks each second.

@@ -28,7 +28,8 @@ from kvist.proto import cache_pb2
 from kvist.proto.errors import ConfigInvalid, Detached, FormatRefused
 from kvist.proto.keys import Namespace
 from kvist.proto.record import RecordShape
-from kvist.tiers.segment import clear_directory, read_superblock
+from kvist.tiers.flash_clear import clear_directory
+from kvist.tiers.segment import read_superblock
 
 __all__ = ["DirectControl", "StoreConfig", "open_embedded"]
 

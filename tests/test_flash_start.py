@@ -20,7 +20,8 @@ from kvist.cachesvc.flash.budget import BOOK_NAME
 from kvist.cachesvc.flash.watch import OPEN_S_MAX, backoff_s
 from kvist.proto.errors import ConfigInvalid, FormatRefused, TierOffline
 from kvist.tiers.flash import FlashTier
-from kvist.tiers.segment import SEGMENT_BYTES, clear_directory
+from kvist.tiers.flash_clear import clear_directory
+from kvist.tiers.segment import SEGMENT_BYTES
 
 FLASH_SLOTS = 24
 

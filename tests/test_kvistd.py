@@ -142,6 +142,8 @@ def test_clear_flash_removes_only_its_own_files_and_only_when_nobody_uses_them(
     sidecar.stop()
     (flash / "notes.txt").write_text("mine")
     assert kvistd(*flags).returncode == 0
+    again = kvistd(*flags)
+    assert (again.returncode, "not a flash folder of kvistd" in again.stderr) == (2, True)
     assert {path.name for path in flash.iterdir()} <= {"notes.txt", "owner.lock", "wear.json"}
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from kvist.proto.errors import ConfigInvalid, FormatRefused, TierOffline
 from kvist.proto.sizes import format_bytes
+from kvist.tiers.flash_clear import clear_files
 from kvist.tiers.flash_index import FlashIndex
 from kvist.tiers.flash_io import DEVICE_ERRORS
 from kvist.tiers.segment import (
     DiskIo,
     OwnerLock,
     Segments,
-    clear_files,
     make_superblock,
     read_superblock,
     slots_that_fit,
