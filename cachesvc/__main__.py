@@ -53,6 +53,7 @@ def main(
         prog="kvistd",
         description="Kvist's sidecar: owns the DRAM and flash cache of a node.",
         epilog="Every setting can also stand in the file or, as KVIST_NAME, in the environment.",
+        allow_abbrev=False,  # --flash-byte is a slip of the pen, and next year perhaps ambiguous
     )
     parser.add_argument("--version", action="version", version=f"kvistd {version('kvist')}")
     parser.add_argument("--print-config", action="store_true", help="print the settings, as TOML")
