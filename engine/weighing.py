@@ -84,7 +84,13 @@ class Weigher:
         ahead = Ahead(self.queued, rising_s)
         return self.cost.choose(first, tiers, tokens, ahead, not self.beside, followed)
 
-    def choose(self, sequence: Sequence, first_block: int, tiers: tuple[str, ...]) -> None:
+    def choose(
+        self,
+        sequence: Sequence,
+        first_block: int,
+        tiers: tuple[str, ...],
+        rising_s: float = 0.0,
+    ) -> None:
         """Set a sequence's found, choice and gate.
 
         A prefix in DRAM is loaded layer by layer beside the sequence's own computation. Not when
@@ -95,8 +101,10 @@ class Weigher:
             sequence: about to be admitted.
             first_block: where what was found begins.
             tiers: of each block that was found, at least one.
+            rising_s: see weigh.
         """
-        choice = self.weigh(sequence, first_block, tiers, sequence.follow_until_s > 0)
+        follows = sequence.follow_until_s > 0
+        choice = self.weigh(sequence, first_block, tiers, follows, rising_s)
         self.cost.decided(choice)
         sequence.choice, sequence.found = choice, tiers[: choice.blocks]
         sequence.gate = None
@@ -126,12 +134,17 @@ class Weigher:
             self._gate_waits += gate.waits
             self._undone += not gate.sound
         tier = "flash" if "flash" in sequence.found else "dram"
-        # What it followed had begun to rise before it was let in.
-        before_s = sequence.rise_s if gate is not None and tier == "flash" else 0.0
+        # What had not come when it was let in had begun to rise before.
+        waited = tier == "flash" and (
+            sequence.registered + sequence.found.index("flash") in sequence.rose
+        )
+        before_s = sequence.rise_s if waited else 0.0
         self._note_load(loaded)
+        seconds = before_s + loaded.busy_s
+        if loaded.reason == "flash_late":
+            self.cost.late(sequence.found, seconds)
         if loaded.reason or sequence.choice is None or len(sequence.found) != len(loaded.pages):
             return
-        seconds = before_s + loaded.busy_s
         self._load_s += seconds
         self.cost.loaded(sequence.found, seconds)
         choice = sequence.choice
@@ -139,6 +152,13 @@ class Weigher:
         if choice.load_s > 0:  # the estimate is of all of it, the wait for other loads included
             ratio = (before_s + loaded.seconds) / choice.load_s
             self.meter.observe(f"load_estimate_ratio.{tier}", ratio)
+
+    def rose(self, blocks: int, seconds: float, all_came: bool) -> None:
+        """Blocks have risen in so long, or not all of them yet; see rising.Rising."""
+        if all_came:
+            self.cost.loaded(["flash"] * blocks, seconds)
+        else:
+            self.cost.late(["flash"] * blocks, seconds, given_up=False)
 
     def _note_load(self, loaded: Loaded) -> None:
         """Time goes to the slower of the tiers that the blocks came from, as in CostModel.loaded,

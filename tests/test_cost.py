@@ -181,3 +181,15 @@ def test_a_rate_forgets_and_a_short_copy_moves_it_little() -> None:
     for _ in range(20):
         rate.add(1 << 28, 1.0)
     assert rate.bytes_per_s == pytest.approx(1 << 28, rel=0.05)
+
+
+def test_what_does_not_come_is_slow_and_a_moment_halves_the_rate_at_most() -> None:
+    model = measured(flash=1e9)
+    model.late(["dram"] * 4 + ["flash"] * 4, 60.0, given_up=False)
+    assert model.rates["flash"].bytes_per_s == pytest.approx(0.5e9, rel=0.01)
+    model.late(["flash"] * 4, 2.0)
+    assert model.rates["flash"].bytes_per_s == pytest.approx(4 * BLOCK_BYTES / 2.0)
+    model.late(["flash"] * 4, 1.0)
+    assert model.rates["flash"].bytes_per_s == pytest.approx(4 * BLOCK_BYTES / 2.0), "no news"
+    model.late(["dram"] * 4, 9.0)
+    assert model.rates["dram"].bytes_per_s == measured().rates["dram"].bytes_per_s

@@ -70,6 +70,14 @@ class Rate:
         self.measured = True
 
 
+    def late(self, count: int, seconds: float, weight: float) -> None:
+        """A copy of count bytes had not ended after so long."""
+        rate = count / max(seconds, 1e-9)
+        if count and rate < self.bytes_per_s:
+            self.bytes_per_s += weight * (rate - self.bytes_per_s)
+            self.measured = True
+
+
 class Prefill:
     """Seconds of a step: c + a * tokens + b * sum of their positions, fitted as steps come.
 
@@ -203,7 +211,8 @@ class CostModel:
         # Of those that are about as good the longest: it leaves the cores to others.
         best = int(np.flatnonzero(total <= MARGIN * total.min())[-1])
         known = self.prefill.steps and all(self.rates[tier].measured for tier in set(tiers))
-        if not known or self._avoided >= TRY_AGAIN:
+        # With others before it there is more to wait for than one slow load, and they are a trial.
+        if not known or (self._avoided >= TRY_AGAIN and not ahead.rising_s):
             best = len(tiers)
         return Choice(best, len(tiers) - best, float(load_s[best]), float(compute_s[best]))
 
@@ -220,6 +229,21 @@ class CostModel:
         # While one rises others are copied, so the slower tier is what the time was spent on.
         tier, blocks = ("flash", flash) if flash else ("dram", len(tiers))
         self.rates[tier].add(blocks * self._block_bytes, seconds)
+
+    def late(self, tiers: Sequence[str], seconds: float, given_up: bool = True) -> None:
+        """Blocks of these tiers had not all risen in so long: flash is no faster than that.
+
+        Args:
+            given_up: they are waited for no more, which is long after the estimate; else it may
+                have been a moment, and the mean is halved at most.
+        """
+        flash = sum(tier == "flash" for tier in tiers)
+        weight = 1.0 if given_up else WEIGHT_MAX
+        self.rates["flash"].late(flash * self._block_bytes, seconds, weight)
+
+    def block_s(self, tier: str) -> float:
+        """Seconds that a block of a tier takes."""
+        return self._block_bytes / self.rates[tier].bytes_per_s
 
     def stored(self, blocks: int, seconds: float) -> None:
         """So many blocks were copied in, in so long."""
@@ -261,8 +285,8 @@ class CostModel:
 
     def _load_s(self, tiers: Sequence[str], queued: int) -> npt.NDArray[np.float64]:
         """Seconds to load the first 0, 1, ... blocks."""
-        each = [self._block_bytes / self.rates[tier].bytes_per_s for tier in tiers]
-        waits = START_S + queued * self._block_bytes / self.rates["dram"].bytes_per_s
+        each = [self.block_s(tier) for tier in tiers]
+        waits = START_S + queued * self.block_s("dram")
         out = np.cumsum([waits, *each])
         out[0] = 0.0
         return out
