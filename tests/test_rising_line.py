@@ -11,10 +11,11 @@ from sim.fake_cache import FakeCache
 from test_rising import DIGEST, LIMITS, SIZE, Bench, busy_bench, item_of, prompts
 
 from kvist.cachesvc.worker.cost import START_S, TRY_AGAIN, Choice, CostModel
-from kvist.engine.copying import LOAD_BASE_S
+from kvist.engine.copying import LOAD_BASE_S, Loaded
 from kvist.engine.request import NewRequest, SamplingParams
 from kvist.engine.rising import PATIENCE, PATIENCE_BASE_S, Rising
 from kvist.engine.sequence import Sequence, State
+from kvist.engine.weighing import Weigher
 
 BLOCK_S = 0.1
 
@@ -57,7 +58,9 @@ def test_one_that_rises_out_of_turn_takes_no_time_from_those_before_it() -> None
     line.rises(second)
     assert not line.rising.waits(second, False)
     assert line.rising.ahead_s() == pytest.approx(0.55)
-    line.now_s += 0.25
+    line.now_s += 0.2
+    assert line.rising.waits(first, False)
+    line.now_s += 0.05
     line.rises(first)
     assert not line.rising.waits(first, False)
     assert first.rise_s == pytest.approx(0.3)
@@ -77,8 +80,38 @@ def test_blocks_that_several_ask_for_rise_once() -> None:
     line.add([*range(7000, 7013)])
     assert line.rising.ahead_s() == pytest.approx(0.6)
     line.add([*shared[:8], *range(8000, 8009)])  # two of its four blocks are known
+    line.add(shared)
     assert line.rising.ahead_s() == pytest.approx(0.8)
     assert line.rising.ahead_s(line.asked[0].keys(), BLOCK_S) == 0.0
+
+
+def test_blocks_that_come_sooner_are_sooner_once_for_those_behind_them() -> None:
+    line = Line()
+    shared, other = prompts(2)
+    several = [line.add(shared) for _ in range(3)]
+    last = line.add(other)
+    line.now_s += 0.1
+    line.rises(several[0])
+    assert not any(line.rising.waits(one, False) for one in several)
+    assert [one.rise_s for one in several] == [pytest.approx(0.1)] * 3
+    assert line.rising.ahead_s() == pytest.approx(0.3)
+    assert line.rising.waits(last, False)
+    assert line.rose == [], "nobody looked before"
+
+
+def test_one_that_was_asked_for_when_another_was_late_is_no_later_than_from_its_end() -> None:
+    line = Line()
+    late, after = prompts(2)
+    first = line.add(late)
+    line.now_s += 0.5
+    line.add(after)
+    line.now_s += 0.04
+    assert line.rising.waits(first, False)
+    line.now_s += 0.01
+    line.rises(first)
+    assert not line.rising.waits(first, False)
+    assert line.rose == [(3, pytest.approx(0.55), True)]
+    assert line.rising.ahead_s() == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("gone", ["detached", "dropped"])
@@ -106,6 +139,19 @@ def test_one_that_had_no_seat_when_its_blocks_came_did_not_wait_so_long_for_them
     line.now_s += 60.0
     assert not line.rising.waits(one, False)
     assert one.rise_s == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("rose", "seconds"), [({4, 5}, 0.5), ({0, 1, 2, 3}, 0.2)])
+def test_a_load_takes_the_time_that_its_own_blocks_rose_before(
+    rose: set[int], seconds: float
+) -> None:
+    weigher = Weigher(2, 1 << 20, SIZE)
+    one = Sequence(NewRequest("r", list(range(30)), SamplingParams()), 1, LIMITS, DIGEST, 0.0)
+    one.found, one.choice = ("dram",) * 4 + ("flash",) * 2, Choice(6, 0, 0.1, 0.1)
+    one.rose, one.rise_s = frozenset(rose), 0.3
+    weigher.loaded(Loaded(one, 6, "", 0.2, list(range(6)), None, 0.2))
+    rate = weigher.cost.rates["flash"].bytes_per_s
+    assert rate == pytest.approx((2 << 20) / (seconds - START_S))
 
 
 OPERATION = st.one_of(
