@@ -143,6 +143,7 @@ class Rising:
                 rise.looked_s = now
                 return True
             sequence.follow_until_s = now + FOLLOW_BASE_S + PATIENCE * left_s
+            self._shift(rise, now + left_s)
         self.late += is_late
         # Between two looks lies a step: what came during a long one may have come at its beginning.
         is_timed = now - rise.looked_s <= LOOK_SHARE * (now - rise.began_s)
@@ -153,18 +154,21 @@ class Rising:
         is_first = rise.fresh == len(rise.keys) and rise.starts_s == rise.began_s
         if is_first and (is_late or (is_timed and "dram" in tier)):
             self._rose(len(rise.keys), now - rise.began_s, not is_late)
-        if not is_rising and rise.fresh and (is_timed or now < rise.ends_s):
+        if not is_rising and (is_timed or now < rise.ends_s):
             self._shift(rise, now)
         self._forget(sequence)
         return False
 
-    def _shift(self, rise: _Rise, now: float) -> None:
-        """A rise has come, or what should rise has gone: those behind it are sooner or later."""
+    def _shift(self, rise: _Rise, ended_s: float) -> None:
+        """A rise ends then, or has: those behind it are sooner or later."""
+        if not rise.fresh:
+            return
         behind = [each for each in self._rises.values() if each.starts_s >= rise.ends_s]
         # One that has ended before it was its turn takes no time from those before it.
-        drift_s = max(now, rise.starts_s) - rise.ends_s
-        if behind:  # nobody's turn is later than now by that; it may have come when this was late
-            drift_s = min(drift_s, max(0.0, now - min(each.starts_s for each in behind)))
+        drift_s = max(ended_s, rise.starts_s) - rise.ends_s
+        if behind:  # no later than from then; their turn was put off when this one was late
+            first_s = min(each.starts_s for each in behind)
+            drift_s = min(drift_s, max(0.0, ended_s - first_s))
         for other in behind:
             other.starts_s += drift_s
             other.ends_s += drift_s

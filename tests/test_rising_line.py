@@ -114,6 +114,20 @@ def test_one_that_was_asked_for_when_another_was_late_is_no_later_than_from_its_
     assert line.rising.ahead_s() == pytest.approx(0.3)
 
 
+def test_one_that_follows_its_rise_tells_those_behind_it_when_that_will_have_ended() -> None:
+    line = Line()
+    followed, other = (line.add(tokens, compute_s=0.2) for tokens in prompts(2))
+    line.now_s += 0.05
+    line.cache.shown = 48  # of 64 bytes: sooner than was estimated
+    assert not line.rising.waits(followed, False)
+    assert line.rising.ahead_s() == pytest.approx(0.3 / 4 + 0.3)
+    line.now_s += 0.3 / 4
+    line.cache.shown = 0
+    assert line.rising.waits(other, False)
+    assert not line.rising.waits(followed, False)
+    assert line.rising.ahead_s() == pytest.approx(0.3)
+
+
 @pytest.mark.parametrize("gone", ["detached", "dropped"])
 def test_what_goes_away_while_it_rises_tells_nothing_of_the_tier(gone: str) -> None:
     line = Line()

@@ -69,7 +69,6 @@ class Rate:
         self.bytes_per_s += weight * (rate - self.bytes_per_s)
         self.measured = True
 
-
     def late(self, count: int, seconds: float, weight: float) -> None:
         """A copy of count bytes had not ended after so long."""
         rate = count / max(seconds, 1e-9)
