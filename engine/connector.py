@@ -164,13 +164,14 @@ class Connector:
 
     def load(self, sequence: Sequence) -> None:
         """Begin to copy a sequence's found blocks into its pages."""
+        assert self._cache is not None
         assert self._copiers is not None
         first, count = sequence.registered, len(sequence.found)
         pages = sequence.pages[first : first + count]
         self._pages.pin(pages)
         self.copying += 1
-        if sequence.gate is None:
-            self._prefetch(sequence.keys()[first : first + count], sequence.found)
+        if sequence.gate is None and "flash" in sequence.found:
+            self._cache.prefetch(sequence.keys()[first : first + count], count)
         job = LoadJob(sequence, first, pages, self._now())
         if sequence.trace is not None:
             sequence.trace.asked_s = job.started_s
@@ -348,10 +349,6 @@ class Connector:
         if sequence.digest is None or not sequence.keys():
             return None
         return sequence.origin(), sequence.digest
-
-    def _prefetch(self, keys: Blocks[BlockKey], tiers: Blocks[str]) -> None:
-        if self._cache is not None and "flash" in tiers:
-            self._cache.prefetch(keys, len(tiers))
 
     def _refusal(self, sequence: Sequence, cache: Cache, leaving: bool) -> str:
         if sequence.store_stopped:

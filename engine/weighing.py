@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
@@ -73,15 +74,16 @@ class Weigher:
         tiers: tuple[str, ...],
         followed: bool,
         rising_s: float = 0.0,
+        asked: int = 0,
     ) -> Choice:
         """What would be chosen now; see choose.
 
         Args:
             followed: what is on flash rises beside the computation.
-            rising_s: seconds until it begins to rise.
+            rising_s, asked: see cost.Ahead.
         """
         first, tokens = first_block * self._block_tokens, len(sequence.tokens)
-        ahead = Ahead(self.queued, rising_s)
+        ahead = Ahead(self.queued, rising_s, asked)
         return self.cost.choose(first, tiers, tokens, ahead, not self.beside, followed)
 
     def choose(
@@ -101,10 +103,15 @@ class Weigher:
             sequence: about to be admitted.
             first_block: where what was found begins.
             tiers: of each block that was found, at least one.
-            rising_s: see weigh.
+            rising_s: until what is on flash begins to rise if it was not asked for before.
         """
+        fresh = [i not in sequence.rose for i in range(first_block, first_block + len(tiers))]
+        flash = [tier == "flash" and new for tier, new in zip(tiers, fresh, strict=True)]
+        asked = flash.index(True) if any(flash) else len(tiers)
         follows = sequence.follow_until_s > 0
-        choice = self.weigh(sequence, first_block, tiers, follows, rising_s)
+        # One that follows a rise waits at its gate, where nobody asks for more to rise.
+        rising_s = math.inf if follows else rising_s
+        choice = self.weigh(sequence, first_block, tiers, follows, rising_s, asked)
         self.cost.decided(choice)
         sequence.choice, sequence.found = choice, tiers[: choice.blocks]
         sequence.gate = None

@@ -193,3 +193,18 @@ def test_what_does_not_come_is_slow_and_a_moment_halves_the_rate_at_most() -> No
     assert model.rates["flash"].bytes_per_s == pytest.approx(4 * BLOCK_BYTES / 2.0), "no news"
     model.late(["dram"] * 4, 9.0)
     assert model.rates["dram"].bytes_per_s == measured().rates["dram"].bytes_per_s
+
+
+def test_what_rises_before_delays_only_what_was_not_asked_for_itself() -> None:
+    model = measured()
+    tiers = ["dram"] * 2 + ["flash"] * 4
+
+    def loads(ahead: Ahead) -> int:
+        return model.choose(0, tiers, 6 * BLOCK + 12, ahead, False, True).blocks
+
+    assert loads(Ahead()) == 6
+    assert loads(Ahead(rising_s=100.0)) == 2
+    assert loads(Ahead(rising_s=100.0, asked=5)) == 5
+    model.rates["flash"].measured = False  # all of it, as far as it can be had
+    assert loads(Ahead(rising_s=100.0, asked=5)) == 6
+    assert loads(Ahead(rising_s=math.inf, asked=5)) == 5

@@ -266,6 +266,20 @@ def test_what_rises_too_late_is_computed_when_its_turn_has_come() -> None:
     bench.connector.close()
 
 
+def test_what_has_its_turn_does_not_wait_for_those_behind_it() -> None:
+    bench = busy_bench(0.1, 0.06)
+    asked = []
+    for tokens in prompts(5):
+        bench.put(tokens, "flash")
+        asked.append(bench.add(tokens))
+    wished = [len(one.rose) for one in asked]
+    assert wished == [3, 2, 1, 1, 1]
+    bench.cache.shown = 64  # whole blocks, all that is left is to sum them
+    assert bench.scheduler.schedule(bench.now_s).loads == asked
+    assert [len(one.found) for one in asked] == wished, "no less, and nothing that does not rise"
+    bench.connector.close()
+
+
 def test_of_two_that_come_at_once_only_the_first_is_alone() -> None:
     bench = busy_bench(0.01, 0.1)
     bench.connector.beside(0)

@@ -153,11 +153,14 @@ class Ahead:
 
     Attributes:
         blocks: of other loads that are under way.
-        rising_s: seconds until the flash tier has done what was asked of it before.
+        rising_s: seconds until the flash tier has done what was asked of it before; math.inf if
+            it shall not be asked for more.
+        asked: leading blocks that do not wait for that, since they were asked for themselves.
     """
 
     blocks: int = 0
     rising_s: float = 0.0
+    asked: int = 0
 
 
 def decision_of(choice: Choice) -> str:
@@ -202,7 +205,8 @@ class CostModel:
                 the rest of the rise is waited for in the queue, where it holds up nobody.
         """
         risen = np.array([0, *np.cumsum([tier == "flash" for tier in tiers])])
-        load_s = self._load_s(tiers, ahead.blocks) + ahead.rising_s * (risen > 0)
+        waits = (risen > 0) & (np.arange(len(risen)) > ahead.asked)
+        load_s = self._load_s(tiers, ahead.blocks) + np.where(waits, ahead.rising_s, 0.0)
         compute_s = self._compute_s(first, len(tiers), tokens)
         is_late = (load_s > compute_s) & (not alone)
         is_serial = np.where(risen > 0, not followed, is_late)
@@ -212,7 +216,7 @@ class CostModel:
         known = self.prefill.steps and all(self.rates[tier].measured for tier in set(tiers))
         # With others before it there is more to wait for than one slow load, and they are a trial.
         if not known or (self._avoided >= TRY_AGAIN and not ahead.rising_s):
-            best = len(tiers)
+            best = int(np.flatnonzero(total < math.inf)[-1])
         return Choice(best, len(tiers) - best, float(load_s[best]), float(compute_s[best]))
 
     def decided(self, choice: Choice) -> None:
