@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import queue
 import threading
 from collections import Counter, deque
@@ -14,6 +15,7 @@ from kvist.cachesvc.worker.loading import LayerLoad
 from kvist.cachesvc.worker.storing import StoreItem, StoreResult
 from kvist.engine.cache import Cache
 from kvist.engine.loading import LoadGate, LoadJob
+from kvist.engine.priority import PRIORITIES
 from kvist.engine.sequence import Sequence, State
 from kvist.engine.sequence_trace import SequenceTrace
 from kvist.proto.keys import BlockKey
@@ -81,6 +83,27 @@ class StoreJob:
     trace: SequenceTrace | None = None
 
 
+class _Line:
+    """Loads that wait for a thread: those of a higher class first, then in the order in which they
+    were asked for. One that a thread has taken up is not put off."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.PriorityQueue[tuple[int, int, LoadJob | None]] = queue.PriorityQueue()
+        self._asked = itertools.count()
+
+    def put(self, job: LoadJob) -> None:
+        """Queue a load."""
+        self._jobs.put((job.sequence.rank, next(self._asked), job))
+
+    def end(self) -> None:
+        """One thread gets None when no load is left."""
+        self._jobs.put((len(PRIORITIES), next(self._asked), None))
+
+    def get(self) -> LoadJob | None:
+        """Wait for the next one."""
+        return self._jobs.get()[-1]
+
+
 class Copiers:
     """The threads and their queues. Every method is for the core's thread.
 
@@ -102,9 +125,9 @@ class Copiers:
         self._copies = copies
         self._log = log
         self._now = now
-        self._load_jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
+        self._load_jobs = _Line()
         # Apart: a step waits for these, and the other loaders may be waiting for flash.
-        self._layer_jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
+        self._layer_jobs = _Line()
         self._store_jobs: queue.SimpleQueue[StoreJob | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Loaded | Stored] = queue.SimpleQueue()
         self._early: deque[Loaded | Stored] = deque()
@@ -150,9 +173,9 @@ class Copiers:
         self._store_jobs.put(None)
         self._threads[-1].join(CLOSE_DRAIN_S)
         self._closing.set()
-        self._layer_jobs.put(None)
+        self._layer_jobs.end()
         for _ in range(LOADERS):
-            self._load_jobs.put(None)
+            self._load_jobs.end()
         for thread in self._threads:
             thread.join(CLOSE_JOIN_S)
 

@@ -11,6 +11,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,6 +191,7 @@ class Stuck:
 
     gate = None
     pages = (0,)
+    sequence = SimpleNamespace(rank=0)
 
     def __init__(self, go: threading.Event) -> None:
         self._go = go
@@ -222,10 +224,11 @@ def test_a_cap_slows_loads_and_changes_no_answer(model: str, tmp_path: Path) -> 
     assert cached.ask() == (cached.expected, BLOCKS * BLOCK_TOKENS)
     cached.core.settle()
     copied = BLOCKS * cached.core.parts.format.payload_bytes
-    throttled = cached.core.stats.loads.throttled_s
-    # But for what the bucket held in the beginning.
-    assert throttled["load"] > 0.5 * copied / (1 << 20)
-    assert throttled["store"] == 0
+    loads = cached.core.stats.loads
+    # But for what the bucket held in the beginning; on a slow machine the copies take some of it.
+    assert loads.load_s > 0.5 * copied / (1 << 20)
+    assert loads.throttled_s["load"] > 0
+    assert loads.throttled_s["store"] == 0
     cached.core.stop()
 
 
