@@ -23,7 +23,7 @@ from kvist.engine.rising import Rising
 from kvist.engine.sequence import Sequence, State
 from kvist.engine.step import Work
 from kvist.engine.tally import Tally, outcome
-from kvist.engine.weighing import Weigher
+from kvist.engine.weighing import Weigher, asked_blocks
 from kvist.proto.keys import BlockKey
 from kvist.proto.shm import STORABLE
 from kvist.proto.trace import SpanNote
@@ -334,8 +334,8 @@ class Connector:
         if self.weigher is not None and sequence.found:
             if sequence.follow_until_s <= began_s:  # let in, and passed over for another reason
                 sequence.follow_until_s = 0.0
-            flash = [i for i, tier in enumerate(sequence.found, blocks) if tier == "flash"]
-            rising_s = self._ahead_s([keys[i] for i in flash if i not in sequence.rose])
+            first = blocks + asked_blocks(sequence, blocks, sequence.found)
+            rising_s = self._ahead_s(keys[first : blocks + len(sequence.found)])
             self.weigher.choose(sequence, blocks, sequence.found, rising_s)
         if sequence.flight_late and found.reason in STORABLE:
             sequence.found_end = "flight_late"

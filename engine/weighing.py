@@ -20,6 +20,19 @@ from kvist.transfer.pace import Pace
 from kvist.transfer.pipeline import RUN_BYTES, layer_cuts
 
 
+def asked_blocks(sequence: Sequence, first_block: int, tiers: tuple[str, ...]) -> int:
+    """Leading blocks of what was found that need not be asked to rise: they are in DRAM, or that
+    was done when the request arrived."""
+    if "flash" not in tiers:
+        return len(tiers)
+    fresh = (
+        i
+        for i, tier in enumerate(tiers)
+        if tier == "flash" and first_block + i not in sequence.rose
+    )
+    return next(fresh, len(tiers))
+
+
 class Weigher:
     """Chooses for each request, from what was measured, and keeps the account of it.
 
@@ -105,9 +118,7 @@ class Weigher:
             tiers: of each block that was found, at least one.
             rising_s: until what is on flash begins to rise if it was not asked for before.
         """
-        fresh = [i not in sequence.rose for i in range(first_block, first_block + len(tiers))]
-        flash = [tier == "flash" and new for tier, new in zip(tiers, fresh, strict=True)]
-        asked = flash.index(True) if any(flash) else len(tiers)
+        asked = asked_blocks(sequence, first_block, tiers)
         follows = sequence.follow_until_s > 0
         # One that follows a rise waits at its gate, where nobody asks for more to rise.
         rising_s = math.inf if follows else rising_s
@@ -142,10 +153,8 @@ class Weigher:
             self._undone += not gate.sound
         tier = "flash" if "flash" in sequence.found else "dram"
         # What had not come when it was let in had begun to rise before.
-        waited = tier == "flash" and (
-            sequence.registered + sequence.found.index("flash") in sequence.rose
-        )
-        before_s = sequence.rise_s if waited else 0.0
+        waited = asked_blocks(sequence, sequence.registered, sequence.found)
+        before_s = sequence.rise_s if "flash" in sequence.found[:waited] else 0.0
         self._note_load(loaded)
         seconds = before_s + loaded.busy_s
         if loaded.reason == "flash_late":

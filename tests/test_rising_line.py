@@ -247,6 +247,20 @@ def test_a_slow_tier_is_tried_again_by_one_request_and_not_by_all_that_have_come
     assert wishes(0.1, 0.001, TRY_AGAIN, prompts(6)) == [3, 0, 0, 0, 0, 0]
 
 
+def test_a_trial_of_a_slow_tier_that_is_followed_is_loaded() -> None:
+    bench = busy_bench(0.1, 0.001)
+    assert bench.connector.weigher is not None
+    bench.connector.weigher.cost._avoided = TRY_AGAIN
+    (tokens,) = prompts(1)
+    bench.put(tokens, "flash")
+    one = bench.add(tokens)
+    bench.cache.shown = 64
+    assert bench.scheduler.schedule(bench.now_s).loads == [one]
+    assert one.gate is not None
+    assert one.found == ("flash",) * 3
+    bench.connector.close()
+
+
 def test_what_many_share_rises_for_all_of_them() -> None:
     assert wishes(0.1, 0.06, 0, prompts(1) * 6) == [3] * 6
 

@@ -215,7 +215,8 @@ class CostModel:
         best = int(np.flatnonzero(total <= MARGIN * total.min())[-1])
         known = self.prefill.steps and all(self.rates[tier].measured for tier in set(tiers))
         # With others before it there is more to wait for than one slow load, and they are a trial.
-        if not known or (self._avoided >= TRY_AGAIN and not ahead.rising_s):
+        is_next = not 0 < ahead.rising_s < math.inf
+        if not known or (self._avoided >= TRY_AGAIN and is_next):
             best = int(np.flatnonzero(total < math.inf)[-1])
         return Choice(best, len(tiers) - best, float(load_s[best]), float(compute_s[best]))
 
@@ -288,7 +289,8 @@ class CostModel:
 
     def _load_s(self, tiers: Sequence[str], queued: int) -> npt.NDArray[np.float64]:
         """Seconds to load the first 0, 1, ... blocks."""
-        each = [self.block_s(tier) for tier in tiers]
+        seconds = {tier: self.block_s(tier) for tier in set(tiers)}
+        each = [seconds[tier] for tier in tiers]
         waits = START_S + queued * self.block_s("dram")
         out = np.cumsum([waits, *each])
         out[0] = 0.0
