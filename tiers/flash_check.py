@@ -21,7 +21,7 @@ from kvist.proto.errors import BlockCorrupt, FormatRefused
 from kvist.proto.keys import NO_KEY
 from kvist.proto.record import MAGIC, BlockHeader, checksum, unpack_header
 from kvist.proto.slot import payload_of
-from kvist.tiers.flash_clear import check_is_flash
+from kvist.tiers.flash_clear import read_formatted
 from kvist.tiers.flash_index import FlashEntry, read_index
 from kvist.tiers.segment import (
     FLASH_VERSION,
@@ -29,7 +29,6 @@ from kvist.tiers.segment import (
     OwnerLock,
     Superblock,
     aligned_buffer,
-    read_superblock,
 )
 
 Verdict = Literal["sound", "empty", "bad_header", "bad_payload", "other_version", "unreadable"]
@@ -98,9 +97,7 @@ def check_directory(
         FormatRefused: the superblock is damaged or of another version; with the cure.
         OSError: the directory cannot be read.
     """
-    check_is_flash(path)
-    superblock = read_superblock(path)
-    assert superblock is not None
+    superblock = read_formatted(path)
     with ExitStack() as undo:
         lock = OwnerLock(path, "stop it first: only a folder that nothing changes can be verified")
         undo.callback(lock.close)

@@ -1,4 +1,4 @@
-"""Clearing a flash directory: what is Kvist's in it goes, by its exact name, and nothing else."""
+"""Clearing a flash directory: whether it is one, and what is Kvist's in it goes, by exact names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvist.proto.errors import ConfigInvalid, FormatRefused
 from kvist.tiers.durable import sync_directory
-from kvist.tiers.segment import OwnerLock, read_superblock
+from kvist.tiers.segment import OwnerLock, Superblock, read_superblock
 
 # In the order in which they go. The superblock is the last: until then the directory is Kvist's,
 # and what was interrupted can be done again.
@@ -20,20 +20,22 @@ _OWN_NAMES = (
 )
 
 
-def check_is_flash(path: Path) -> None:
-    """See that a directory was formatted by Kvist, of whatever version, damaged or not.
+def read_formatted(path: Path) -> Superblock:
+    """What a directory was formatted for.
 
     Raises:
-        ConfigInvalid: it was not, or does not exist.
+        ConfigInvalid: Kvist has not formatted it, or it does not exist.
+        FormatRefused: it has, but see read_superblock.
         OSError: it cannot be read.
     """
     if not path.exists():
         raise ConfigInvalid(f"{path} does not exist")
     if not path.is_dir():
         raise ConfigInvalid(f"{path} is not a flash folder of kvistd: it is a file")
-    with suppress(FormatRefused):
-        if read_superblock(path) is None:
-            raise ConfigInvalid(f"{path} is not a flash folder of kvistd: it has no superblock")
+    superblock = read_superblock(path)
+    if superblock is None:
+        raise ConfigInvalid(f"{path} is not a flash folder of kvistd: it has no superblock")
+    return superblock
 
 
 def clear_files(path: Path) -> None:
@@ -57,7 +59,8 @@ def clear_directory(path: Path) -> None:
         ConfigInvalid: Kvist has not formatted it, or a process uses it; nothing was touched.
         OSError: the device failed.
     """
-    check_is_flash(path)
+    with suppress(FormatRefused):  # of another version, or damaged: that is what clearing is for
+        read_formatted(path)
     lock = OwnerLock(path, "stop it first")
     try:
         clear_files(path)
