@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from itertools import groupby
 
@@ -18,6 +18,9 @@ from kvist.engine.tally import hit_tiers
 from kvist.proto.shm import MOVED_TIERS, TIERS
 from kvist.transfer.pace import Pace
 from kvist.transfer.pipeline import RUN_BYTES, layer_cuts
+
+# Lookups that wait for the first measurement.
+UNVALUED_MAX = 256
 
 
 def asked_blocks(sequence: Sequence, first_block: int, tiers: tuple[str, ...]) -> int:
@@ -78,6 +81,7 @@ class Weigher:
         self._loaded_bytes = dict.fromkeys(MOVED_TIERS, 0)
         self._moved_s = dict.fromkeys(MOVED_TIERS, 0.0)
         self._saved_s = dict.fromkeys(TIERS, 0.0)
+        self._unvalued: deque[tuple[str, tuple[str, ...]]] = deque(maxlen=UNVALUED_MAX)
         self._store_s = 0.0
 
     def weigh(
@@ -197,19 +201,27 @@ class Weigher:
     def saved(self, sequence: Sequence, loaded: int) -> None:
         """A lookup has been counted, of whose found blocks so many came: what its hits save.
 
-        See cachesvc.core.accounts.worth_s; nothing until a prefill was measured here.
+        See cachesvc.core.accounts.worth_s. What came before a prefill was measured here is valued
+        when one was.
         """
-        if not self.cost.prefill.steps:
+        tiers = ("hbm",) * sequence.registered + hit_tiers(sequence, loaded)
+        if tiers:
+            self._unvalued.append((sequence.tenant, tiers))
+        self._value()
+
+    def _value(self) -> None:
+        if not self._unvalued or not self.cost.prefill.is_settled:
             return
         _, a, b = self.cost.prefill.coefficients
-        start, size = 0, self._block_tokens
-        tiers = ("hbm",) * sequence.registered + hit_tiers(sequence, loaded)
-        for tier, run in groupby(tiers):
-            end = start + size * sum(1 for _ in run)
-            seconds = a * (end - start) + b * (end**2 - start**2) / 2
-            self.meter.took(sequence.tenant, f"saved_us.{tier}", seconds)
-            self._saved_s[tier] += seconds
-            start = end
+        for tenant, tiers in self._unvalued:
+            start = 0
+            for tier, run in groupby(tiers):
+                end = start + self._block_tokens * sum(1 for _ in run)
+                seconds = a * (end - start) + b * (end**2 - start**2) / 2
+                self.meter.took(tenant, f"saved_us.{tier}", seconds)
+                self._saved_s[tier] += seconds
+                start = end
+        self._unvalued.clear()
 
     def began(self, sequence: Sequence, seconds: float) -> None:
         """A sequence has its first token, so long after it arrived; see proto/histograms."""
@@ -247,6 +259,7 @@ class Weigher:
             estimate = float(self.cost.prefill.seconds(tokens, positions))
             self.meter.observe("prefill_estimate_ratio", seconds / estimate)
         self.cost.prefill.observe(tokens, positions, seconds)
+        self._value()
 
     def look(self) -> dict[str, int]:
         """Bring rates up to date: 0.1 ms, so not in every step."""

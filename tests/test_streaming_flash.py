@@ -216,7 +216,8 @@ def test_an_abort_while_its_blocks_are_waited_for_leaves_nothing(
     # Longer than it computes: one that is alone is not let in when its blocks have begun to rise.
     weigher.cost.choose = lambda _first, tiers, *_more: Choice(len(tiers), 0, 9.0, 1.0)  # type: ignore[method-assign]
     request = sunk.submit()
-    sunk.core.wait(lambda: sunk.core.stats.waiting_deferred == 1)
+    # It waits in the queue, and as nobody else computes soon at its gate.
+    sunk.core.wait(lambda: sunk.core.stats.waiting_deferred + sunk.core.stats.running == 1)
     sunk.core.send_abort(request)
     assert sunk.core.last(request).finish_reason == "abort"
     go.set()

@@ -33,9 +33,11 @@ WEIGHT_MAX = 0.5
 STEP_TOKENS_MIN = 32
 # The weight of a step after n others is FORGET ** n: some 20 count.
 FORGET = 0.95
-# Tokens of context that double the cost of one: 4,000 for a model of 135 M, 30,000 for 8 B. How far
-# b is believed to be from 0 before two different steps were seen.
+# Tokens of context that double the cost of one: 4,000 for a model of 135 M, 30,000 for 8 B. What b
+# is believed to be, give or take as much, before two different steps were seen.
 CROSSOVER = 4096
+# Large steps that are fitted anew when the first small one has told c.
+EARLY_MAX = 4
 # Variance over the square of a: what nothing is heard of shall not be believed to be anything.
 SPREAD_MAX = 1e4
 WEIGHT_SMALL = 0.05
@@ -43,6 +45,8 @@ WEIGHT_SMALL = 0.05
 MARGIN = 1.1
 # Variance of a step's time around what it should be, over its square.
 NOISE = 0.1**2
+# No prompt has so many tokens.
+LENGTH_MAX = 1 << 30
 # Prefixes that were computed although they were there, before one is loaded all the same, so that a
 # rate that was bad once is looked at again.
 TRY_AGAIN = 16
@@ -80,7 +84,9 @@ class Rate:
 class Prefill:
     """Seconds of a step: c + a * tokens + b * sum of their positions, fitted as steps come.
 
-    Small steps tell c, large ones a and b; one alone tells a.
+    Small steps tell c, large ones a and b; one alone tells both if CROSSOVER does. An engine that
+    was just started sees the short ends of prompts that are cached: what of these is c must be
+    known, or the whole of a prefix is taken for several times what it costs.
 
     Attributes:
         steps: large ones that were taken in.
@@ -89,6 +95,7 @@ class Prefill:
     def __init__(self) -> None:
         self.steps = 0
         self._c = 0.0
+        self._early: list[tuple[int, float, float]] = []
         self._theta = np.array([PRIOR_TOKEN_S, 0.0])
         self._spread = np.zeros((2, 2))
 
@@ -100,14 +107,32 @@ class Prefill:
         """
         if seconds <= 0 or not tokens:
             return
+        if tokens >= STEP_TOKENS_MIN:
+            if not self._c and len(self._early) < EARLY_MAX:
+                self._early.append((tokens, positions, seconds))
+            self._fit(tokens, positions, seconds)
+        elif not self._c:
+            self._c, self.steps = seconds, 0
+            # The first step of all also brings code and pages into memory.
+            for each in self._early[len(self._early) > 1 :]:
+                self._fit(*each)
+            self._early = []
+        else:
+            rest = seconds - float(np.array([tokens, positions]) @ self._theta)
+            self._c += WEIGHT_SMALL * (max(0.0, rest if self.steps else seconds) - self._c)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether c is known, or will not be soon, and a and b are: so what a whole prefix costs
+        may be said."""
+        return bool(self.steps) and (bool(self._c) or self.steps >= EARLY_MAX)
+
+    def _fit(self, tokens: int, positions: float, seconds: float) -> None:
         x = np.array([tokens, positions])
-        if tokens < STEP_TOKENS_MIN:
-            rest = max(0.0, seconds - float(x @ self._theta)) if self.steps else seconds
-            self._c += WEIGHT_SMALL * (rest - self._c) if self._c else rest
-            return
         target = max(seconds - self._c, seconds / 4)
         if not self.steps:
-            self._theta = np.array([target / tokens, 0.0])
+            each = target / (tokens + positions / CROSSOVER)
+            self._theta = np.array([each, each / CROSSOVER])
             self._spread = np.diag([1.0, 1.0 / CROSSOVER**2]) * self._theta[0] ** 2
         self.steps += 1
         # Divided by the time: a step of 2,000 tokens is not worth more than one of 200.
@@ -256,7 +281,7 @@ class CostModel:
     def break_even_tokens(self, tier: str) -> float:
         """Length of a prefix from which loading it all from a tier beats computing it.
 
-        Whole blocks; math.inf when no length does.
+        Whole blocks; math.inf when no length does, up to LENGTH_MAX.
         """
         _, a, b = self.prefill.coefficients
         gain = a - self._block_bytes / self._block_tokens / self.rates[tier].bytes_per_s
@@ -265,6 +290,8 @@ class CostModel:
         root = math.sqrt(gain**2 + 2 * b * START_S)
         # gain * n + b * n^2 / 2 = START_S, in the form that does not cancel.
         tokens = 2 * START_S / (gain + root) if gain > 0 else (root - gain) / b
+        if tokens > LENGTH_MAX:
+            return math.inf
         return max(1, math.ceil(tokens / self._block_tokens)) * self._block_tokens
 
     def rates_shown(self) -> dict[str, int]:
