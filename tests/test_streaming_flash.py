@@ -211,10 +211,6 @@ def test_an_abort_while_its_blocks_are_waited_for_leaves_nothing(
 ) -> None:
     go = threading.Event()
     disk.before = lambda: go.wait(30)
-    weigher = sunk.core.parts.connector.weigher
-    assert weigher is not None
-    # Longer than it computes: one that is alone is not let in when its blocks have begun to rise.
-    weigher.cost.choose = lambda _first, tiers, *_more: Choice(len(tiers), 0, 9.0, 1.0)  # type: ignore[method-assign]
     request = sunk.submit()
     # It waits in the queue, and as nobody else computes soon at its gate.
     sunk.core.wait(lambda: sunk.core.stats.waiting_deferred + sunk.core.stats.running == 1)
