@@ -27,8 +27,8 @@ from kvist.cachesvc.flash.budget import AdmissionMode, Wear, WearBook, WriteBudg
 from kvist.cachesvc.placing.moves import Moves
 from kvist.cachesvc.placing.placement import Placement
 
-# Offered again in one tick: 0.15 ms; 20,000 blocks took 1.6 s on a tmpfs. Rows looked at for them in
-# one tick: 1.6 ms.
+# Offered again in one tick: 0.15 ms; 20,000 blocks took 1.6 s on a tmpfs. Rows that are looked at
+# for them in one tick: 1.6 ms.
 _AGAIN_BLOCKS = 8
 _AGAIN_ROWS = 1 << 16
 
