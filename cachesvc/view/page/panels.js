@@ -25,10 +25,10 @@ export function showHeadline({ spans }) {
     : start.requested ? "no requests in the last minute" : "no requests yet");
 }
 
-export function showWorth({ spans: { start }, worth }) {
+export function showWorth({ spans: { start }, worth, advice }) {
   const saved = start.saved_s, spent = start.load_s + start.store_s, net = start.net_s;
   const known = start.requested > 0 && saved + spent > 0;
-  byId("worth-net").classList.toggle("minus", known && net < 0);
+  byId("worth-net").classList.toggle("minus", advice.some((each) => each.code === "not-worth-it"));
   say("worth-net", known ? (net > 0 ? "+" : "") + f.duration(net) : f.NONE);
   say("worth-saved", known ? f.duration(saved) : f.NONE);
   say("worth-spent", known ? f.duration(spent) : f.NONE);
