@@ -170,6 +170,7 @@ def test_worth_tiers_tenants_and_ttft_are_those_of_the_document(
     for each in now["tenants"]:
         line = next(line for line in tenants if line.startswith(each["tenant"]))
         assert percent(sum(each["hit_tokens"].values()), each["requested_tokens"]) in line
+        assert f"+{each['net_s']:.3g} s" in line
     assert "engine-a" in page.text("#sessions")
     assert page.text("#ttft tr[data-tier=none] b").endswith("ms")
     assert "times sooner" in page.text("#ttft tr[data-tier=dram]")

@@ -12,7 +12,7 @@ from rich.text import Text
 from kvist.cachesvc.tools.listing import KEY_DIGITS
 from kvist.cachesvc.tools.top.data import Now, TierNow, hit_ratio_of
 from kvist.cachesvc.tools.words import count, percent, span
-from kvist.proto.shm import NEVER
+from kvist.proto.shm import MOVED_TIERS, NEVER
 from kvist.proto.sizes import format_bytes
 
 Tab = Literal["prefixes", "workers", "eviction", "tenants", "health"]
@@ -349,7 +349,7 @@ def _tenants(stats: Mapping[str, Any]) -> list[Text]:
 def _tenant_line(one: Mapping[str, Any]) -> str:
     requested, held = int(one["requested_tokens"]), one["held_blocks"]
     hit = percent(sum(map(int, one["hit_tokens"].values())), requested)
-    saved = sum(map(float, one["saved_s"].values()))
+    saved = sum(float(one["saved_s"].get(tier, 0.0)) for tier in MOVED_TIERS)
     return (
         f"{one['tenant'][:16]:16} {count(one['lookups']):>9} {count(requested):>10} {hit:>7}"
         f" {count(held.get('dram', 0)):>7} {count(held.get('flash', 0)):>7}"

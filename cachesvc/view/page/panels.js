@@ -259,11 +259,6 @@ export function showSessions(stats) {
     "no engine is attached");
 }
 
-/** What the sidecar's tiers were worth to a tenant, as the headline has it for all: without HBM. */
-function netOf({ net_s: net, saved_s: saved }) {
-  return net - saved.hbm;
-}
-
 function showTenants(stats, slot) {
   byId("tenants-card").hidden = !stats.tenants.length;
   table("tenants",
@@ -274,7 +269,7 @@ function showTenants(stats, slot) {
       ["number", f.count(each.lookups)],
       ["number", f.short(each.requested_tokens)],
       ["number", f.percent(sum(each.hit_tokens), each.requested_tokens)],
-      ["number", (netOf(each) > 0 ? "+" : "") + f.duration(netOf(each))],
+      ["number", (each.net_s > 0 ? "+" : "") + f.duration(each.net_s)],
       ["number", f.bytes(each.held_blocks.dram * slot)],
       ["number", f.bytes(each.held_blocks.flash * slot)])),
     "nobody has asked for anything");
