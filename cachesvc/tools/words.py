@@ -28,6 +28,11 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def counted(number: float, noun: str) -> str:
+    """A number of things: 1 block, 12.3k blocks."""
+    return f"{count(number)} {noun}" if number == 1 else f"{count(number)} {noun}s"
+
+
 def percent(part: float, whole: float) -> str:
     """A share, "-" of nothing."""
     return f"{100 * part / whole:.1f} %" if whole else "-"

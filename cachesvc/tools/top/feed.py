@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvist.cachesvc.tools.door import Door
+from kvist.cachesvc.tools.door import Address, Door
 from kvist.cachesvc.tools.listing import run_document
 from kvist.cachesvc.tools.top.data import Now, Reading, Window
 from kvist.cachesvc.tools.top.view import Scene
@@ -23,10 +23,10 @@ class Prefixes:
 
     Attributes:
         runs: of the last full turn, or of this one as long as there was none; None when the
-            socket does not answer.
+            socket does not answer, or is not known.
     """
 
-    def __init__(self, where: str | None) -> None:
+    def __init__(self, where: Address | None) -> None:
         self.runs: list[dict[str, Any]] | None = []
         self._where = where
         self._door: Door | None = None
@@ -37,6 +37,9 @@ class Prefixes:
 
     def look(self) -> None:
         """A few pages more."""
+        if self._where is None:
+            self.runs = None
+            return
         try:
             self._door = self._door or Door(self._where)
             self._look(self._door)

@@ -262,7 +262,7 @@ def _view(scene: Scene, now: Now, tab: Tab, sort: str, width: int) -> list[Text]
 
 def _prefixes(runs: Sequence[Mapping[str, Any]] | None, sort: str) -> list[Text]:
     if runs is None:
-        return [Text("the sidecar's socket does not answer; give --socket", DIM)]
+        return [Text("its page does not list them; give --socket", DIM)]
     if not runs:
         return [Text("no prefix is stored, or none was used twice", DIM)]
     order = {
