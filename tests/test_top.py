@@ -128,9 +128,19 @@ def test_a_screen_says_the_hit_rate_the_reasons_and_the_hottest_prefix() -> None
     assert "…" not in tenants
     health = [line.plain for line in screen(scene(), Shown("health"), 80, 24)]
     assert sum("Raise it." in line for line in health) > 2, "it is wrapped, not cut"
-    gone = screen(scene("no sidecar answers"), Shown(), 80, 24)
-    assert "no sidecar answers" in gone[1].plain
-    assert "75.0 %" in "\n".join(line.plain for line in gone), "the last figures stay"
+
+
+def test_of_a_sidecar_that_is_gone_the_figures_are_marked_as_old_and_no_health_is_told() -> None:
+    problem = "kvistd has not answered since 13:26:40: Connection refused; asking again"
+    for width, height in ((80, 24), (50, 12), (100, 60)):
+        gone = screen(scene(problem), Shown(), width, height)
+        words = " ".join(line.plain.strip() for line in gone)
+        assert words.startswith(problem), "first, and never cut"
+        assert "Working" not in " ".join(line.plain for line in gone[:8])
+        assert "75.0 %" in words, "the last figures stay"
+        first = next(at for at, line in enumerate(gone) if line.plain.startswith("kvist top"))
+        assert {str(line.style) for line in gone[first:-1] if line.plain} == {"dim"}
+        assert not any(line.spans for line in gone[first:-1])
 
 
 BROKEN = {
@@ -355,10 +365,11 @@ def test_a_sidecar_that_goes_and_comes_back_is_told_and_shown_again(tmp_path: Pa
     terminal = Terminal("top", "--socket", str(sidecar.socket), "--interval", "0.2")
     at = terminal.wait_for(b"no worker has attached yet")
     sidecar.kill()
-    at = terminal.wait_for(b"no sidecar answers", at)
+    at = terminal.wait_for(b"kvistd has not answered since ", at)
     sidecar.start()
     sidecar.client("worker-b")
-    terminal.wait_for(b"dram", at)
+    at = terminal.wait_for(b"dram", at)
+    terminal.wait_for(b"All is well", at)
     terminal.press("q")
     assert terminal.end() == 0
     sidecar.close()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvist.cachesvc.tools.door import Address, Door
+from kvist.cachesvc.tools.door import Address, Door, short_words
 from kvist.cachesvc.tools.listing import run_document
 from kvist.cachesvc.tools.top.data import Now, Reading, Window
 from kvist.cachesvc.tools.top.view import Scene
@@ -99,6 +99,7 @@ class Feed:
         self._prefixes = prefixes
         self._interval_s = interval_s
         self._window = Window()
+        self._answered = ""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvist-top", daemon=True)
 
@@ -122,10 +123,17 @@ class Feed:
         try:
             self._window.add(Reading(time.monotonic(), self._ask()))
         except KvistError as error:
-            self.scene = Scene(old.where, old.now, f"{error}; asking again", old.prefixes)
+            problem = f"{self._in_words(error)}; asking again"
+            self.scene = Scene(old.where, old.now, problem, old.prefixes)
             return None
+        self._answered = time.strftime("%H:%M:%S")
         if self._prefixes is not None:
             self._prefixes.look()
         now = self._window.now()
         self.scene = Scene(old.where, now, "", self._prefixes.runs if self._prefixes else None)
         return now
+
+    def _in_words(self, error: KvistError) -> str:
+        if not self._answered:
+            return str(error)
+        return f"kvistd has not answered since {self._answered}: {short_words(str(error))}"

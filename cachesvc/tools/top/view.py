@@ -79,26 +79,35 @@ def screen(scene: Scene, shown: Shown, width: int, height: int) -> list[Text]:
     """The lines of a screen, height of them at most, each width cells at most.
 
     What is broken comes first and in words, then the figures, then the view that was chosen, and
-    on a tall screen the others below it. A short one has no empty lines.
+    on a tall screen the others below it. A short one has no empty lines. Figures of a sidecar that
+    answers no more are dim, and its health is not told: nobody knows it.
     """
-    room, now = max(1, height - 1), scene.now
-    lines = [_title(scene, shown)]
-    if scene.problem:
-        lines.append(Text(scene.problem, POOR))
-    if now is not None:
-        gap = [Text()] if height >= HEIGHT_ROOMY else []
-        lines += [*_health_line(now.stats, width), *gap, *_rates(now), *gap]
-        lines += [*_tiers(now.tiers, now.stats, width), *gap]
-        worth = [*_worth(now.stats), *_ttft(now.stats)]
-        lines += [*worth, *gap] if worth else []
-        lines.append(_tabs(shown))
-        lines += _views(scene, now, shown, width, room - len(lines), height >= HEIGHT_TALL)
+    room = max(1, height - 1)
+    lines = _lines(scene, shown, width, height, room)
     lines = lines[:room] + [Text()] * (room - len(lines))
     keys = " q quit   tab 1-5 view   s sort   p pause "
     lines.append(Text(keys.ljust(width), "reverse"))
     for line in lines:
         line.truncate(width, overflow="ellipsis")
     return lines[:height]
+
+
+def _lines(scene: Scene, shown: Shown, width: int, height: int, room: int) -> list[Text]:
+    lines, now = [_title(scene, shown)], scene.now
+    problem = [Text(line, POOR) for line in _wrapped(scene.problem, width, "", "")]
+    if now is not None:
+        gap = [Text()] if height >= HEIGHT_ROOMY else []
+        health = problem or _health_line(now.stats, width)
+        lines += [*health, *gap, *_rates(now), *gap]
+        lines += [*_tiers(now.tiers, now.stats, width), *gap]
+        worth = [*_worth(now.stats), *_ttft(now.stats)]
+        lines += [*worth, *gap] if worth else []
+        lines.append(_tabs(shown))
+        lines += _views(scene, now, shown, width, room - len(lines), height >= HEIGHT_TALL)
+    if not problem:
+        return lines
+    told = len(problem) if now is not None else 0
+    return [*problem, *(Text(line.plain, DIM) for line in (lines[0], *lines[1 + told :]))]
 
 
 def _title(scene: Scene, shown: Shown) -> Text:
