@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kvist.cachesvc.folders import home_folders, left_address
+from kvist.cachesvc.tools.words import counted
 from kvist.proto.errors import BlockMissing, ConfigInvalid
 from kvist.proto.keys import DIGEST_BYTES, KEY_BYTES, BlockKey
 
@@ -195,7 +196,8 @@ class Door:
         if len(found) == 1:
             return found[0]
         shown = ", ".join(
-            f"{one.namespace.hex()[:12]} ({one.blocks} blocks)" for one in found[:CHOICES_SHOWN]
+            f"{one.namespace.hex()[:12]} ({counted(one.blocks, 'block')})"
+            for one in found[:CHOICES_SHOWN]
         )
         raise ConfigInvalid(
             f"--namespace: {len(found)} namespaces with blocks fit"

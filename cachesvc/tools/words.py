@@ -28,9 +28,9 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def counted(number: float, noun: str) -> str:
-    """A number of things: 1 block, 12.3k blocks."""
-    return f"{count(number)} {noun}" if number == 1 else f"{count(number)} {noun}s"
+def counted(number: int, noun: str) -> str:
+    """A number of things, whole: 1 block, 12345 blocks."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def percent(part: float, whole: float) -> str:

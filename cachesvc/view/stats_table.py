@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvist.cachesvc.tools.door import SOCKET_HELP, Address, Door, short_words, socket_of
+from kvist.cachesvc.tools.words import counted
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.shm import NEVER
 from kvist.proto.sizes import format_bytes
@@ -150,8 +151,9 @@ def as_tables(document: Mapping[str, Any]) -> str:
     """For people, 80 columns."""
     return "\n".join(
         [
-            f"up {document['uptime_s']:.0f} s, {document['sessions']} workers, "
-            f"{document['blocks']} blocks, {document['reserved_slots']} slots being filled",
+            f"up {document['uptime_s']:.0f} s, {counted(document['sessions'], 'worker')}, "
+            f"{counted(document['blocks'], 'block')}, "
+            f"{counted(document['reserved_slots'], 'slot')} being filled",
             "",
             *_tiers(document["tiers"]),
             "",

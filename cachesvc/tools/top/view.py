@@ -11,7 +11,7 @@ from rich.text import Text
 
 from kvist.cachesvc.tools.listing import KEY_DIGITS
 from kvist.cachesvc.tools.top.data import Now, TierNow, hit_ratio_of
-from kvist.cachesvc.tools.words import count, percent, span
+from kvist.cachesvc.tools.words import count, counted, percent, span
 from kvist.proto.shm import MOVED_TIERS, NEVER
 from kvist.proto.sizes import format_bytes
 
@@ -117,8 +117,8 @@ def _title(scene: Scene, shown: Shown) -> Text:
     if scene.now is not None:
         stats = scene.now.stats
         title.append(
-            f"  up {span(stats['uptime_s'])}  {stats['sessions']} workers  "
-            f"{count(stats['blocks'])} blocks",
+            f"  up {span(stats['uptime_s'])}  {counted(stats['sessions'], 'worker')}  "
+            f"{count(stats['blocks'])} block{'s' * (stats['blocks'] != 1)}",
             "not bold",
         )
     title.append(f"  {scene.where}", "not bold dim")
