@@ -148,7 +148,7 @@ BROKEN = {
     "advice": [
         {"level": "bad", "code": "x", "what": "Flash is off, input/output error.", "do": "Mend it."}
     ],
-    "ttft": [{"tier": "none", "median_s": 1.25}, {"tier": "dram", "median_s": 0.2}],
+    "ttft": [{"tier": "none", "mean_s": 1.25}, {"tier": "dram", "mean_s": 0.2}],
 }
 
 
@@ -171,7 +171,7 @@ def test_what_is_broken_comes_first_on_a_small_screen_too() -> None:
         assert "Flash is off" in " ".join(lines[1:3])
         assert any("segment-00000: Input/output error" in line for line in lines)
     text = "\n".join(line.plain for line in screen(broken_scene(), Shown(), 80, 24))
-    assert "ttft     nothing 1.250 s  dram 0.200 s  cached, median" in text
+    assert "ttft     nothing 1.250 s  dram 0.200 s  cached, mean since start" in text
     assert "abababababab" in text, "there is room for the view that was chosen"
 
 

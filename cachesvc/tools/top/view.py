@@ -203,14 +203,16 @@ def _worth(stats: Mapping[str, Any]) -> list[Text]:
 
 
 def _ttft(stats: Mapping[str, Any]) -> list[Text]:
-    """Median time to the first token, by where most of the cached prefix came from."""
+    """Mean time to the first token, as on the page: by where most of the prompt came from."""
     if not stats.get("ttft"):
         return []
     told = (
-        f"{'nothing' if one['tier'] == 'none' else one['tier']} {float(one['median_s']):.3f} s"
+        f"{'nothing' if one['tier'] == 'none' else one['tier']} {float(one['mean_s']):.3f} s"
         for one in stats["ttft"]
     )
-    return [Text("ttft     ", HEAD).append("  ".join(told) + "  cached, median", "not bold")]
+    return [
+        Text("ttft     ", HEAD).append("  ".join(told) + "  cached, mean since start", "not bold")
+    ]
 
 
 def _health_line(stats: Mapping[str, Any], width: int) -> list[Text]:
