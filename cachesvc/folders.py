@@ -30,12 +30,15 @@ def home_folders(user: int, environment: Mapping[str, str]) -> tuple[str, str]:
 
 
 def leave_address(run_dir: Path, socket: Path) -> Path:
-    """Note for this user's tools where the sidecar that has locked a folder listens; the note."""
+    """Note for this user's tools where the sidecar that has locked a folder listens; the note.
+
+    A disk without room for it is no reason not to serve.
+    """
     note = run_dir / ADDRESS_NAME
     fresh = note.with_suffix(".new")
-    fresh.unlink(missing_ok=True)
-    fresh.write_text(f"{socket}\n")
-    fresh.replace(note)
+    with contextlib.suppress(OSError):
+        fresh.write_text(f"{socket}\n")
+        fresh.replace(note)
     return note
 
 

@@ -326,7 +326,7 @@ def test_without_a_sidecar_the_checks_are_those_before_a_start(
 ) -> None:
     flags = ["--socket", str(tmp_path / "none.sock"), "--http-listen", "", "--dram-bytes", "8MiB"]
     _, out, _ = doctor(capsys, *flags)
-    assert f"none answers at {tmp_path}/none.sock" in out
+    assert f"--socket: no sidecar answers at {tmp_path}/none.sock: No such file" in out
     code, out, error = doctor(capsys, "--dram-bytes", "lots")
     assert (code, out) == (2, "")
     assert "dram_bytes" in error

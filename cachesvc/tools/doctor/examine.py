@@ -62,7 +62,7 @@ def examine(host: Host, loaded: Loaded) -> Iterator[Finding]:
     """Every check, the running kvistd last. Its own settings are looked at, unless a flag says
     otherwise; those of file and environment are of the next one."""
     source = running(loaded)
-    stats = _answer(source)
+    stats, problem = _answer(source)
     arena = (
         next((tier for tier in stats["tiers"] if tier["tier"] == "dram"), None) if stats else None
     )
@@ -74,8 +74,7 @@ def examine(host: Host, loaded: Loaded) -> Iterator[Finding]:
     yield access("socket", config.socket, "socket")
     yield access("shm folder", config.shm_dir, "folder")
     if stats is None:
-        found = f"none answers at {source.where}: these are the checks before a start"
-        yield Finding("kvistd", "ok", found)
+        yield Finding("kvistd", "ok", f"{problem}; these are the checks before a start")
     else:
         yield from check_sidecar(stats, source.where)
 
@@ -91,11 +90,12 @@ def running(loaded: Loaded) -> Source:
     return source_of(f"http://{config.http_listen}", None)
 
 
-def _answer(source: Source) -> dict[str, Any] | None:
+def _answer(source: Source) -> tuple[dict[str, Any] | None, str]:
+    """What it says, or why there is nothing."""
     try:
-        return source.ask()
-    except ConfigInvalid:
-        return None
+        return source.ask(), ""
+    except ConfigInvalid as error:
+        return None, str(error)
 
 
 def _config_of(stats: Mapping[str, Any], loaded: Loaded) -> SidecarConfig:

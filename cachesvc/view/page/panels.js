@@ -38,11 +38,11 @@ export function showWorth({ spans: { start }, worth, advice }) {
 function worthInWords(known, net, times, start, worth) {
   if (!start.requested) return "no requests yet";
   if (!known) return "no engine has measured its rates yet";
-  if (net <= 0) return "not yet: a cache stores before it hits";
-  const each = Number.isFinite(times) && times >= 1 ? `, ${f.digits(times)} s for each second spent moving` : "";
   const own = worth.find((tier) => tier.tier === "hbm").saved_s;
-  return `yes: ${f.short(start.saved_tokens)} tokens not computed since the start${each}` +
-    (own > 0 ? `. The engines’ own HBM saved another ${f.duration(own)}` : "");
+  const beside = own > 0 ? `. The engines’ own HBM, which is not in it, saved ${f.duration(own)}` : "";
+  if (net <= 0) return "not yet: a cache stores before it hits" + beside;
+  const each = Number.isFinite(times) && times >= 1 ? `, ${f.digits(times)} s for each second spent moving` : "";
+  return `yes: ${f.short(start.saved_tokens)} tokens not computed since the start${each}${beside}`;
 }
 
 const MARKS = { bad: "●", warn: "▲", note: "■", good: "✓" };
