@@ -105,7 +105,8 @@ def test_where_nobody_said_anything_the_error_says_what_was_tried_and_the_flags(
 
 def at_home(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Be a user whose runtime folder it is; root's would be that of the machine."""
-    monkeypatch.delenv("KVIST_SOCKET", raising=False)
+    for name in ("KVIST_SOCKET", "KVIST_RUN_DIR"):
+        monkeypatch.delenv(name, raising=False)
     run = (f"{folder}/kvist", f"{folder}/shm")
     monkeypatch.setattr(door, "home_folders", lambda _user, _environment: run)
 

@@ -70,7 +70,7 @@ def socket_of(
     if environment.get("KVIST_SOCKET"):
         return Address(environment["KVIST_SOCKET"], "KVIST_SOCKET")
     run, _ = home_folders(os.geteuid() if user is None else user, environment)
-    noted = left_address(Path(run))
+    noted = left_address(Path(environment.get("KVIST_RUN_DIR") or run))
     return Address(noted or f"{run}/kvistd.sock", is_noted=bool(noted))
 
 
