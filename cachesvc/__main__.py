@@ -22,14 +22,14 @@ import uvloop
 from kvist.cachesvc.api.answers import Answers
 from kvist.cachesvc.api.desk import Desk
 from kvist.cachesvc.api.service import CacheService, Server
-from kvist.cachesvc.config import SidecarConfig, add_flags, as_toml, load_config
+from kvist.cachesvc.config import SHOWN_SETTINGS, SidecarConfig, add_flags, as_toml, load_config
 from kvist.cachesvc.core.beat import Beat, call_on
 from kvist.cachesvc.core.space import check_space
 from kvist.cachesvc.core.store import Store, StoreConfig, StoreStats
 from kvist.cachesvc.events.figures import event_use
 from kvist.cachesvc.events.journal import Journal
 from kvist.cachesvc.events.publisher import Publisher
-from kvist.cachesvc.folders import OwnedFolder, sweep
+from kvist.cachesvc.folders import OwnedFolder, leave_address, sweep
 from kvist.cachesvc.log import Log, debug_detail
 from kvist.cachesvc.tracer import Tracer, open_tracer
 from kvist.cachesvc.view.dashboard import Dashboard
@@ -106,6 +106,11 @@ def run(config: SidecarConfig, detail: int = 0) -> int:
         return uvloop.run(serve(config, arena_folder.path, log))
 
 
+def shown_settings(config: SidecarConfig) -> dict[str, str]:
+    """Those by which `kvist cache doctor` finds the folders of a running kvistd."""
+    return {name: str(getattr(config, name) or "") for name in SHOWN_SETTINGS}
+
+
 async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
     """The wiring diagram: store, beat, service, page; and their end in the other order."""
     loop = asyncio.get_running_loop()
@@ -139,11 +144,12 @@ async def serve(config: SidecarConfig, arena_folder: Path, log: Log) -> int:
         desk.tracer = tracer
         desk.start(store.calls_path)
         stack.callback(desk.stop)
-        document = Document(read, version("kvist"))
+        document = Document(read, version("kvist"), shown_settings(config))
         service = CacheService(store, beat, fail, document.text)
         server = Server(service, config.socket, config.listen, tracer)
         await server.start()
         stack.push_async_callback(server.stop)
+        stack.callback(leave_address(config.run_dir, config.socket).unlink, missing_ok=True)
         calls = {"grpc": server.calls, "packet": desk.calls}
         metrics = Metrics(read, calls, version("kvist"))
         page_url = _open_page(config, document, metrics, stack)

@@ -258,6 +258,9 @@ SETTINGS: tuple[Setting, ...] = (
 )
 """Every setting, in the order of `--print-config` and of the documentation."""
 
+SHOWN_SETTINGS = ("socket", "shm_dir", "dram_bytes", "flash_path", "flash_bytes")
+"""What a running kvistd tells in /stats.json."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SidecarConfig:

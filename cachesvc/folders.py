@@ -13,6 +13,7 @@ from kvist.proto.errors import ConfigInvalid
 
 LOCK_NAME = "lock"
 STORE_LOCK_NAME = "store.lock"
+ADDRESS_NAME = "kvistd.address"
 
 
 def home_folders(user: int, environment: Mapping[str, str]) -> tuple[str, str]:
@@ -26,6 +27,35 @@ def home_folders(user: int, environment: Mapping[str, str]) -> tuple[str, str]:
     runtime = environment.get("XDG_RUNTIME_DIR", "")
     run = f"{runtime}/kvist" if runtime.startswith("/") else f"/tmp/kvist-{user}"
     return run, f"/dev/shm/kvist-{user}"
+
+
+def leave_address(run_dir: Path, socket: Path) -> Path:
+    """Note for this user's tools where the sidecar that has locked a folder listens; the note.
+
+    A disk without room for it is no reason not to serve.
+    """
+    note = run_dir / ADDRESS_NAME
+    fresh = note.with_suffix(".new")
+    with contextlib.suppress(OSError):
+        fresh.write_text(f"{socket}\n")
+        fresh.replace(note)
+    return note
+
+
+def left_address(run_dir: Path) -> str:
+    """The socket that a sidecar of this user noted there; "" without a note of this user's own.
+
+    A killed sidecar leaves its note: its socket does not answer, and the next one in the folder,
+    which is the only one as long as it lives, writes its own.
+    """
+    try:
+        handle = os.open(run_dir / ADDRESS_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    with open(handle, encoding="utf-8", errors="replace") as note:
+        is_own = os.fstat(handle).st_uid == os.geteuid()
+        text = note.readline().strip() if is_own else ""
+    return text if text.startswith("/") and text.isprintable() else ""
 
 
 class OwnedFolder:

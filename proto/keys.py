@@ -38,6 +38,11 @@ TRIAL_PREFIX = b"kv-trial"
 """How the key of a trial block begins (cachesvc/worker/trial.py); it never leaves DRAM."""
 
 
+def trial_key(namespace: bytes) -> BlockKey:
+    """Key of the one block that a trial's namespace, which is its own, has."""
+    return BlockKey(TRIAL_PREFIX + namespace[: KEY_BYTES - len(TRIAL_PREFIX)])
+
+
 @dataclass(frozen=True, slots=True)
 class Namespace:
     """Everything that makes KV bytes interchangeable. A mismatch is a miss, never an error.

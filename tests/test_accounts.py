@@ -204,6 +204,14 @@ def test_a_namespaces_name_is_short_and_readable() -> None:
     assert len(namespace_label("x" * 1000, digest)) < 64
 
 
+def test_a_tenants_worth_is_that_of_the_sidecars_tiers(bench: Bench, worker: Worker) -> None:
+    seconds = {"saved_us.hbm": 11_000_000, "saved_us.flash": 400, "load_us.dram": 528}
+    worker.ring.add_for("acme", 0, {"hit_tokens.hbm": 9, **seconds})
+    (acme,) = bench.store.stats().tenants
+    assert acme.saved_s["hbm"] == 11.0
+    assert acme.net_s == pytest.approx(-128e-6)
+
+
 def test_worth_is_saved_less_loaded_less_stored() -> None:
     assert worth_s(10.0, 2.5, 1.0) == 6.5
     use = TenantUse(

@@ -29,7 +29,9 @@ def curve(half: float, now: float, twice: float) -> dict[str, tuple[Estimate, ..
 
 def span(**change: float) -> Span:
     """Of ten minutes in which 10,000 tokens were asked for, unless told otherwise."""
-    values = dict.fromkeys(FIELDS, 0.0) | {"hit_tokens.dram": 10_000.0}
+    values = dict.fromkeys(FIELDS, 0.0) | {
+        "hit_tokens.dram": 10_000.0, "lookups": 100.0,
+    }  # fmt: skip
     missed = sum(n for name, n in change.items() if name.startswith("miss_tokens_"))
     values["hit_tokens.dram"] -= missed
     for name, n in change.items():
@@ -124,10 +126,33 @@ def test_few_tokens_and_few_blocks_say_nothing() -> None:
     assert not said("flash-write-bound", seen(change=outage)), "that is not the queue's fault"
 
 
-def test_a_cache_that_costs_more_than_it_saves_is_told_of_once_it_was_used() -> None:
-    assert "2.5 s more" in said("not-worth-it", seen(saved_s=-2.5))
+def test_dram_is_never_small_and_ample_at_once_nor_ample_where_a_larger_one_pays() -> None:
+    for ratios, code in (((0.3, 0.3, 0.46), "dram-small"), ((0.3, 0.3, 0.3), "dram-large")):
+        at = seen(dataclasses.replace(WELL, tiers=(FULL,), what_if=curve(*ratios)))
+        assert [each.code for each in advise(at)] == [code]
+    far = {"dram": (*curve(0.3, 0.3, 0.3)["dram"], Estimate(8.0, 8, 0.7))}
+    assert advise(seen(dataclasses.replace(WELL, tiers=(FULL,), what_if=far))) == ()
+
+
+@pytest.mark.parametrize("ratios", [(0.3, 0.3, 0.46), (0.0, 0.0, 0.0)])
+def test_a_size_is_judged_after_enough_requests_and_ample_after_enough_hits(
+    ratios: tuple[float, float, float],
+) -> None:
+    full = dataclasses.replace(WELL, tiers=(FULL,), what_if=curve(*ratios))
+    assert advise(seen(full, {"lookups": 7})) == ()
+    assert not said("dram-large", seen(full, {"miss_tokens_never_stored": 9000}))
+
+
+def test_a_cache_that_costs_more_than_it_saves_is_told_of_by_a_real_amount() -> None:
+    what = said("not-worth-it", seen(saved_s=-12.5))
+    assert "12 s more" in what
+    assert "HBM are not in it" in what
     assert not said("not-worth-it", seen(saved_s=None))
-    assert not said("not-worth-it", seen(saved_s=0.1))
+    assert not said("not-worth-it", seen(saved_s=-9.0))
+    young, old = (Span(seconds, span().change) for seconds in (599.0, 3600.0))
+    assert not said("not-worth-it", Seen(WELL, young, young, -500.0))
+    assert not said("not-worth-it", Seen(WELL, old, old, -35.0))
+    assert said("not-worth-it", Seen(WELL, old, old, -37.0))
 
 
 def test_engines_that_differ_are_named() -> None:

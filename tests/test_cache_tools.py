@@ -186,10 +186,10 @@ def test_evict_drops_a_leaf_or_a_tree_and_clear_a_namespace(
     sidecar: Sidecar, prompts: list[Prompt], capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = [key.hex() for key in prompts[0].keys]
-    assert run(capsys, sidecar, "evict", keys[5])[1] == "1 blocks dropped\n"
+    assert run(capsys, sidecar, "evict", keys[5])[1] == "1 block dropped\n"
     code, _, error = run(capsys, sidecar, "evict", keys[2])
     assert code == 2
-    assert "descendants" in error
+    assert "give --descendants" in error
     assert run(capsys, sidecar, "evict", keys[2], "--descendants")[1] == "3 blocks dropped\n"
     assert len(said(sidecar, "show", keys[1], "--json")["chain"]) == 2
     code, out, _ = run(

@@ -260,7 +260,7 @@ def test_a_running_sidecar_is_read_and_what_is_wrong_with_it_is_told() -> None:
             {"level": "warn", "code": "ring-drops", "what": "7 reports.", "do": "A core."},
         ],
     }  # fmt: skip
-    findings = {one.name: one for one in check_sidecar(stats)}
+    findings = {one.name: one for one in check_sidecar(stats, "/run/x.sock")}
     assert findings["kvistd"].level == "warn"
     assert "0.0.1 runs" in findings["kvistd"].found
     assert findings["tier dram"].level == "warn"
@@ -297,7 +297,7 @@ def test_on_this_machine_the_doctor_finds_the_sidecar_and_a_flash_folder_that_is
     flags += ["--shm-dir", str(sidecar.folder / "shm")]
     code, out, _ = doctor(capsys, *flags, "--json")
     findings = {one["name"]: one for one in json.loads(out)["findings"]}
-    assert "1 workers, 3 blocks" in findings["kvistd"]["found"]
+    assert f"1 worker, 3 blocks, at {sidecar.socket}" in findings["kvistd"]["found"]
     assert findings["kvistd"]["level"] == "ok"
     assert findings["tier dram"]["level"] == "ok"
     assert code == int(any(one["level"] == "bad" for one in findings.values()))
@@ -308,12 +308,25 @@ def test_on_this_machine_the_doctor_finds_the_sidecar_and_a_flash_folder_that_is
     assert "-> lower flash_bytes to" in out
 
 
+def test_a_running_sidecar_says_what_its_settings_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sidecar = Sidecar(tmp_path, ["--flash-path", str(tmp_path / "flash"), "--flash-bytes", "64MiB"])
+    sidecar.start()
+    sidecar.client().store(Prompt(1, 3).items)
+    _, out, _ = doctor(capsys, "--socket", str(sidecar.socket))
+    sidecar.close()
+    assert "flash_path is not set" not in out
+    assert "flash rate" in out
+    assert f"{tmp_path}/shm, mode" in out
+
+
 def test_without_a_sidecar_the_checks_are_those_before_a_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--socket", str(tmp_path / "none.sock"), "--http-listen", "", "--dram-bytes", "8MiB"]
     _, out, _ = doctor(capsys, *flags)
-    assert f"none answers at {tmp_path}/none.sock" in out
+    assert f"--socket: no sidecar answers at {tmp_path}/none.sock: No such file" in out
     code, out, error = doctor(capsys, "--dram-bytes", "lots")
     assert (code, out) == (2, "")
     assert "dram_bytes" in error

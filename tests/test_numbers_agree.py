@@ -26,7 +26,7 @@ from kvist.proto import cache_pb2
 from kvist.proto.cache_pb2_grpc import CacheStub
 from kvist.proto.keys import tenant_of
 from kvist.proto.metrics import Definition
-from kvist.proto.shm import TIERS
+from kvist.proto.shm import MOVED_TIERS, TIERS
 
 SIZE = 16
 FLAGS = ("--block-size", str(SIZE), "--cache-overlap")
@@ -236,6 +236,10 @@ def test_worth_is_what_its_parts_are_for_tiers_and_tenants(run: Run) -> None:
         assert shown[f"kvist_worth_net_seconds{{tier={tier}}}"] == one["net_s"]
         by_tenant = sum(each["saved_s"][tier] for each in stats["tenants"])
         assert by_tenant == pytest.approx(one["saved_s"])
+    whole = sum(worth[tier]["net_s"] for tier in MOVED_TIERS)
+    assert stats["spans"]["start"]["net_s"] == pytest.approx(whole, abs=1e-5)
+    of_tenants = sum(each["net_s"] for each in stats["tenants"])
+    assert of_tenants == pytest.approx(whole + worth["flash"]["store_s"])
     assert worth["hbm"]["saved_s"] > 0
     assert worth["hbm"]["load_s"] == worth["hbm"]["store_s"] == 0
     assert worth["flash"]["load_s"] > 0

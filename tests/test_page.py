@@ -17,6 +17,7 @@ from sim.sidecar import BLOCK_TOKENS, Prompt, Sidecar, namespace, wait_until
 
 from kvist.cachesvc.client import CacheClient
 from kvist.cachesvc.worker.meter import Meter
+from kvist.engine.cli import main
 from kvist.engine.local import free_port
 from kvist.proto.keys import tenant_of
 from kvist.proto.record import Bytes
@@ -153,7 +154,7 @@ def test_tokens_on_the_page_are_those_of_metrics_and_add_up(page: Browser, busy:
 
 
 def test_worth_tiers_tenants_and_ttft_are_those_of_the_document(
-    page: Browser, busy: Sidecar
+    page: Browser, busy: Sidecar, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = stats(busy)
     worth = {each["tier"]: each for each in now["worth"]}
@@ -170,10 +171,14 @@ def test_worth_tiers_tenants_and_ttft_are_those_of_the_document(
     for each in now["tenants"]:
         line = next(line for line in tenants if line.startswith(each["tenant"]))
         assert percent(sum(each["hit_tokens"].values()), each["requested_tokens"]) in line
+        assert f"+{each['net_s']:.3g} s" in line
     assert "engine-a" in page.text("#sessions")
     assert page.text("#ttft tr[data-tier=none] b").endswith("ms")
     assert "times sooner" in page.text("#ttft tr[data-tier=dram]")
     assert page.text("#health-words") == now["health"]
+    assert main(["top", "--once", "--interval", "0.1", "--socket", str(busy.socket)]) == 0
+    told = f"nothing {now['ttft'][0]['mean_s']:.3f} s"
+    assert told in capsys.readouterr().out, "one figure, one name: the mean"
 
 
 def test_the_hottest_prefixes_are_named_by_key_and_never_by_tokens(
@@ -273,6 +278,18 @@ def test_nothing_is_asked_of_others_nothing_complains_and_nothing_sticks_out(
     assert browser.hosts() == {busy.said("page").removeprefix("http://").rstrip("/")}
     wide = browser.run("return [document.documentElement.scrollWidth, window.innerWidth]")
     assert wide == [width, width]
+
+
+def test_a_table_that_is_wider_than_its_card_shows_that_it_scrolls(
+    busy: Sidecar, browser: Browser
+) -> None:
+    hidden = "[...document.querySelectorAll('.scroll')].map((e) => e.scrollWidth - e.clientWidth)"
+    shades = "return getComputedStyle(document.querySelector('.scroll')).backgroundAttachment"
+    for width in (400, 1280):
+        browser.open(busy.said("page"), width)
+        browser.wait(SHOWN, "the figures")
+        assert (max(browser.run(f"return {hidden}")) > 0) == (width == 400)
+        assert browser.run(shades) == "local, local, scroll, scroll", "covers go along, shades stay"
 
 
 def test_an_empty_cache_says_how_to_get_a_hit(tmp_path: Path, browser: Browser) -> None:

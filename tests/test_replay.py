@@ -162,6 +162,18 @@ def test_command_prints_json_for_scripts(tmp_path: Path, capsys: Capture) -> Non
     assert 0 < size["policies"]["lru"]["blocks"] <= size["policies"]["opt"]["blocks"] <= 100
 
 
+@pytest.mark.parametrize(("step", "ms"), [(1000, []), (1000, ["--ms"]), (1, [])])
+def test_milliseconds_that_are_read_as_seconds_are_asked_about(
+    step: int, ms: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    times = (step * 60 * at for at in range(30))
+    request = {"input_length": 512, "hash_ids": [1]}
+    lines = [{"timestamp": time, **request} for time in times]
+    path = write_trace(tmp_path / "chats.jsonl", lines)
+    assert main(["cache", "replay", str(path), "--capacity", "1", *ms]) == 0
+    assert ("give --ms" in capsys.readouterr().err) == (step == 1000 and not ms)
+
+
 def test_command_says_what_is_wrong(tmp_path: Path, capsys: Capture) -> None:
     path = write_trace(tmp_path / "chats.jsonl", chat_lines(5, seed=2))
     for arguments in (["no such file"], [str(path), "--capacity", "much"]):

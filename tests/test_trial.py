@@ -103,6 +103,8 @@ def test_a_worker_that_passes_is_attached_and_nothing_is_left(bench: Bench) -> N
     assert (stats.blocks, stats.reserved_slots) == (0, 0)
     assert [use.used_slots for use in stats.tiers] == [0, 0]
     assert bench.parts.placement.counts.flash_written == 0
+    assert stats.tiers[0].written_blocks == stats.events["offers_reserved"] == 0, "no traffic"
+    assert stats.counters["stored_bytes"] == 0
     client.close()
 
 
@@ -164,6 +166,7 @@ def test_workers_of_a_real_sidecar_pass_one_beside_the_other(tmp_path: Path) -> 
         prompt = Prompt(3, 6)
         assert clients[0].store(prompt.items).stored == 6
         assert load_all(clients[3], prompt) == [None] * 6
+        assert "cleared" not in sidecar.text(), "a self test is no incident"
         for client in clients:
             client.close()
     finally:

@@ -92,6 +92,8 @@ def test_after_warm_the_sidecar_has_the_prompts_and_says_so(
     }
     again = json.loads(warm(capsys, engine, file, *where)[1])
     assert again["cached_before_tokens"] >= 3 * 64
+    words = warm(capsys, engine, file, "--socket", str(sidecar.socket))[1]
+    assert f"cached now: {stored} of {first['prompt_tokens']} tokens (all in DRAM)" in words
 
 
 def test_warm_goes_on_after_a_prompt_that_the_engine_refuses_and_says_which(
@@ -102,7 +104,7 @@ def test_warm_goes_on_after_a_prompt_that_the_engine_refuses_and_says_which(
     code, out, _ = warm(capsys, engine, file, "--socket", "/nowhere", "--concurrency", "1")
     assert code == 1
     assert "2 prompts of" in out
-    assert "1 prompts failed, the first of line 2: " in out
+    assert "1 prompt failed, the first of line 2: " in out
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ class TenantUse:
         load_s: tier -> seconds that workers took to bring hits in.
         load_bytes: tier -> bytes that they brought in.
         store_s: seconds that workers took to copy blocks out, stored_blocks of them.
-        net_s: saved less moved, without what the sidecar's disk took, see worth_s.
+        net_s: what the sidecar's tiers saved less what was moved, without what its disk took, see
+            worth_s.
         held_blocks: tier -> copies there now.
     """
 
@@ -97,6 +98,9 @@ class Worth:
 
 def worth_s(saved_s: float, load_s: float, store_s: float) -> float:
     """Seconds won: saved_s - load_s - store_s.
+
+    What the sidecar is worth, to all or to a tenant, is this of the tiers that it moves blocks to
+    (MOVED_TIERS): hits in an engine's own HBM would be there without it, and are only shown beside.
 
     Args:
         saved_s: prefill that was not computed: for each request a * tokens + b * sum of positions
@@ -237,7 +241,7 @@ def _use(owner: Owner, counts: list[int], held: Mapping[str, int]) -> TenantUse:
         load_bytes={tier: words[f"load_bytes.{tier}"] for tier in MOVED_TIERS},
         store_s=store_s,
         stored_blocks=words["stored_blocks"],
-        net_s=worth_s(sum(saved_s.values()), sum(load_s.values()), store_s),
+        net_s=worth_s(sum(saved_s[tier] for tier in MOVED_TIERS), sum(load_s.values()), store_s),
         held_blocks={tier: held.get(tier, 0) for tier in MOVED_TIERS},
     )
 

@@ -319,8 +319,8 @@ class Browser:
         row = self._row(key)
         if not descendants and self._blocks.first_child[row] != NO_ROW:
             raise ConfigInvalid(
-                f"descendants: {self._children(row)} blocks stand on {key.hex()} and cannot be "
-                "reached without it; say that they are to go, too"
+                f"descendants: other blocks stand on {key.hex()} and cannot be reached without it; "
+                "to drop them, too, give --descendants"
             )
         rows = self._leaves_first(row)
         self._placement.drop_all(np.array(rows, np.int64), "cleared")

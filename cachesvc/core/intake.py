@@ -98,7 +98,8 @@ class Intake:
             origin = b"" if first is None else first.origin
             wanted = Reservation(key, parent, -1, origin, groups[key])
             answers.append(self._reserve_one(session, wanted))
-        self._count(answers)
+        if not any(key.startswith(TRIAL_PREFIX) for key, _ in blocks[:1]):  # which comes alone
+            self._count(answers)
         return answers
 
     def _count(self, answers: Sequence[Reserved]) -> None:
@@ -233,7 +234,7 @@ class Intake:
             placement.uses.used(row)
         else:  # it rose meanwhile
             placement.dram.free(slot)
-        placement.counts.dram_written += 1
+        placement.counts.dram_written += not header.key.startswith(TRIAL_PREFIX)
         self._claims.settle(header.key)
         return row
 

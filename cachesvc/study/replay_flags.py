@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import argparse
 
+TRACE_HELP = (
+    'JSON lines, perhaps .xz or .gz, one a request: {"timestamp": SECONDS, "input_length": TOKENS, '
+    '"hash_ids": [ID, ...]}, an id for each block of the prompt, the same for the same tokens. To '
+    "record one, have whatever sees the requests write the time, the length and a hash of each "
+    "--block-tokens tokens"
+)
+
 
 def add_replay_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments of `kvist cache replay`."""
-    parser.add_argument("trace", metavar="TRACE", help="JSON lines, perhaps .xz or .gz")
+    parser.add_argument("trace", metavar="TRACE", help=TRACE_HELP)
     parser.add_argument(
         "--capacity",
         metavar="SIZES",
@@ -21,6 +28,10 @@ def add_replay_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--block-tokens", type=int, default=512, metavar="N", help="of a block (%(default)s)"
     )
-    parser.add_argument("--ms", action="store_true", help="timestamps are milliseconds")
+    parser.add_argument(
+        "--ms",
+        action="store_true",
+        help="timestamps are milliseconds, as in Mooncake's traces; else they are seconds",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the policy (%(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")

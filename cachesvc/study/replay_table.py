@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from kvist.cachesvc.study.replay import Contender, Score, replay_policy
 from kvist.cachesvc.study.trace import Trace, read_trace
 from kvist.cachesvc.study.whatif import MULTIPLES
 from kvist.proto.errors import ConfigInvalid
 
 _PROGRESS_S = 0.2
+MS_SPAN = 1e6
 
 
 def run_replay(flags: argparse.Namespace) -> int:
@@ -39,6 +42,14 @@ def run_replay(flags: argparse.Namespace) -> int:
 
 def _replay(flags: argparse.Namespace, progress: Progress) -> int:
     trace = read_trace(Path(flags.trace), flags.ms, progress.say)
+    if not flags.ms and looks_like_ms(trace):
+        progress.end()
+        days = trace.times_s[-1] / 86400
+        print(
+            f"kvist cache replay: as seconds the timestamps span {days:.0f} days; if they are "
+            "milliseconds, give --ms: the policy learns from times",
+            file=sys.stderr,
+        )
     rows = []
     for capacity in parse_capacities(flags.capacity, trace.distinct):
         scores = []
@@ -53,6 +64,12 @@ def _replay(flags: argparse.Namespace, progress: Progress) -> int:
     progress.end()
     print(as_json(trace, rows) if flags.json else as_table(trace, rows))
     return 0
+
+
+def looks_like_ms(trace: Trace) -> bool:
+    """Whole numbers over a span of more than 11 days, which as milliseconds are 17 minutes."""
+    times = trace.times_s
+    return bool(times[-1] > MS_SPAN) and not np.any(times % 1)
 
 
 def parse_capacities(text: str, distinct: int) -> list[int]:

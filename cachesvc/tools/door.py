@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from kvist.cachesvc.folders import home_folders
+from kvist.cachesvc.folders import home_folders, left_address
+from kvist.cachesvc.tools.words import counted
 from kvist.proto.errors import BlockMissing, ConfigInvalid
 from kvist.proto.keys import DIGEST_BYTES, KEY_BYTES, BlockKey
 
@@ -20,13 +24,54 @@ TIMEOUT_S = 10.0
 # Clear answers when the last of its blocks is dropped; up to 20 us a block.
 CLEAR_TIMEOUT_S = 600.0
 CHOICES_SHOWN = 8
+SOCKET_HELP = (
+    "of the sidecar: its socket's path, or host:port; default: $KVIST_SOCKET, or this user's kvistd"
+)
 _HEX = re.compile(r"[0-9a-f]+")
 
 
-def default_socket() -> str:
-    """Where this user's kvistd listens: $KVIST_SOCKET, or where it does when nothing is said."""
-    run, _ = home_folders(os.geteuid(), os.environ)
-    return os.environ.get("KVIST_SOCKET") or f"{run}/kvistd.sock"
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a sidecar is asked.
+
+    Attributes:
+        where: path of a socket, or host:port.
+        said_by: the flag or variable that says so; "" when nobody said anything.
+        is_noted: it is what this user's kvistd noted in its folder, see folders.left_address.
+    """
+
+    where: str
+    said_by: str = ""
+    is_noted: bool = False
+
+    def unanswered(self, why: str) -> ConfigInvalid:
+        """The error when nobody answers there; why is gRPC's text."""
+        why = short_words(why)
+        if self.said_by:
+            return ConfigInvalid(f"{self.said_by}: no sidecar answers at {self.where}: {why}")
+        return ConfigInvalid(
+            f"no sidecar answers at {self.where}, where this user's kvistd would be: {why}; say "
+            "which one with --socket or KVIST_SOCKET"
+        )
+
+
+def short_words(text: str) -> str:
+    """What a person wants of gRPC's text: "Connection refused", without the way there."""
+    return text.strip().rpartition(": ")[2]
+
+
+def socket_of(
+    flag: str | None, environment: Mapping[str, str] = os.environ, user: int | None = None
+) -> Address:
+    """The flag's, else $KVIST_SOCKET, else where this user's running kvistd noted that it listens,
+    else where it listens when it is told nothing."""
+    if flag:
+        return Address(flag, "--socket")
+    if environment.get("KVIST_SOCKET"):
+        return Address(environment["KVIST_SOCKET"], "KVIST_SOCKET")
+    run, _ = home_folders(os.geteuid() if user is None else user, environment)
+    noted = left_address(Path(environment.get("KVIST_RUN_DIR") or run))
+    return Address(noted or f"{run}/kvistd.sock", is_noted=bool(noted))
 
 
 def add_door_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +81,7 @@ def add_door_flags(parser: argparse.ArgumentParser) -> None:
         "--address",
         dest="socket",
         metavar="WHERE",
-        help="of the sidecar: its socket's path, or host:port; default: $KVIST_SOCKET, or this "
-        "user's kvistd",
+        help=SOCKET_HELP,
     )
 
 
@@ -48,21 +92,26 @@ class Door:
     the sidecar refuses what was asked.
 
     Args:
-        where: path of a socket, or host:port; None is default_socket.
+        where: see socket_of; a tool that has looked already gives what it found.
+
+    Attributes:
+        address: of the sidecar.
     """
 
-    def __init__(self, where: str | None) -> None:
+    def __init__(self, where: str | Address | None) -> None:
         # Here: the other tools need no gRPC, which takes 0.2 s to import.
         import grpc
 
         from kvist.proto.cache_pb2_grpc import CacheStub
 
-        self.where = where or default_socket()
-        path = self.where.removeprefix("unix:")
-        address = f"unix:{path}" if path.startswith("/") else self.where
+        self.address = where if isinstance(where, Address) else socket_of(where)
+        path = self.address.where.removeprefix("unix:")
+        if self.address.is_noted and where is None:
+            print(f"of the sidecar at {self.address.where}", file=sys.stderr)
+        target = f"unix:{path}" if path.startswith("/") else path
         self._grpc = grpc
         options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
-        self._channel = grpc.insecure_channel(address, options=options)
+        self._channel = grpc.insecure_channel(target, options=options)
         self._stub = CacheStub(self._channel)
 
     def __enter__(self) -> Door:
@@ -87,11 +136,11 @@ class Door:
             raise BlockMissing(text)
         if code is status.UNIMPLEMENTED:
             raise ConfigInvalid(
-                f"--socket: the sidecar at {self.where} is older than this tool and has no "
+                f"--socket: the sidecar at {self.address.where} is older than this tool and has no "
                 f"{method}; run one version of Kvist"
             )
         if code in (status.UNAVAILABLE, status.DEADLINE_EXCEEDED):
-            raise ConfigInvalid(f"--socket: no sidecar answers at {self.where}: {text}")
+            raise self.address.unanswered(text or "")
         raise ConfigInvalid(text)
 
     def pages(self, **asked: Any) -> Iterator[cache_pb2.ListReply]:
@@ -147,7 +196,8 @@ class Door:
         if len(found) == 1:
             return found[0]
         shown = ", ".join(
-            f"{one.namespace.hex()[:12]} ({one.blocks} blocks)" for one in found[:CHOICES_SHOWN]
+            f"{one.namespace.hex()[:12]} ({counted(one.blocks, 'block')})"
+            for one in found[:CHOICES_SHOWN]
         )
         raise ConfigInvalid(
             f"--namespace: {len(found)} namespaces with blocks fit"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kvist.cachesvc.tools.door import CLEAR_TIMEOUT_S, Door, add_door_flags, checked_namespace
 from kvist.cachesvc.tools.progress import Bar
 from kvist.cachesvc.tools.prompts import read_prompts
-from kvist.cachesvc.tools.words import parse_span
+from kvist.cachesvc.tools.words import counted, parse_span
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.keys import BlockKey, block_keys
 
@@ -50,11 +50,11 @@ def run_evict(flags: argparse.Namespace) -> int:
                 bar.show(dropped, dropped + int(more))
         except KeyboardInterrupt:
             bar.clear()
-            _say(flags.json, "dropped", dropped, "blocks dropped, then interrupted: some are left")
+            _say(flags.json, "dropped", dropped, "dropped, then interrupted: some are left")
             raise
         finally:
             bar.clear()
-    _say(flags.json, "dropped", dropped, "blocks dropped")
+    _say(flags.json, "dropped", dropped, "dropped")
     return EXIT_DONE
 
 
@@ -81,8 +81,8 @@ def run_clear(flags: argparse.Namespace, ask: Callable[[str], str] = input) -> i
         spaces = _chosen(door.namespaces(), flags)
         blocks = sum(one.blocks for one in spaces)
         if not flags.yes:
-            what = f"drop {blocks} blocks of {len(spaces)} namespaces from every tier?"
-            if not _is_agreed(what, ask):
+            what = f"drop {counted(blocks, 'block')} of {counted(len(spaces), 'namespace')}"
+            if not _is_agreed(f"{what} from every tier?", ask):
                 return EXIT_NOTHING
         if not flags.namespace and not flags.tenant:
             wanted = [cache_pb2.ClearRequest()]
@@ -95,11 +95,11 @@ def run_clear(flags: argparse.Namespace, ask: Callable[[str], str] = input) -> i
                 dropped += door.call("Clear", request, CLEAR_TIMEOUT_S).dropped_blocks
         except KeyboardInterrupt:
             bar.clear()
-            _say(flags.json, "dropped", dropped, f"blocks dropped of {blocks}, then interrupted")
+            _say(flags.json, "dropped", dropped, f"dropped of {blocks}, then interrupted")
             raise
         finally:
             bar.clear()
-    _say(flags.json, "dropped", dropped, "blocks dropped")
+    _say(flags.json, "dropped", dropped, "dropped")
     return EXIT_DONE if wanted else EXIT_NOTHING
 
 
@@ -171,8 +171,8 @@ def run_pin(flags: argparse.Namespace) -> int:
             wanted += len(keys)
     _say(
         flags.json, "pinned", pinned,
-        f"blocks pinned for {flags.ttl}, of {wanted}; what is not stored, or over the budget "
-        "(pin_bytes), is not" if pinned < wanted else f"blocks pinned for {flags.ttl}",
+        f"pinned for {flags.ttl}, of {wanted}; what is not stored, or over the budget "
+        "(pin_bytes), is not" if pinned < wanted else f"pinned for {flags.ttl}",
     )  # fmt: skip
     return EXIT_DONE if pinned else EXIT_NOTHING
 
@@ -186,7 +186,7 @@ def run_unpin(flags: argparse.Namespace) -> int:
             door.call("Unpin", cache_pb2.UnpinRequest(keys=keys)).unpinned
             for keys in _chains(door, flags)
         )
-    _say(flags.json, "unpinned", unpinned, "blocks unpinned")
+    _say(flags.json, "unpinned", unpinned, "unpinned")
     return EXIT_DONE
 
 
@@ -217,4 +217,4 @@ def keys_of_file(door: Door, path: Path, namespace: str | None) -> list[list[Blo
 
 
 def _say(as_json: bool, name: str, number: int, words: str) -> None:
-    print(json.dumps({name: number}) if as_json else f"{number} {words}")
+    print(json.dumps({name: number}) if as_json else f"{counted(number, 'block')} {words}")

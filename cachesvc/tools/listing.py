@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvist.cachesvc.tools.door import Door, add_door_flags, checked_namespace
 from kvist.cachesvc.tools.progress import Bar
-from kvist.cachesvc.tools.words import count, day, span
+from kvist.cachesvc.tools.words import count, counted, day, span
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.sizes import format_bytes
 
@@ -257,7 +257,7 @@ def as_text(document: Mapping[str, Any]) -> str:
         f"tenant      {space['tenant'] or 'none, the common pool'}",
         f"position    block {document['depth']} of its prompt, tokens {first} to {last - 1}",
         f"before it   {before or 'nothing, it is a first block'}",
-        f"after it    {document['children']} blocks",
+        f"after it    {counted(document['children'], 'block')}",
     ]
     for copy in document["copies"]:
         generation = "" if copy["generation"] is None else f", generation {copy['generation']}"
@@ -266,7 +266,7 @@ def as_text(document: Mapping[str, Any]) -> str:
             f"{copy['checksum']}"
         )
     lines += [
-        f"used        {document['uses']} times since it was stored, last "
+        f"used        {counted(document['uses'], 'time')} since it was stored, last "
         f"{span(document['idle_s'])} ago",
         f"pinned      {pinned if document['pinned_s'] else 'no'}",
         "expires     "

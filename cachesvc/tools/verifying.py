@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kvist.cachesvc.tools.progress import Bar
+from kvist.cachesvc.tools.words import counted
 from kvist.proto.errors import FormatRefused
 from kvist.proto.sizes import format_bytes
 from kvist.tiers.flash_check import FlashReport, check_directory
@@ -66,7 +67,8 @@ def as_text(report: FlashReport) -> str:
         f"{report.path}: format {report.version}, {report.segments} segments,"
         f" {report.slots} slots of {format_bytes(report.slot_bytes)}",
         f"  records  {records}",
-        f"  index    {report.index}, {report.entries} blocks: {report.listed_bad} damaged,"
+        f"  index    {report.index}, {counted(report.entries, 'block')}: "
+        f"{report.listed_bad} damaged,"
         f" {report.listed_elsewhere} not where it says, {report.orphans} without the block before",
         f"  besides  {report.unlisted} sound records that are not listed (evicted, or of a write"
         " that was cut short)",

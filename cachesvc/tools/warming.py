@@ -18,6 +18,7 @@ from kvist.cachesvc.tools.door import Door, add_door_flags, checked_namespace
 from kvist.cachesvc.tools.engine_door import EngineDoor, RequestFailed
 from kvist.cachesvc.tools.progress import Bar
 from kvist.cachesvc.tools.prompts import PromptLine, read_prompts
+from kvist.cachesvc.tools.words import counted
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.keys import BlockKey, block_keys
 
@@ -181,24 +182,32 @@ class Warmer:
 def _told(document: dict[str, Any], done: Done) -> str:
     computed = done.prompt_tokens - done.cached_tokens
     lines = [
-        f"{done.prompts} prompts of {done.prompt_tokens} tokens: {computed} computed,"
-        f" {done.cached_tokens} had been cached"
+        f"{counted(done.prompts, 'prompt')} of {counted(done.prompt_tokens, 'token')}: "
+        f"{computed} computed, {done.cached_tokens} had been cached"
     ]
     now = document.get("cached_now")
     if now:
         lines.append(
             f"cached now: {now['tokens']} of {now['of_tokens']} tokens"
-            f" ({now['dram_tokens']} in DRAM, the others on flash only)"
+            f" ({_where(now['dram_tokens'], now['tokens'])})"
             + (f", of the first {now['prompts']} prompts" if now["prompts"] < done.prompts else "")
         )
     elif not done.interrupted:
         lines.append("cached now: not known, as no sidecar answers (an embedded cache has none)")
     if done.failed:
         line, why = next(iter(sorted(done.failed.items())))
-        lines.append(f"{len(done.failed)} prompts failed, the first of line {line}: {why}")
+        lines.append(
+            f"{counted(len(done.failed), 'prompt')} failed, the first of line {line}: {why}"
+        )
     if done.interrupted:
         lines.append(f"interrupted; go on with --from-line {done.next_line}")
     return "\n".join(lines)
+
+
+def _where(dram_tokens: int, tokens: int) -> str:
+    if dram_tokens == tokens:
+        return "all in DRAM" if tokens else "none of them"
+    return f"{dram_tokens} in DRAM, the others on flash only"
 
 
 def _cached_now(
@@ -291,7 +300,8 @@ def _prefetch(flags: argparse.Namespace, engine: EngineDoor, lines: Sequence[Pro
     def told(end: str) -> None:
         bar.clear()
         document = {"prompts": done, "cached_tokens": cached, "rising_blocks": rising}
-        words = f"{done} prompts, {cached} tokens of them cached; {rising} blocks rise from flash"
+        words = f"{counted(done, 'prompt')}, {counted(cached, 'token')} of them cached; "
+        words += f"{counted(rising, 'block')} to rise from flash"
         print(json.dumps(document) if flags.json else words + end, flush=True)
 
     with Door(flags.socket) as door:

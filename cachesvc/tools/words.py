@@ -28,6 +28,11 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, whole: 1 block, 12345 blocks."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def percent(part: float, whole: float) -> str:
     """A share, "-" of nothing."""
     return f"{100 * part / whole:.1f} %" if whole else "-"

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from kvist.cachesvc.core.report import StoreStats, TierUse
+from kvist.cachesvc.study.whatif import MULTIPLES
 from kvist.cachesvc.view.history import Span
+from kvist.proto.shm import MOVED_TIERS
 
 Level = Literal["bad", "warn", "note"]
 LEVELS: Final[tuple[Level, ...]] = ("bad", "warn", "note")
@@ -26,9 +28,13 @@ BLOCKS_MIN = 50
 # Points of hit rate, in percent, from which another size is worth a thought.
 POINTS_MORE, POINTS_LESS = 3.0, 0.5
 SHARE_MIN = 0.05
+# Requests before a size is judged: a curve of fewer has seen hardly anything come back.
+REQUESTS_MIN = 100
 TAILS_MIN = 0.3
 DROPPED_MIN = 0.1
 NEARLY_FULL = 0.9
+# A cache stores before it hits, so a loss is none before that age, nor below either amount.
+LOSS_AGE_S, LOSS_MIN_S, LOSS_SHARE = 600.0, 10.0, 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,8 @@ class Seen:
     Attributes:
         stats: now.
         recent: the last RECENT_S. life: all since the start.
-        saved_s: seconds of prefill saved less those spent moving, in this life; None: not known.
+        saved_s: seconds of prefill saved less those spent moving, in this life, by the sidecar's
+            tiers; None: not known.
     """
 
     stats: StoreStats
@@ -85,6 +92,10 @@ class Seen:
         away = sum(self.recent.change[name] for name in lost)
         every = away + self.recent.change[kept]
         return away / every if every >= BLOCKS_MIN else 0.0
+
+    def has_curve(self, tier: str) -> bool:
+        """Whether a tier's what-if curve is of enough requests to be believed."""
+        return bool(self.stats.what_if.get(tier)) and self.life.change["lookups"] >= REQUESTS_MIN
 
     def points(self, tier: str, multiple: float) -> float:
         """Points of hit ratio, in percent, that another size of a tier would win."""
@@ -153,7 +164,7 @@ def _write_budget(seen: Seen) -> str:
 
 def _dram_small(seen: Seen) -> str:
     gain = seen.points("dram", 2.0)
-    if not seen.is_full("dram") or gain < POINTS_MORE:
+    if not seen.has_curve("dram") or not seen.is_full("dram") or gain < POINTS_MORE:
         return ""
     return f"DRAM is small: twice the size would bring +{gain:.0f} points of block hits from DRAM."
 
@@ -199,9 +210,15 @@ def _no_room_to_rise(seen: Seen) -> str:
 
 
 def _not_worth_it(seen: Seen) -> str:
-    if seen.saved_s is None or seen.saved_s >= 0 or seen.life.requested < TOKENS_MIN:
+    seconds = seen.life.seconds
+    if seen.saved_s is None or seconds < LOSS_AGE_S or seen.life.requested < TOKENS_MIN:
         return ""
-    return f"So far the cache has cost {-seen.saved_s:.1f} s more than it has saved."
+    if -seen.saved_s < max(LOSS_MIN_S, LOSS_SHARE * seconds):
+        return ""
+    return (
+        f"So far DRAM and flash have cost {-seen.saved_s:.0f} s more than they have saved; hits in "
+        "the engines' own HBM are not in it."
+    )
 
 
 def _ring_drops(seen: Seen) -> str:
@@ -228,8 +245,12 @@ def _rebuilding(seen: Seen) -> str:
 
 
 def _dram_large(seen: Seen) -> str:
-    loss = -seen.points("dram", 0.5)
-    if not seen.is_full("dram") or not seen.stats.what_if.get("dram") or loss >= POINTS_LESS:
+    """Never beside "DRAM is small": one that grows to pay is not ample, only halfway to a step."""
+    loss, gain = -seen.points("dram", 0.5), max(seen.points("dram", x) for x in MULTIPLES)
+    hits = sum(seen.life.change[f"hit_tokens.{tier}"] for tier in MOVED_TIERS)
+    if not seen.has_curve("dram") or not seen.is_full("dram") or hits < TOKENS_MIN:
+        return ""
+    if loss >= POINTS_LESS or gain >= POINTS_MORE:
         return ""
     return f"DRAM is ample: half the size would cost {max(0.0, loss):.1f} points of block hits."
 
@@ -298,7 +319,7 @@ RULES: Final = (
     ),
     Rule(
         "warn", "not-worth-it", _not_worth_it,
-        "A young cache has only stored yet. If it stays so, prompts share too little to be cached.",
+        "Prompts share too little to be cached: put what varies, like a date, after what does not.",
     ),
     Rule(
         "warn", "dram-small", _dram_small,

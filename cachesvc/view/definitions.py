@@ -54,7 +54,7 @@ TENANTS = (
       "Blocks of a tenant that workers copied out.",
       "tenants[namespace,tenant].stored_blocks", _WHO),
     D("kvist_tenant_net_seconds", "gauge", "seconds",
-      "Seconds that a tenant's hits saved, less those of its loads and stores.",
+      "Seconds that a tenant's hits in DRAM and flash saved, less those of its loads and stores.",
       "tenants[namespace,tenant].net_s", _WHO),
     D("kvist_tenant_held_blocks", "gauge", "blocks", "Copies of a tenant's blocks now.",
       "tenants[namespace,tenant].held_blocks[tier]", (*_WHO, "tier")),

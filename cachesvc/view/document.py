@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvist.cachesvc.core.store import StoreStats
@@ -25,6 +25,7 @@ class Document:
     Args:
         read: see below.
         version: of the program.
+        settings: of the program that say where it is, as they are shown.
 
     Attributes:
         read: the store's figures; may raise KvistError.
@@ -32,15 +33,19 @@ class Document:
             was read here is kept, so that a minute is known to whoever looks on for a minute.
     """
 
-    def __init__(self, read: Callable[[], StoreStats], version: str) -> None:
+    def __init__(
+        self, read: Callable[[], StoreStats], version: str, settings: Mapping[str, str]
+    ) -> None:
         self.history = History()
         self.recorder = Recorder(read, self.history)
         self.read = read
         self._version = version
+        self._settings = dict(settings)
 
     def of(self, stats: StoreStats) -> dict[str, Any]:
         """Of figures that were read."""
-        return stats_document(stats, self._version) | summary(stats, self.history)
+        document = stats_document(stats, self._version)
+        return document | {"settings": self._settings} | summary(stats, self.history)
 
     def now(self) -> dict[str, Any]:
         """Of this moment. Raises: KvistError, as read does."""

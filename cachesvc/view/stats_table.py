@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import textwrap
+import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from kvist.cachesvc.tools.door import SOCKET_HELP, Address, Door, short_words, socket_of
+from kvist.cachesvc.tools.words import counted
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.shm import NEVER
 from kvist.proto.sizes import format_bytes
@@ -28,9 +34,9 @@ def add_stats_flags(parser: argparse.ArgumentParser) -> None:
         "--address",
         dest="socket",
         metavar="WHERE",
-        help="of the sidecar: its socket's path, or host:port",
+        help=f"{SOCKET_HELP}; {PAGE} where there is none",
     )
-    where.add_argument("--url", default=PAGE, help="of its page (%(default)s)")
+    where.add_argument("--url", help="of its page")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
@@ -40,9 +46,62 @@ def run_stats(flags: argparse.Namespace) -> int:
     Raises:
         ConfigInvalid: nobody answers there.
     """
-    document = from_socket(flags.socket) if flags.socket else from_url(flags.url)
+    source = source_of(flags.url, flags.socket)
+    document = source.ask()
+    source.tell()
     print(json.dumps(document) if flags.json else as_tables(document))
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A sidecar's figures.
+
+    Attributes:
+        where: they come from. socket: its address, None where only its page is known.
+        ask: for them; raises ConfigInvalid when nobody answers.
+        is_said: a flag or variable says which sidecar.
+    """
+
+    where: str
+    socket: Address | None
+    ask: Callable[[], dict[str, Any]]
+    is_said: bool
+
+    def tell(self) -> None:
+        """Say which one it is, beside the output, where nobody said which one to take."""
+        if not self.is_said:
+            print(f"of the sidecar at {self.where}", file=sys.stderr)
+
+
+def source_of(url: str | None, socket: str | None) -> Source:
+    """The sidecar that was named; else this user's; else, where that has no socket, PAGE.
+
+    Args:
+        url, socket: as the flags say.
+    """
+    address = socket_of(socket)
+    if url:
+        return Source(url, address if socket else None, lambda: from_url(url), True)
+    if address.said_by or Path(address.where).exists():
+        return source_at(address)
+    return Source(PAGE, None, lambda: _from_some_page(address.where), False)
+
+
+def source_at(address: Address) -> Source:
+    """The sidecar of a socket."""
+    said = bool(address.said_by)
+    return Source(address.where, address, lambda: from_socket(address), said)
+
+
+def _from_some_page(socket: str) -> dict[str, Any]:
+    try:
+        return from_url(PAGE)
+    except ConfigInvalid as error:
+        raise ConfigInvalid(
+            f"no sidecar answers: there is no socket {socket}, and at {PAGE}: "
+            f"{short_words(str(error))}; say which one with --socket, KVIST_SOCKET or --url"
+        ) from None
 
 
 def from_url(url: str) -> dict[str, Any]:
@@ -52,6 +111,9 @@ def from_url(url: str) -> dict[str, Any]:
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/stats.json", timeout=TIMEOUT_S) as answer:
             document = json.load(answer)
+    except urllib.error.URLError as error:
+        why = getattr(error.reason, "strerror", None) or error.reason
+        raise ConfigInvalid(f"--url: no sidecar answers at {url}: {why}") from None
     except (OSError, ValueError) as error:
         raise ConfigInvalid(f"--url: no sidecar answers at {url}: {error}") from None
     if not isinstance(document, dict) or "tiers" not in document:
@@ -59,25 +121,12 @@ def from_url(url: str) -> dict[str, Any]:
     return document
 
 
-def from_socket(where: str) -> dict[str, Any]:
+def from_socket(where: str | Address) -> dict[str, Any]:
     """What a sidecar says over gRPC, as its page does. Raises: ConfigInvalid."""
-    # Here: the other subcommands need no gRPC, which takes 0.2 s to import.
-    import grpc
+    from kvist.proto import cache_pb2
 
-    from kvist.proto import cache_pb2, cache_pb2_grpc
-
-    address = f"unix:{where}" if where.startswith("/") else where
-    # A pool of its own: the next channel does not wait out the pause after this one's failure.
-    options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
-    with grpc.insecure_channel(address, options=options) as channel:
-        try:
-            reply = cache_pb2_grpc.CacheStub(channel).Stats(
-                cache_pb2.StatsRequest(document=True), timeout=TIMEOUT_S
-            )
-        except grpc.RpcError as error:
-            raise ConfigInvalid(
-                f"--socket: no sidecar answers at {where}: {error.details()}"
-            ) from None
+    with Door(where) as door:
+        reply = door.call("Stats", cache_pb2.StatsRequest(document=True), TIMEOUT_S)
     if reply.document:
         document: dict[str, Any] = json.loads(reply.document)
         return document
@@ -102,8 +151,9 @@ def as_tables(document: Mapping[str, Any]) -> str:
     """For people, 80 columns."""
     return "\n".join(
         [
-            f"up {document['uptime_s']:.0f} s, {document['sessions']} workers, "
-            f"{document['blocks']} blocks, {document['reserved_slots']} slots being filled",
+            f"up {document['uptime_s']:.0f} s, {counted(document['sessions'], 'worker')}, "
+            f"{counted(document['blocks'], 'block')}, "
+            f"{counted(document['reserved_slots'], 'slot')} being filled",
             "",
             *_tiers(document["tiers"]),
             "",

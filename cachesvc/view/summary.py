@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from itertools import accumulate
 from typing import Any
 
 from kvist.cachesvc.core.accounts import worth_s
 from kvist.cachesvc.core.report import StoreStats
 from kvist.cachesvc.view.advice import RECENT_S, Seen, advise, in_words
 from kvist.cachesvc.view.history import History, Span, sample
-from kvist.proto.histograms import Shown
 from kvist.proto.shm import MISS_REASONS, MOVED_TIERS, TIERS
 
 SPANS_S: Mapping[str, float] = {"minute": 60.0, "hour": 3600.0}
@@ -28,7 +26,8 @@ def summary(stats: StoreStats, history: History) -> dict[str, Any]:
         spans: by "minute", "hour" and "start": seconds, requested, hit_tokens, miss_tokens, and of
             the sidecar's tiers saved_tokens, saved_s, load_s, store_s and net_s.
         ttft: by tier that the cached tokens came from mostly, "none" for few or none: requests,
-            mean_s and median_s since the start; without those that nobody measured.
+            mean_s since the start, exact; without those that nobody measured. (The buckets of the
+            histogram are too wide for a median: one request of 2.5 s showed as 1.75 s.)
         health: in words; advice: see advice.Advice.
     """
     life = Span(stats.uptime_s, sample(stats))
@@ -71,16 +70,4 @@ def _ttft(stats: StoreStats) -> Iterator[dict[str, Any]]:
                 "tier": shown.labels["tier"],
                 "requests": requests,
                 "mean_s": round(shown.sum / requests, 6),
-                "median_s": round(median(shown), 6),
             }
-
-
-def median(shown: Shown) -> float:
-    """Of one value or more, taken to be spread evenly between bounds, as Prometheus does."""
-    half = sum(shown.counts) / 2
-    at = next(at for at, below in enumerate(accumulate(shown.counts)) if below >= half)
-    if at == len(shown.bounds):
-        return shown.bounds[-1]
-    low = shown.bounds[at - 1] if at else 0.0
-    before = sum(shown.counts[:at])
-    return low + (shown.bounds[at] - low) * (half - before) / shown.counts[at]

@@ -15,7 +15,7 @@ from kvist.cachesvc.worker.control import SLOTS_MAX, Control
 from kvist.cachesvc.worker.life import Life
 from kvist.proto import cache_pb2
 from kvist.proto.errors import Detached, KvistError
-from kvist.proto.keys import BlockKey
+from kvist.proto.keys import TRIAL_PREFIX, BlockKey
 from kvist.proto.record import NOT_SUMMED, BlockHeader, Bytes, checksum
 from kvist.transfer.device import Source
 from kvist.transfer.pace import Pace
@@ -266,7 +266,8 @@ class Storer:
             committing.items, reply.committed, reasons, strict=False
         ):
             fates.note(item, "stored" if committed else reason or "torn")
-            stored_bytes += item.payload.nbytes * committed
+            if not item.key.startswith(TRIAL_PREFIX):
+                stored_bytes += item.payload.nbytes * committed
         life.add({"stored_bytes": stored_bytes})
 
 

@@ -18,7 +18,7 @@ from kvist.cachesvc.worker.life import Life
 from kvist.cachesvc.worker.storing import StoreItem, Storer
 from kvist.proto import cache_pb2
 from kvist.proto.errors import BlockCorrupt, Detached
-from kvist.proto.keys import NO_KEY, TRIAL_PREFIX, BlockKey, Namespace
+from kvist.proto.keys import NO_KEY, Namespace, trial_key
 from kvist.proto.layout import pattern
 from kvist.proto.record import Bytes, Wanted
 from kvist.transfer.device import Pinner
@@ -75,7 +75,7 @@ def _item(life: Life, namespace: Namespace, payload: Bytes) -> StoreItem:
     # Of this session alone, so that workers that attach at once do not meet.
     name = hashlib.sha256(b"kvist trial" + life.session.encode() + namespace.digest()).digest()
     tokens = np.arange(namespace.format.block_tokens, dtype="<u4").tobytes()
-    return StoreItem(BlockKey(TRIAL_PREFIX + name[:8]), NO_KEY, name, 0, tokens, payload)
+    return StoreItem(trial_key(name), NO_KEY, name, 0, tokens, payload)
 
 
 def _read_back(life: Life, item: StoreItem, payload: Bytes, page: TrialPage) -> str:

@@ -111,12 +111,13 @@ class Reader:
             "PATH": os.pathsep.join(paths),
             "PYTHONSAFEPATH": "1",
             # Where a sidecar lives when nothing is said; the machine may have one of its own there.
-            "KVIST_SOCKET": str(folder / "run" / "kvistd.sock"),
             "KVIST_RUN_DIR": str(folder / "run"),
             "KVIST_SHM_DIR": str(self._memory),
         }
         (folder / "run").mkdir(mode=0o700)
-        socket_path = self._environment["KVIST_SOCKET"]
+        socket_path = str(folder / "run" / "kvistd.sock")
+        # Of the sidecar only: the tools would ask there, whatever it was told.
+        self._servers_environment = {**self._environment, "KVIST_SOCKET": socket_path}
         self._names = {"MODEL": "./Llama-3.2-1B", "KVISTD_SOCKET": socket_path}
 
     def type(self, command: str) -> None:
@@ -170,7 +171,7 @@ class Reader:
         server = subprocess.Popen(
             ["bash", "-c", f"exec {command.removesuffix('&')}"],
             cwd=self._folder,
-            env=self._environment,
+            env=self._servers_environment,
             stdout=self._log,
             stderr=self._log,
         )

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from kvist.cachesvc.config import SETTINGS, SidecarConfig, load_config
+from kvist.cachesvc.config import SETTINGS, SHOWN_SETTINGS, Loaded, SidecarConfig, load_config
 from kvist.cachesvc.tools.doctor.disk import access, check_flash
 from kvist.cachesvc.tools.doctor.findings import Finding, Host, Level
 from kvist.cachesvc.tools.doctor.host import check_host
-from kvist.cachesvc.view.stats_table import from_socket, from_url
+from kvist.cachesvc.tools.door import Address
+from kvist.cachesvc.tools.words import counted
+from kvist.cachesvc.view.stats_table import Source, source_at, source_of
 from kvist.proto.errors import ConfigInvalid
 from kvist.proto.sizes import format_bytes
 
@@ -43,8 +45,7 @@ def run_doctor(flags: argparse.Namespace) -> int:
 
     Raises: ConfigInvalid: a setting of kvistd is wrong.
     """
-    config = _config(flags, os.environ)
-    findings = list(examine(Host(environment=os.environ), config))
+    findings = list(examine(Host(environment=os.environ), _load(flags, os.environ)))
     if flags.json:
         print(json.dumps({"findings": [dataclasses.asdict(one) for one in findings]}))
     else:
@@ -52,55 +53,76 @@ def run_doctor(flags: argparse.Namespace) -> int:
     return EXIT_BAD if any(one.level == "bad" for one in findings) else EXIT_WELL
 
 
-def _config(flags: argparse.Namespace, environment: Mapping[str, str]) -> SidecarConfig:
+def _load(flags: argparse.Namespace, environment: Mapping[str, str]) -> Loaded:
     given = {setting.key: getattr(flags, setting.key, None) for setting in SETTINGS}
-    return load_config(argparse.Namespace(config=flags.config, **given), environment).config
+    return load_config(argparse.Namespace(config=flags.config, **given), environment)
 
 
-def examine(host: Host, config: SidecarConfig) -> Iterator[Finding]:
-    """Every check, the running kvistd last."""
-    stats = running_stats(config)
+def examine(host: Host, loaded: Loaded) -> Iterator[Finding]:
+    """Every check, the running kvistd last. Its own settings are looked at, unless a flag says
+    otherwise; those of file and environment are of the next one."""
+    source = running(loaded)
+    stats, problem = _answer(source)
     arena = (
         next((tier for tier in stats["tiers"] if tier["tier"] == "dram"), None) if stats else None
     )
     held = int(arena["slots"]) * int(arena["slot_bytes"]) if arena else 0
+    config = _config_of(stats, loaded) if stats else loaded.config
     yield from check_host(host, held or config.dram_bytes, held)
     yield from check_flash(host, config.flash_path, config.flash_bytes)
     yield access("run folder", config.socket.parent, "folder")
     yield access("socket", config.socket, "socket")
     yield access("shm folder", config.shm_dir, "folder")
     if stats is None:
-        found = f"none answers at {config.socket}: these are the checks before a start"
-        yield Finding("kvistd", "ok", found)
+        yield Finding("kvistd", "ok", f"{problem}; these are the checks before a start")
     else:
-        yield from check_sidecar(stats)
+        yield from check_sidecar(stats, source.where)
 
 
-def running_stats(config: SidecarConfig) -> dict[str, Any] | None:
-    """What a running kvistd says: its page says most, its socket what a tool needs."""
+def running(loaded: Loaded) -> Source:
+    """The kvistd that was named by its socket or its page; else this user's."""
+    said = {key for key, source in loaded.sources.items() if source != "default"}
+    config, by = loaded.config, loaded.sources["socket"]
+    if "socket" not in said and "http_listen" not in said:
+        return source_of(None, None)
+    if "socket" in said or not config.http_listen:
+        return source_at(Address(str(config.socket), by.rpartition(" ")[2]))
+    return source_of(f"http://{config.http_listen}", None)
+
+
+def _answer(source: Source) -> tuple[dict[str, Any] | None, str]:
+    """What it says, or why there is nothing."""
     try:
-        if config.http_listen:
-            return from_url(f"http://{config.http_listen}")
-    except ConfigInvalid:
-        pass
-    if not config.socket.exists():
-        return None
-    try:
-        return from_socket(str(config.socket))
-    except ConfigInvalid:
-        return None
+        return source.ask(), ""
+    except ConfigInvalid as error:
+        return None, str(error)
 
 
-def check_sidecar(stats: Mapping[str, Any]) -> Iterator[Finding]:
+def _config_of(stats: Mapping[str, Any], loaded: Loaded) -> SidecarConfig:
+    """The settings of a running kvistd, as far as it tells them; flags come first."""
+    told = {
+        key: text
+        for key, text in stats.get("settings", {}).items()
+        if key in SHOWN_SETTINGS and not loaded.sources[key].startswith("flag ")
+    }
+    parsed: dict[str, Any] = {
+        setting.key: setting.parse(told[setting.key]) for setting in SETTINGS if setting.key in told
+    }
+    return dataclasses.replace(loaded.config, **parsed)
+
+
+def check_sidecar(stats: Mapping[str, Any], where: str) -> Iterator[Finding]:
     """Version and tiers of a running kvistd.
 
     Args:
         stats: as /stats.json has them, or fewer of them.
+        where: they come from.
     """
     own, its = version("kvist"), stats.get("version", "")
-    up = f"up {stats['uptime_s']:.0f} s, {stats['sessions']} workers, {stats['blocks']} blocks"
+    workers, blocks = counted(stats["sessions"], "worker"), counted(stats["blocks"], "block")
+    up = f"up {stats['uptime_s']:.0f} s, {workers}, {blocks}, at {where}"
     if its in ("", own):
-        yield Finding("kvistd", "ok", f"{its or 'its page does not answer'}, {up}")
+        yield Finding("kvistd", "ok", f"{its or 'of an older version'}, {up}")
     else:
         found = f"{its} runs, this is {own}; {up}"
         yield Finding("kvistd", "warn", found, "restart kvistd and the engines with one version")

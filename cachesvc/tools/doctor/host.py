@@ -45,8 +45,11 @@ def shm_huge_pages(host: Host) -> Finding:
     if setting == "deny":
         fix = f"echo advise | sudo tee {THP}/shmem_enabled"
         return Finding("huge shm", "warn", "huge pages in /dev/shm are denied", fix)
-    if host.kernel >= (6, 1) or setting in ("always", "within_size", "advise", "force"):
-        return Finding("huge shm", "ok", f"huge pages in /dev/shm: {setting or 'by collapse'}")
+    if host.kernel >= (6, 1):
+        found = f"the arena gets huge pages by MADV_COLLAPSE; for others: {setting or 'unknown'}"
+        return Finding("huge shm", "ok", found)
+    if setting in ("always", "within_size", "advise", "force"):
+        return Finding("huge shm", "ok", f"huge pages in /dev/shm: {setting}")
     fix = f"echo advise | sudo tee {THP}/shmem_enabled"
     return Finding("huge shm", "warn", f"huge pages in /dev/shm: {setting or 'unknown'}", fix)
 

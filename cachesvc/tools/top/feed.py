@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvist.cachesvc.tools.door import Door
+from kvist.cachesvc.tools.door import Address, Door, short_words
 from kvist.cachesvc.tools.listing import run_document
 from kvist.cachesvc.tools.top.data import Now, Reading, Window
 from kvist.cachesvc.tools.top.view import Scene
@@ -23,10 +23,10 @@ class Prefixes:
 
     Attributes:
         runs: of the last full turn, or of this one as long as there was none; None when the
-            socket does not answer.
+            socket does not answer, or is not known.
     """
 
-    def __init__(self, where: str | None) -> None:
+    def __init__(self, where: Address | None) -> None:
         self.runs: list[dict[str, Any]] | None = []
         self._where = where
         self._door: Door | None = None
@@ -37,6 +37,9 @@ class Prefixes:
 
     def look(self) -> None:
         """A few pages more."""
+        if self._where is None:
+            self.runs = None
+            return
         try:
             self._door = self._door or Door(self._where)
             self._look(self._door)
@@ -96,6 +99,7 @@ class Feed:
         self._prefixes = prefixes
         self._interval_s = interval_s
         self._window = Window()
+        self._answered = ""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvist-top", daemon=True)
 
@@ -119,10 +123,17 @@ class Feed:
         try:
             self._window.add(Reading(time.monotonic(), self._ask()))
         except KvistError as error:
-            self.scene = Scene(old.where, old.now, f"{error}; asking again", old.prefixes)
+            problem = f"{self._in_words(error)}; asking again"
+            self.scene = Scene(old.where, old.now, problem, old.prefixes)
             return None
+        self._answered = time.strftime("%H:%M:%S")
         if self._prefixes is not None:
             self._prefixes.look()
         now = self._window.now()
         self.scene = Scene(old.where, now, "", self._prefixes.runs if self._prefixes else None)
         return now
+
+    def _in_words(self, error: KvistError) -> str:
+        if not self._answered:
+            return str(error)
+        return f"kvistd has not answered since {self._answered}: {short_words(str(error))}"

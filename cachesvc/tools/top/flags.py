@@ -10,7 +10,9 @@ from kvist.cachesvc.view.stats_table import PAGE
 
 def add_top_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments of `kvist top`."""
-    parser.add_argument("--url", help=f"of the sidecar's page; {PAGE} where no socket is found")
+    parser.add_argument(
+        "--url", help=f"of the sidecar's page; {PAGE} where no socket is found nor said"
+    )
     add_door_flags(parser)
     parser.add_argument(
         "--interval", type=float, default=1.0, metavar="SECONDS", help="(%(default)s)"

@@ -12,21 +12,18 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 
-from kvist.cachesvc.tools.door import default_socket
 from kvist.cachesvc.tools.top.data import Now
 from kvist.cachesvc.tools.top.feed import Feed, Prefixes
 from kvist.cachesvc.tools.top.view import Shown, screen
 from kvist.cachesvc.tools.words import count, percent
-from kvist.cachesvc.view.stats_table import PAGE, from_socket, from_url
+from kvist.cachesvc.view.stats_table import source_of
 from kvist.proto.errors import ConfigInvalid
 
 # A key, a new size and a new figure show within this time.
@@ -45,10 +42,12 @@ def run_top(flags: argparse.Namespace) -> int:
     """
     if not INTERVAL_MIN_S <= flags.interval <= INTERVAL_MAX_S:
         raise ConfigInvalid(f"--interval: give {INTERVAL_MIN_S} to {INTERVAL_MAX_S} seconds")
-    where, ask = _source(flags)
+    source = source_of(flags.url, flags.socket)
+    prefixes = Prefixes(source.socket)
     if flags.json or flags.once or not (sys.stdout.isatty() and sys.stdin.isatty()):
-        return _lines(flags, Feed(where, ask, _prefixes(flags) if flags.once else None, 0.0))
-    feed = Feed(where, ask, _prefixes(flags), flags.interval)
+        source.tell()
+        return _lines(flags, Feed(source.where, source.ask, prefixes if flags.once else None, 0.0))
+    feed = Feed(source.where, source.ask, prefixes, flags.interval)
     feed.start()
     try:
         with _terminal(sys.stdin.fileno()):
@@ -56,19 +55,6 @@ def run_top(flags: argparse.Namespace) -> int:
     finally:
         feed.stop()
     return 0
-
-
-def _source(flags: argparse.Namespace) -> tuple[str, Callable[[], dict[str, Any]]]:
-    """The page where it was named, else the socket; that of nobody's page, where there is none."""
-    socket = flags.socket or default_socket()
-    if not flags.url and (flags.socket or Path(socket).exists()):
-        return socket, lambda: from_socket(socket)
-    url = flags.url or PAGE
-    return url, lambda: from_url(url)
-
-
-def _prefixes(flags: argparse.Namespace) -> Prefixes:
-    return Prefixes(flags.socket)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from kvist.cachesvc.tools.listing import KEY_DIGITS
 from kvist.cachesvc.tools.top.data import Now, TierNow, hit_ratio_of
-from kvist.cachesvc.tools.words import count, percent, span
-from kvist.proto.shm import NEVER
+from kvist.cachesvc.tools.words import count, counted, percent, span
+from kvist.proto.shm import MOVED_TIERS, NEVER
 from kvist.proto.sizes import format_bytes
 
 Tab = Literal["prefixes", "workers", "eviction", "tenants", "health"]
@@ -79,26 +79,35 @@ def screen(scene: Scene, shown: Shown, width: int, height: int) -> list[Text]:
     """The lines of a screen, height of them at most, each width cells at most.
 
     What is broken comes first and in words, then the figures, then the view that was chosen, and
-    on a tall screen the others below it. A short one has no empty lines.
+    on a tall screen the others below it. A short one has no empty lines. Figures of a sidecar that
+    answers no more are dim, and its health is not told: nobody knows it.
     """
-    room, now = max(1, height - 1), scene.now
-    lines = [_title(scene, shown)]
-    if scene.problem:
-        lines.append(Text(scene.problem, POOR))
-    if now is not None:
-        gap = [Text()] if height >= HEIGHT_ROOMY else []
-        lines += [*_health_line(now.stats, width), *gap, *_rates(now), *gap]
-        lines += [*_tiers(now.tiers, now.stats, width), *gap]
-        worth = [*_worth(now.stats), *_ttft(now.stats)]
-        lines += [*worth, *gap] if worth else []
-        lines.append(_tabs(shown))
-        lines += _views(scene, now, shown, width, room - len(lines), height >= HEIGHT_TALL)
+    room = max(1, height - 1)
+    lines = _lines(scene, shown, width, height, room)
     lines = lines[:room] + [Text()] * (room - len(lines))
     keys = " q quit   tab 1-5 view   s sort   p pause "
     lines.append(Text(keys.ljust(width), "reverse"))
     for line in lines:
         line.truncate(width, overflow="ellipsis")
     return lines[:height]
+
+
+def _lines(scene: Scene, shown: Shown, width: int, height: int, room: int) -> list[Text]:
+    lines, now = [_title(scene, shown)], scene.now
+    problem = [Text(line, POOR) for line in _wrapped(scene.problem, width, "", "")]
+    if now is not None:
+        gap = [Text()] if height >= HEIGHT_ROOMY else []
+        health = problem or _health_line(now.stats, width)
+        lines += [*health, *gap, *_rates(now), *gap]
+        lines += [*_tiers(now.tiers, now.stats, width), *gap]
+        worth = [*_worth(now.stats), *_ttft(now.stats)]
+        lines += [*worth, *gap] if worth else []
+        lines.append(_tabs(shown))
+        lines += _views(scene, now, shown, width, room - len(lines), height >= HEIGHT_TALL)
+    if not problem:
+        return lines
+    told = len(problem) if now is not None else 0
+    return [*problem, *(Text(line.plain, DIM) for line in (lines[0], *lines[1 + told :]))]
 
 
 def _title(scene: Scene, shown: Shown) -> Text:
@@ -108,8 +117,8 @@ def _title(scene: Scene, shown: Shown) -> Text:
     if scene.now is not None:
         stats = scene.now.stats
         title.append(
-            f"  up {span(stats['uptime_s'])}  {stats['sessions']} workers  "
-            f"{count(stats['blocks'])} blocks",
+            f"  up {span(stats['uptime_s'])}  {counted(stats['sessions'], 'worker')}  "
+            f"{count(stats['blocks'])} block{'s' * (stats['blocks'] != 1)}",
             "not bold",
         )
     title.append(f"  {scene.where}", "not bold dim")
@@ -194,14 +203,16 @@ def _worth(stats: Mapping[str, Any]) -> list[Text]:
 
 
 def _ttft(stats: Mapping[str, Any]) -> list[Text]:
-    """Median time to the first token, by where most of the cached prefix came from."""
+    """Mean time to the first token, as on the page: by where most of the prompt came from."""
     if not stats.get("ttft"):
         return []
     told = (
-        f"{'nothing' if one['tier'] == 'none' else one['tier']} {float(one['median_s']):.3f} s"
+        f"{'nothing' if one['tier'] == 'none' else one['tier']} {float(one['mean_s']):.3f} s"
         for one in stats["ttft"]
     )
-    return [Text("ttft     ", HEAD).append("  ".join(told) + "  cached, median", "not bold")]
+    return [
+        Text("ttft     ", HEAD).append("  ".join(told) + "  cached, mean since start", "not bold")
+    ]
 
 
 def _health_line(stats: Mapping[str, Any], width: int) -> list[Text]:
@@ -262,7 +273,7 @@ def _view(scene: Scene, now: Now, tab: Tab, sort: str, width: int) -> list[Text]
 
 def _prefixes(runs: Sequence[Mapping[str, Any]] | None, sort: str) -> list[Text]:
     if runs is None:
-        return [Text("the sidecar's socket does not answer; give --socket", DIM)]
+        return [Text("its page does not list them; give --socket", DIM)]
     if not runs:
         return [Text("no prefix is stored, or none was used twice", DIM)]
     order = {
@@ -349,7 +360,7 @@ def _tenants(stats: Mapping[str, Any]) -> list[Text]:
 def _tenant_line(one: Mapping[str, Any]) -> str:
     requested, held = int(one["requested_tokens"]), one["held_blocks"]
     hit = percent(sum(map(int, one["hit_tokens"].values())), requested)
-    saved = sum(map(float, one["saved_s"].values()))
+    saved = sum(float(one["saved_s"].get(tier, 0.0)) for tier in MOVED_TIERS)
     return (
         f"{one['tenant'][:16]:16} {count(one['lookups']):>9} {count(requested):>10} {hit:>7}"
         f" {count(held.get('dram', 0)):>7} {count(held.get('flash', 0)):>7}"

@@ -25,10 +25,10 @@ export function showHeadline({ spans }) {
     : start.requested ? "no requests in the last minute" : "no requests yet");
 }
 
-export function showWorth({ spans: { start }, worth }) {
+export function showWorth({ spans: { start }, worth, advice }) {
   const saved = start.saved_s, spent = start.load_s + start.store_s, net = start.net_s;
   const known = start.requested > 0 && saved + spent > 0;
-  byId("worth-net").classList.toggle("minus", known && net < 0);
+  byId("worth-net").classList.toggle("minus", advice.some((each) => each.code === "not-worth-it"));
   say("worth-net", known ? (net > 0 ? "+" : "") + f.duration(net) : f.NONE);
   say("worth-saved", known ? f.duration(saved) : f.NONE);
   say("worth-spent", known ? f.duration(spent) : f.NONE);
@@ -38,11 +38,11 @@ export function showWorth({ spans: { start }, worth }) {
 function worthInWords(known, net, times, start, worth) {
   if (!start.requested) return "no requests yet";
   if (!known) return "no engine has measured its rates yet";
-  if (net <= 0) return "not yet: a cache stores before it hits";
-  const each = Number.isFinite(times) && times >= 1 ? `, ${f.digits(times)} s for each second spent moving` : "";
   const own = worth.find((tier) => tier.tier === "hbm").saved_s;
-  return `yes: ${f.short(start.saved_tokens)} tokens not computed since the start${each}` +
-    (own > 0 ? `. The engines’ own HBM saved another ${f.duration(own)}` : "");
+  const beside = own > 0 ? `. The engines’ own HBM, which is not in it, saved ${f.duration(own)}` : "";
+  if (net <= 0) return "not yet: a cache stores before it hits" + beside;
+  const each = Number.isFinite(times) && times >= 1 ? `, ${f.digits(times)} s for each second spent moving` : "";
+  return `yes: ${f.short(start.saved_tokens)} tokens not computed since the start${each}${beside}`;
 }
 
 const MARKS = { bad: "●", warn: "▲", note: "■", good: "✓" };
@@ -259,11 +259,6 @@ export function showSessions(stats) {
     "no engine is attached");
 }
 
-/** What the sidecar's tiers were worth to a tenant, as the headline has it for all: without HBM. */
-function netOf({ net_s: net, saved_s: saved }) {
-  return net - saved.hbm;
-}
-
 function showTenants(stats, slot) {
   byId("tenants-card").hidden = !stats.tenants.length;
   table("tenants",
@@ -274,7 +269,7 @@ function showTenants(stats, slot) {
       ["number", f.count(each.lookups)],
       ["number", f.short(each.requested_tokens)],
       ["number", f.percent(sum(each.hit_tokens), each.requested_tokens)],
-      ["number", (netOf(each) > 0 ? "+" : "") + f.duration(netOf(each))],
+      ["number", (each.net_s > 0 ? "+" : "") + f.duration(each.net_s)],
       ["number", f.bytes(each.held_blocks.dram * slot)],
       ["number", f.bytes(each.held_blocks.flash * slot)])),
     "nobody has asked for anything");
