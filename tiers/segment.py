@@ -30,7 +30,7 @@ from pathlib import Path
 
 import xxhash
 
-from kvist.proto.errors import ConfigInvalid, FormatRefused
+from kvist.proto.errors import ConfigInvalid, FolderInUse, FormatRefused
 from kvist.proto.record import PAGE_BYTES, RECORD_VERSION, round_up
 from kvist.tiers.durable import sync_directory
 from kvist.tiers.flash_index import FlashEntry, FlashIndex
@@ -201,7 +201,7 @@ class OwnerLock:
         """Take it.
 
         Raises:
-            ConfigInvalid: another process has it.
+            FolderInUse: another process has it.
             OSError: the device failed.
         """
         self._path = path / "owner.lock"
@@ -213,9 +213,10 @@ class OwnerLock:
         except BlockingIOError as error:
             pid = os.pread(self._fd, 32, 0).split(b"\n")[0].decode("ascii", "replace")
             os.close(self._fd)
-            raise ConfigInvalid(
+            raise FolderInUse(
                 f"flash_path {path} is in use by process {pid or '?'};"
-                " give every kvistd a directory of its own"
+                " give every kvistd a directory of its own",
+                pid or "?",
             ) from error
         except OSError:
             os.close(self._fd)
