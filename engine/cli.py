@@ -196,8 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not error.name or error.name.split(".")[0] == "kvist":
             raise
         print(
-            f"{name}: error: {error.name} is not installed; "
-            "install the engine: pip install 'kvist[engine]'",
+            f"{name}: error: {error.name} is not installed; this command needs the engine. In a "
+            "checkout of Kvist: install torch first (README.md says why), then run "
+            "pip install '.[engine]'",
             file=sys.stderr,
         )
         return EXIT_USAGE

@@ -20,6 +20,7 @@ from kvist.proto.sizes import format_bytes, parse_bytes
 
 DTYPES = ("auto", "bfloat16", "float32")
 QUANTIZATIONS = ("auto", "none", "int8", "int4")
+MODEL_HELP = "folder of safetensors, .gguf file, demo, or ORG/NAME in the local Hugging Face cache"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 BLOCK_TOKENS_MAX = 4096
 # A prompt holds up those that decode beside it for as long as a step takes: on a CPU that is soon
@@ -38,7 +39,7 @@ class EngineConfig:
     """Everything `kvist serve` can be told, checked when made.
 
     Attributes:
-        model: folder of safetensors, .gguf file, or "demo".
+        model: folder of safetensors, .gguf file, "demo", or ORG/NAME in Hugging Face's cache.
         host: address to listen on.
         port: TCP port; 0 takes any free one.
         served_model_name: name that clients use; None is the last part of the model's path.
@@ -230,7 +231,7 @@ def _number(kind: Callable[[str], float], what: str) -> Callable[[str], float]:
 def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     """Add MODEL and one flag per field of EngineConfig; vLLM's names where vLLM has one."""
     whole = _number(int, "a whole number")
-    parser.add_argument("model", metavar="MODEL", help="folder of safetensors, .gguf file, or demo")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     http.add_argument("--port", type=whole, default=8000, help="0 takes a free one (%(default)s)")

@@ -126,7 +126,8 @@ assert main(["chat"]) == 2
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert "pip install 'kvist[engine]'" in done.stderr
+    assert "kvist chat: error: httpx is not installed" in done.stderr
+    assert "pip install '.[engine]'" in done.stderr
 
 
 def test_version_and_help_are_there() -> None:
