@@ -231,7 +231,10 @@ def _number(kind: Callable[[str], float], what: str) -> Callable[[str], float]:
 def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     """Add MODEL and one flag per field of EngineConfig; vLLM's names where vLLM has one."""
     whole = _number(int, "a whole number")
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    # The default is that of --model: with one of its own, the place would overwrite the flag.
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=MODEL_HELP
+    )
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     http.add_argument("--port", type=whole, default=8000, help="0 takes a free one (%(default)s)")
@@ -254,6 +257,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         help="collector of OpenTelemetry traces, like http://localhost:4317; see docs/tracing.md",
     )
     run = parser.add_argument_group("model")
+    run.add_argument("--model", metavar="MODEL", help="in place of MODEL")
     add_device_flags(run)
     run.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)} (%(default)s)")
     run.add_argument(
@@ -336,7 +340,12 @@ def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float])
     )
     for flag, size, what in (
         ("--cache-dram-bytes", 1 << 30, "embedded DRAM tier"),
-        ("--cache-flash-bytes", 4 << 30, "embedded flash tier, 0 is off"),
+        (
+            "--cache-flash-bytes",
+            4 << 30,
+            "embedded flash tier, 0 is off; what models with blocks of other "
+            "sizes have left may take as much again",
+        ),
     ):
         text = f"{what} ({format_bytes(size)})"
         kv.add_argument(flag, type=_size, default=size, metavar="SIZE", help=text)
@@ -378,8 +387,10 @@ def config_from_flags(flags: argparse.Namespace) -> EngineConfig:
     """Turn parsed flags into settings; flags that are no setting are left out.
 
     Raises:
-        ConfigInvalid: a value is out of range.
+        ConfigInvalid: a value is out of range, or no model was given.
     """
+    if flags.model is None:
+        raise ConfigInvalid(f"MODEL or --model: say which: {MODEL_HELP}")
     names = EngineConfig.__dataclass_fields__
     given = {key: value for key, value in vars(flags).items() if key in names}
     return EngineConfig(**given, log_detail=debug_detail("engine", os.environ))
