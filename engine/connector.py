@@ -23,7 +23,7 @@ from kvist.engine.rising import Rising
 from kvist.engine.sequence import Sequence, State
 from kvist.engine.step import Work
 from kvist.engine.tally import Tally, outcome
-from kvist.engine.weighing import Weigher
+from kvist.engine.weighing import Weigher, asked_blocks
 from kvist.proto.keys import BlockKey
 from kvist.proto.shm import STORABLE
 from kvist.proto.trace import SpanNote
@@ -127,22 +127,32 @@ class Connector:
         if self.weigher is None or self._rising is None:
             self._cache.prefetch(keys, blocks)
             return
-        tiers = self._cache.tiers(keys[:blocks])
-        follow, rising_s = self.weigher.by_layers, self._rising.ahead_s
+        tiers, follow = self._cache.tiers(keys[:blocks]), self.weigher.by_layers
+        flash = [i for i, tier in enumerate(tiers) if tier == "flash"]
+        rising_s = self._ahead_s([keys[i] for i in flash])
         choice = self.weigher.weigh(sequence, there, tiers, follow, rising_s)
         self._cache.prefetch(keys, choice.blocks, follow)
-        rises = [i for i, tier in enumerate(tiers[: choice.blocks]) if tier == "flash"]
+        rises = [i for i in flash if i < choice.blocks]
         sequence.rose = frozenset(there + i for i in rises)
         if rises:
             block_bytes = self.weigher.block_bytes if follow else 0
-            self._rising.begin(sequence, keys[rises[-1]], len(rises), choice, block_bytes)
+            self._rising.begin(sequence, [keys[i] for i in rises], choice, block_bytes)
+
+    def _ahead_s(self, keys: Blocks[BlockKey]) -> float:
+        """Seconds until blocks on flash begin to rise if they are asked for now."""
+        if not keys or self.weigher is None or self._rising is None:
+            return 0.0
+        return self._rising.ahead_s(keys, self.weigher.cost.block_s("flash"))
 
     def find(self, sequence: Sequence, blocks: int) -> None:
         """See scheduler.Finder. A lookup that needs no load is counted here."""
-        if sequence.request.cache == CACHE_BYPASS:
-            return
-        sequence.found_end = "no_cache"
-        began_s = self._now() if sequence.trace is not None else 0.0
+        if sequence.request.cache != CACHE_BYPASS:
+            self._find_and_tell(sequence, blocks)
+        if self.weigher is not None and (sequence.gate is not None or not sequence.found):
+            self.weigher.beside += 1  # those that are let in after it compute beside it
+
+    def _find_and_tell(self, sequence: Sequence, blocks: int) -> None:
+        sequence.found_end, began_s = "no_cache", self._now()
         if self._cache is not None and sequence.reuses:
             self._find(self._cache, sequence, blocks)
         if sequence.trace is not None:
@@ -154,13 +164,14 @@ class Connector:
 
     def load(self, sequence: Sequence) -> None:
         """Begin to copy a sequence's found blocks into its pages."""
+        assert self._cache is not None
         assert self._copiers is not None
         first, count = sequence.registered, len(sequence.found)
         pages = sequence.pages[first : first + count]
         self._pages.pin(pages)
         self.copying += 1
-        if sequence.gate is None:
-            self._prefetch(sequence.keys()[first : first + count], sequence.found)
+        if sequence.gate is None and "flash" in sequence.found:
+            self._cache.prefetch(sequence.keys()[first : first + count], count)
         job = LoadJob(sequence, first, pages, self._now())
         if sequence.trace is not None:
             sequence.trace.asked_s = job.started_s
@@ -303,9 +314,9 @@ class Connector:
 
     # On the core's thread.
 
-    def _rose(self, blocks: int, seconds: float) -> None:
+    def _rose(self, blocks: int, seconds: float, all_came: bool) -> None:
         if self.weigher is not None:
-            self.weigher.cost.loaded(["flash"] * blocks, seconds)
+            self.weigher.rose(blocks, seconds, all_came)
 
     def _find(self, cache: Cache, sequence: Sequence, blocks: int) -> None:
         """Look up what the pool lacks. The block before it is asked for as well: it tells
@@ -323,7 +334,9 @@ class Connector:
         if self.weigher is not None and sequence.found:
             if sequence.follow_until_s <= began_s:  # let in, and passed over for another reason
                 sequence.follow_until_s = 0.0
-            self.weigher.choose(sequence, blocks, sequence.found)
+            first = blocks + asked_blocks(sequence, blocks, sequence.found)
+            rising_s = self._ahead_s(keys[first : blocks + len(sequence.found)])
+            self.weigher.choose(sequence, blocks, sequence.found, rising_s)
         if sequence.flight_late and found.reason in STORABLE:
             sequence.found_end = "flight_late"
         if known and not found.blocks and found.reason in STORABLE:
@@ -336,10 +349,6 @@ class Connector:
         if sequence.digest is None or not sequence.keys():
             return None
         return sequence.origin(), sequence.digest
-
-    def _prefetch(self, keys: Blocks[BlockKey], tiers: Blocks[str]) -> None:
-        if self._cache is not None and "flash" in tiers:
-            self._cache.prefetch(keys, len(tiers))
 
     def _refusal(self, sequence: Sequence, cache: Cache, leaving: bool) -> str:
         if sequence.store_stopped:

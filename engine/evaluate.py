@@ -45,7 +45,7 @@ class Score:
 
     Attributes:
         dtype: of the computation.
-        quantization: see EngineConfig.
+        quantization: see load_model.
         kernels: "own", "torch" or "triton".
         weight_bytes: of all weights, as they are kept to compute with.
         perplexity: exp of the mean negative log-likelihood of each next token, in nats.
@@ -204,7 +204,7 @@ def _score(
     clipped, small = torch.stack(shares).sum(0).tolist() if float8 else (None, None)
     return Score(
         dtype=subject.loaded.dtype,
-        quantization=config.quantization,
+        quantization=subject.quantization,
         kernels=subject.kernels,
         weight_bytes=weight_bytes(subject.loaded),
         perplexity=math.exp(-likelihood / max(1, predicted)),

@@ -49,6 +49,7 @@ class Subject:
         model: computes.
         pool: pages of one window, in their order.
         kernels: "own", "torch" or "triton".
+        quantization: what load_model was told.
         kv_dtype: what K and V are rounded to.
         rounding: for Model.forward as before_layer; makes the pages hold what float8 pages would,
             where no kernel reads such. None elsewhere.
@@ -58,6 +59,7 @@ class Subject:
     model: Model
     pool: torch.Tensor
     kernels: str
+    quantization: str
     kv_dtype: str
     rounding: Callable[[int], None] | None = None
 
@@ -80,7 +82,8 @@ def open_subject(config: EngineConfig, tokens: int) -> Subject:
     if device.host and is_float8(config.kv_cache_dtype):
         return _rounded(config, tokens)
     backend = open_backend(config)
-    loaded = load_model(config.model, backend.dtype, quantization=backend.quantization())
+    quantization = backend.quantization()
+    loaded = load_model(config.model, backend.dtype, quantization=quantization)
     kv_dtype = kv_dtype_of(config, loaded)
     model = backend.build(loaded, kv_dtype)
     if device.host:
@@ -89,7 +92,7 @@ def open_subject(config: EngineConfig, tokens: int) -> Subject:
         kernels = "triton"
     format = loaded.block_format(config.block_tokens, kv_dtype)
     pool = PagePool(format, -(-tokens // config.block_tokens), backend.device.torch).tensor
-    return Subject(loaded, model, pool, kernels, kv_dtype)
+    return Subject(loaded, model, pool, kernels, quantization, kv_dtype)
 
 
 def _rounded(config: EngineConfig, tokens: int) -> Subject:
@@ -108,4 +111,4 @@ def _rounded(config: EngineConfig, tokens: int) -> Subject:
         planes.copy_(to_float8(planes, scale).float() * scale)
 
     name = str(FLOAT8).removeprefix("torch.")
-    return Subject(loaded, LlamaModel(loaded), pool, "torch", name, rounding)
+    return Subject(loaded, LlamaModel(loaded), pool, "torch", "none", name, rounding)

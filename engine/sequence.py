@@ -96,7 +96,7 @@ class Sequence:
         rose: numbers of blocks that were on flash when the request arrived; hits of flash, wherever
             they are found then.
         found_end: why the cache had no more, a miss reason.
-        rise_s: how long it was passed over while they rose.
+        rise_s: how long they had risen when it was let in, as far as that is known.
         follow_until_s: it was let in although blocks still rise, and its load waits for them until
             then; 0 if not.
         choice: what of that is loaded and what is not, and what it was estimated to cost.

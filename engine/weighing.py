@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, deque
 from collections.abc import Iterable
 from itertools import groupby
 
@@ -17,6 +18,22 @@ from kvist.engine.tally import hit_tiers
 from kvist.proto.shm import MOVED_TIERS, TIERS
 from kvist.transfer.pace import Pace
 from kvist.transfer.pipeline import RUN_BYTES, layer_cuts
+
+# Lookups that wait for the first measurement.
+UNVALUED_MAX = 256
+
+
+def asked_blocks(sequence: Sequence, first_block: int, tiers: tuple[str, ...]) -> int:
+    """Leading blocks of what was found that need not be asked to rise: they are in DRAM, or that
+    was done when the request arrived."""
+    if "flash" not in tiers:
+        return len(tiers)
+    fresh = (
+        i
+        for i, tier in enumerate(tiers)
+        if tier == "flash" and first_block + i not in sequence.rose
+    )
+    return next(fresh, len(tiers))
 
 
 class Weigher:
@@ -64,6 +81,7 @@ class Weigher:
         self._loaded_bytes = dict.fromkeys(MOVED_TIERS, 0)
         self._moved_s = dict.fromkeys(MOVED_TIERS, 0.0)
         self._saved_s = dict.fromkeys(TIERS, 0.0)
+        self._unvalued: deque[tuple[str, tuple[str, ...]]] = deque(maxlen=UNVALUED_MAX)
         self._store_s = 0.0
 
     def weigh(
@@ -73,18 +91,25 @@ class Weigher:
         tiers: tuple[str, ...],
         followed: bool,
         rising_s: float = 0.0,
+        asked: int = 0,
     ) -> Choice:
         """What would be chosen now; see choose.
 
         Args:
             followed: what is on flash rises beside the computation.
-            rising_s: seconds until it begins to rise.
+            rising_s, asked: see cost.Ahead.
         """
         first, tokens = first_block * self._block_tokens, len(sequence.tokens)
-        ahead = Ahead(self.queued, rising_s)
+        ahead = Ahead(self.queued, rising_s, asked)
         return self.cost.choose(first, tiers, tokens, ahead, not self.beside, followed)
 
-    def choose(self, sequence: Sequence, first_block: int, tiers: tuple[str, ...]) -> None:
+    def choose(
+        self,
+        sequence: Sequence,
+        first_block: int,
+        tiers: tuple[str, ...],
+        rising_s: float = 0.0,
+    ) -> None:
         """Set a sequence's found, choice and gate.
 
         A prefix in DRAM is loaded layer by layer beside the sequence's own computation. Not when
@@ -95,8 +120,13 @@ class Weigher:
             sequence: about to be admitted.
             first_block: where what was found begins.
             tiers: of each block that was found, at least one.
+            rising_s: until what is on flash begins to rise if it was not asked for before.
         """
-        choice = self.weigh(sequence, first_block, tiers, sequence.follow_until_s > 0)
+        asked = asked_blocks(sequence, first_block, tiers)
+        follows = sequence.follow_until_s > 0
+        # One that follows a rise waits at its gate, where nobody asks for more to rise.
+        rising_s = math.inf if follows else rising_s
+        choice = self.weigh(sequence, first_block, tiers, follows, rising_s, asked)
         self.cost.decided(choice)
         sequence.choice, sequence.found = choice, tiers[: choice.blocks]
         sequence.gate = None
@@ -126,12 +156,15 @@ class Weigher:
             self._gate_waits += gate.waits
             self._undone += not gate.sound
         tier = "flash" if "flash" in sequence.found else "dram"
-        # What it followed had begun to rise before it was let in.
-        before_s = sequence.rise_s if gate is not None and tier == "flash" else 0.0
+        # What had not come when it was let in had begun to rise before.
+        waited = asked_blocks(sequence, sequence.registered, sequence.found)
+        before_s = sequence.rise_s if "flash" in sequence.found[:waited] else 0.0
         self._note_load(loaded)
+        seconds = before_s + loaded.busy_s
+        if loaded.reason == "flash_late":
+            self.cost.late(sequence.found, seconds)
         if loaded.reason or sequence.choice is None or len(sequence.found) != len(loaded.pages):
             return
-        seconds = before_s + loaded.busy_s
         self._load_s += seconds
         self.cost.loaded(sequence.found, seconds)
         choice = sequence.choice
@@ -139,6 +172,13 @@ class Weigher:
         if choice.load_s > 0:  # the estimate is of all of it, the wait for other loads included
             ratio = (before_s + loaded.seconds) / choice.load_s
             self.meter.observe(f"load_estimate_ratio.{tier}", ratio)
+
+    def rose(self, blocks: int, seconds: float, all_came: bool) -> None:
+        """Blocks have risen in so long, or not all of them yet; see rising.Rising."""
+        if all_came:
+            self.cost.loaded(["flash"] * blocks, seconds)
+        else:
+            self.cost.late(["flash"] * blocks, seconds, given_up=False)
 
     def _note_load(self, loaded: Loaded) -> None:
         """Time goes to the slower of the tiers that the blocks came from, as in CostModel.loaded,
@@ -161,19 +201,27 @@ class Weigher:
     def saved(self, sequence: Sequence, loaded: int) -> None:
         """A lookup has been counted, of whose found blocks so many came: what its hits save.
 
-        See cachesvc.core.accounts.worth_s; nothing until a prefill was measured here.
+        See cachesvc.core.accounts.worth_s. What came before a prefill was measured here is valued
+        when one was.
         """
-        if not self.cost.prefill.steps:
+        tiers = ("hbm",) * sequence.registered + hit_tiers(sequence, loaded)
+        if tiers:
+            self._unvalued.append((sequence.tenant, tiers))
+        self._value()
+
+    def _value(self) -> None:
+        if not self._unvalued or not self.cost.prefill.is_settled:
             return
         _, a, b = self.cost.prefill.coefficients
-        start, size = 0, self._block_tokens
-        tiers = ("hbm",) * sequence.registered + hit_tiers(sequence, loaded)
-        for tier, run in groupby(tiers):
-            end = start + size * sum(1 for _ in run)
-            seconds = a * (end - start) + b * (end**2 - start**2) / 2
-            self.meter.took(sequence.tenant, f"saved_us.{tier}", seconds)
-            self._saved_s[tier] += seconds
-            start = end
+        for tenant, tiers in self._unvalued:
+            start = 0
+            for tier, run in groupby(tiers):
+                end = start + self._block_tokens * sum(1 for _ in run)
+                seconds = a * (end - start) + b * (end**2 - start**2) / 2
+                self.meter.took(tenant, f"saved_us.{tier}", seconds)
+                self._saved_s[tier] += seconds
+                start = end
+        self._unvalued.clear()
 
     def began(self, sequence: Sequence, seconds: float) -> None:
         """A sequence has its first token, so long after it arrived; see proto/histograms."""
@@ -211,6 +259,7 @@ class Weigher:
             estimate = float(self.cost.prefill.seconds(tokens, positions))
             self.meter.observe("prefill_estimate_ratio", seconds / estimate)
         self.cost.prefill.observe(tokens, positions, seconds)
+        self._value()
 
     def look(self) -> dict[str, int]:
         """Bring rates up to date: 0.1 ms, so not in every step."""

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvist.cachesvc.worker.cost import START_S, TRY_AGAIN, Ahead, CostModel, Prefill, Rate
+from kvist.cachesvc.worker.cost import (
+    EARLY_MAX,
+    START_S,
+    TRY_AGAIN,
+    Ahead,
+    CostModel,
+    Prefill,
+    Rate,
+)
 from kvist.proto.shm import NEVER, RATES
 
 BLOCK = 64
@@ -52,6 +60,29 @@ def test_cost_per_token_and_per_position_are_told_apart() -> None:
     _, a, b = prefill.coefficients
     assert a == pytest.approx(1.5e-3, rel=0.2)
     assert b == pytest.approx(4e-7, rel=0.4)
+
+
+def test_the_short_ends_of_cached_prompts_tell_what_their_beginnings_would_cost() -> None:
+    prefill, c, a, b = Prefill(), 0.03, 1e-3, 2e-7
+    cached = 3584
+    for number, tokens in enumerate((40, 35, 60)):
+        positions = tokens * (cached + tokens / 2)
+        seconds = c + a * tokens + b * positions
+        prefill.observe(tokens, positions, 5 * seconds if not number else seconds)
+        assert not prefill.is_settled
+    prefill.observe(1, cached, c + a + b * cached)
+    assert prefill.is_settled
+    _, a_fit, b_fit = prefill.coefficients
+    true_s = a * cached + b * cached**2 / 2
+    assert a_fit * cached + b_fit * cached**2 / 2 == pytest.approx(true_s, rel=0.25)
+
+
+def test_where_nothing_is_decoded_the_cost_of_prompts_is_settled_all_the_same() -> None:
+    prefill = Prefill()
+    for _ in range(EARLY_MAX):
+        assert not prefill.is_settled
+        prefill.observe(512, 512 * 256, 0.5)
+    assert prefill.is_settled
 
 
 def test_a_change_of_speed_is_followed() -> None:
@@ -166,7 +197,9 @@ def test_the_break_even_length_is_where_loading_and_computing_cost_the_same() ->
 def test_where_no_length_pays_the_break_even_is_never() -> None:
     model = CostModel(BLOCK_BYTES, BLOCK)
     model.loaded(["flash"] * 32, 1e4)
-    model.prefill.observe(256, 0.0, 0.3)
+    for _ in range(20):  # a token takes no longer for what is before it
+        for positions in (0.0, 1e7):
+            model.prefill.observe(256, positions, 0.3)
     assert model.break_even_tokens("flash") == math.inf
     assert model.rates_shown()["break_even_tokens.flash"] == NEVER
 
@@ -181,3 +214,30 @@ def test_a_rate_forgets_and_a_short_copy_moves_it_little() -> None:
     for _ in range(20):
         rate.add(1 << 28, 1.0)
     assert rate.bytes_per_s == pytest.approx(1 << 28, rel=0.05)
+
+
+def test_what_does_not_come_is_slow_and_a_moment_halves_the_rate_at_most() -> None:
+    model = measured(flash=1e9)
+    model.late(["dram"] * 4 + ["flash"] * 4, 60.0, given_up=False)
+    assert model.rates["flash"].bytes_per_s == pytest.approx(0.5e9, rel=0.01)
+    model.late(["flash"] * 4, 2.0)
+    assert model.rates["flash"].bytes_per_s == pytest.approx(4 * BLOCK_BYTES / 2.0)
+    model.late(["flash"] * 4, 1.0)
+    assert model.rates["flash"].bytes_per_s == pytest.approx(4 * BLOCK_BYTES / 2.0), "no news"
+    model.late(["dram"] * 4, 9.0)
+    assert model.rates["dram"].bytes_per_s == measured().rates["dram"].bytes_per_s
+
+
+def test_what_rises_before_delays_only_what_was_not_asked_for_itself() -> None:
+    model = measured()
+    tiers = ["dram"] * 2 + ["flash"] * 4
+
+    def loads(ahead: Ahead) -> int:
+        return model.choose(0, tiers, 6 * BLOCK + 12, ahead, False, True).blocks
+
+    assert loads(Ahead()) == 6
+    assert loads(Ahead(rising_s=100.0)) == 2
+    assert loads(Ahead(rising_s=100.0, asked=5)) == 5
+    model.rates["flash"].measured = False  # all of it, as far as it can be had
+    assert loads(Ahead(rising_s=100.0, asked=5)) == 6
+    assert loads(Ahead(rising_s=math.inf, asked=5)) == 5

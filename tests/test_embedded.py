@@ -116,6 +116,20 @@ def test_a_folder_that_is_formatted_itself_for_these_slots_is_used_as_it_is(
     assert life(tmp_path, 2)[0] == ("flash",) * 4
 
 
+def test_a_flash_folder_that_somebody_uses_is_not_emptied(tmp_path: Path) -> None:
+    prompt = Prompt(4, 3)
+    first = open_embedded(config(tmp_path, flash=True), namespace(), "test", QUIET)
+    assert first.wait_attached(10.0)
+    first.store(prompt.items)
+    with pytest.raises(ConfigInvalid, match="flash_path"):
+        open_embedded(config(tmp_path, flash=True), namespace(layers=8), "test", QUIET)
+    first.close()
+    again = open_embedded(config(tmp_path, flash=True), namespace(), "test", QUIET)
+    assert again.wait_attached(10.0)
+    assert len(again.tiers(prompt.keys)) == 3
+    again.close()
+
+
 def test_flash_survives_from_one_life_to_the_next(tmp_path: Path) -> None:
     prompt = Prompt(2, 5)
     first = open_embedded(config(tmp_path, flash=True), namespace(), "test", QUIET)

@@ -122,6 +122,7 @@ def test_float8_pages_are_farther_than_wide_ones_and_the_ends_of_their_range_are
         exact, narrow = json.loads(capsys.readouterr().out)["modes"]
         assert exact["kv_clipped"] is exact["kv_small"] is None
         assert (exact["kv_dtype"], narrow["kv_dtype"]) == ("float32", "float8_e4m3fn")
+        assert narrow["quantization"] == "none"
         assert narrow["kv_scale"] == scale
         found.append(narrow)
     fits, clips, flushes = found

@@ -21,6 +21,7 @@ from kvist.cachesvc.worker.storing import StoreResult
 from kvist.engine.copying import Stored
 from kvist.engine.request import NewRequest, SamplingParams
 from kvist.engine.sequence import Limits, Sequence
+from kvist.engine.step import Work
 from kvist.engine.weighing import Weigher
 from kvist.proto.exposition import exposition
 from kvist.proto.histograms import (
@@ -163,6 +164,21 @@ def test_a_histogram_counts_each_value_in_the_first_bound_that_holds_it(
     bounds = (*AGES_S, float("inf"))
     for at, bound in enumerate(bounds):
         assert sum(histogram.counts[: at + 1]) == sum(value <= bound for value in values)
+
+
+def test_hits_before_the_first_prefill_are_valued_when_one_was_measured() -> None:
+    weigher = Weigher(2, 4096, 16)
+    request = NewRequest("r", list(range(200)), SamplingParams(), "acme:x")
+    sequence = Sequence(request, 1, Limits(1024, 16), bytes(32), 0.0)
+    sequence.registered, sequence.found = 2, ("dram",)
+    weigher.saved(sequence, 1)
+    weigher.computed([Work(sequence, 48, 100, True, 0)], 0.2)
+    assert "acme" not in weigher.meter.take()[1]
+    weigher.computed([Work(sequence, 148, 1, True, 0)], 0.01)
+    _, by_tenant = weigher.meter.take()
+    assert by_tenant["acme"]["saved_us.hbm"] > by_tenant["acme"]["saved_us.dram"] > 0
+    weigher.computed([Work(sequence, 149, 1, True, 0)], 0.01)
+    assert "acme" not in weigher.meter.take()[1]
 
 
 def test_hits_save_what_the_prefill_would_have_taken() -> None:

@@ -319,7 +319,7 @@ def test_what_would_rise_after_too_many_others_is_computed() -> None:
 
 def test_a_rise_that_ends_tells_of_the_tier_and_of_those_behind_it() -> None:
     cache, now = FakeCache(), [100.0]
-    rose: list[tuple[int, float]] = []
+    rose: list[tuple[int, float, bool]] = []
     rising = Rising(cache, lambda: now[0], lambda *rise: rose.append(rise))
     asked = []
     for tokens in prompts(2):
@@ -328,18 +328,19 @@ def test_a_rise_that_ends_tells_of_the_tier_and_of_those_behind_it() -> None:
         last = asked[-1].keys()[0]
         cache.blocks[last] = (item_of(asked[-1], 0), b"")
         cache.flash.add(last)
-        rising.begin(asked[-1], last, 3, Choice(3, 0, rising.ahead_s + 0.3, 1.0), 0)
-    assert rising.ahead_s == pytest.approx(0.6)
+        keys = [*asked[-1].keys()[1:], last]
+        rising.begin(asked[-1], keys, Choice(3, 0, rising.ahead_s() + 0.3, 1.0), 0)
+    assert rising.ahead_s() == pytest.approx(0.6)
     now[0] += 0.2
     assert all(rising.waits(one, False) for one in asked)
     cache.flash.discard(asked[0].keys()[0])  # after 0.2 s where 0.3 were expected
     assert not rising.waits(asked[0], False)
-    assert rose == [(3, pytest.approx(0.2))]
-    assert rising.ahead_s == pytest.approx(0.3)
+    assert rose == [(3, pytest.approx(0.2), True)]
+    assert rising.ahead_s() == pytest.approx(0.3)
     now[0] += 0.3
     assert rising.waits(asked[1], False)
     cache.flash.clear()
     assert not rising.waits(asked[1], False)
     assert len(rose) == 1, "how long it waited for its turn is no rate"
     assert asked[1].rise_s == pytest.approx(0.3)
-    assert rising.ahead_s == 0.0
+    assert rising.ahead_s() == 0.0

@@ -212,7 +212,8 @@ def test_an_abort_while_its_blocks_are_waited_for_leaves_nothing(
     go = threading.Event()
     disk.before = lambda: go.wait(30)
     request = sunk.submit()
-    sunk.core.wait(lambda: sunk.core.stats.waiting_deferred == 1)
+    # It waits in the queue, and as nobody else computes soon at its gate.
+    sunk.core.wait(lambda: sunk.core.stats.waiting_deferred + sunk.core.stats.running == 1)
     sunk.core.send_abort(request)
     assert sunk.core.last(request).finish_reason == "abort"
     go.set()

@@ -33,9 +33,11 @@ WEIGHT_MAX = 0.5
 STEP_TOKENS_MIN = 32
 # The weight of a step after n others is FORGET ** n: some 20 count.
 FORGET = 0.95
-# Tokens of context that double the cost of one: 4,000 for a model of 135 M, 30,000 for 8 B. How far
-# b is believed to be from 0 before two different steps were seen.
+# Tokens of context that double the cost of one: 4,000 for a model of 135 M, 30,000 for 8 B. What b
+# is believed to be, give or take as much, before two different steps were seen.
 CROSSOVER = 4096
+# Large steps that are fitted anew when the first small one has told c.
+EARLY_MAX = 4
 # Variance over the square of a: what nothing is heard of shall not be believed to be anything.
 SPREAD_MAX = 1e4
 WEIGHT_SMALL = 0.05
@@ -43,6 +45,8 @@ WEIGHT_SMALL = 0.05
 MARGIN = 1.1
 # Variance of a step's time around what it should be, over its square.
 NOISE = 0.1**2
+# No prompt has so many tokens.
+LENGTH_MAX = 1 << 30
 # Prefixes that were computed although they were there, before one is loaded all the same, so that a
 # rate that was bad once is looked at again.
 TRY_AGAIN = 16
@@ -69,11 +73,20 @@ class Rate:
         self.bytes_per_s += weight * (rate - self.bytes_per_s)
         self.measured = True
 
+    def late(self, count: int, seconds: float, weight: float) -> None:
+        """A copy of count bytes had not ended after so long."""
+        rate = count / max(seconds, 1e-9)
+        if count and rate < self.bytes_per_s:
+            self.bytes_per_s += weight * (rate - self.bytes_per_s)
+            self.measured = True
+
 
 class Prefill:
     """Seconds of a step: c + a * tokens + b * sum of their positions, fitted as steps come.
 
-    Small steps tell c, large ones a and b; one alone tells a.
+    Small steps tell c, large ones a and b; one alone tells both if CROSSOVER does. An engine that
+    was just started sees the short ends of prompts that are cached: what of these is c must be
+    known, or the whole of a prefix is taken for several times what it costs.
 
     Attributes:
         steps: large ones that were taken in.
@@ -82,6 +95,7 @@ class Prefill:
     def __init__(self) -> None:
         self.steps = 0
         self._c = 0.0
+        self._early: list[tuple[int, float, float]] = []
         self._theta = np.array([PRIOR_TOKEN_S, 0.0])
         self._spread = np.zeros((2, 2))
 
@@ -93,14 +107,32 @@ class Prefill:
         """
         if seconds <= 0 or not tokens:
             return
+        if tokens >= STEP_TOKENS_MIN:
+            if not self._c and len(self._early) < EARLY_MAX:
+                self._early.append((tokens, positions, seconds))
+            self._fit(tokens, positions, seconds)
+        elif not self._c:
+            self._c, self.steps = seconds, 0
+            # The first step of all also brings code and pages into memory.
+            for each in self._early[len(self._early) > 1 :]:
+                self._fit(*each)
+            self._early = []
+        else:
+            rest = seconds - float(np.array([tokens, positions]) @ self._theta)
+            self._c += WEIGHT_SMALL * (max(0.0, rest if self.steps else seconds) - self._c)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether c is known, or will not be soon, and a and b are: so what a whole prefix costs
+        may be said."""
+        return bool(self.steps) and (bool(self._c) or self.steps >= EARLY_MAX)
+
+    def _fit(self, tokens: int, positions: float, seconds: float) -> None:
         x = np.array([tokens, positions])
-        if tokens < STEP_TOKENS_MIN:
-            rest = max(0.0, seconds - float(x @ self._theta)) if self.steps else seconds
-            self._c += WEIGHT_SMALL * (rest - self._c) if self._c else rest
-            return
         target = max(seconds - self._c, seconds / 4)
         if not self.steps:
-            self._theta = np.array([target / tokens, 0.0])
+            each = target / (tokens + positions / CROSSOVER)
+            self._theta = np.array([each, each / CROSSOVER])
             self._spread = np.diag([1.0, 1.0 / CROSSOVER**2]) * self._theta[0] ** 2
         self.steps += 1
         # Divided by the time: a step of 2,000 tokens is not worth more than one of 200.
@@ -146,11 +178,14 @@ class Ahead:
 
     Attributes:
         blocks: of other loads that are under way.
-        rising_s: seconds until the flash tier has done what was asked of it before.
+        rising_s: seconds until the flash tier has done what was asked of it before; math.inf if
+            it shall not be asked for more.
+        asked: leading blocks that do not wait for that, since they were asked for themselves.
     """
 
     blocks: int = 0
     rising_s: float = 0.0
+    asked: int = 0
 
 
 def decision_of(choice: Choice) -> str:
@@ -195,7 +230,8 @@ class CostModel:
                 the rest of the rise is waited for in the queue, where it holds up nobody.
         """
         risen = np.array([0, *np.cumsum([tier == "flash" for tier in tiers])])
-        load_s = self._load_s(tiers, ahead.blocks) + ahead.rising_s * (risen > 0)
+        waits = (risen > 0) & (np.arange(len(risen)) > ahead.asked)
+        load_s = self._load_s(tiers, ahead.blocks) + np.where(waits, ahead.rising_s, 0.0)
         compute_s = self._compute_s(first, len(tiers), tokens)
         is_late = (load_s > compute_s) & (not alone)
         is_serial = np.where(risen > 0, not followed, is_late)
@@ -203,8 +239,10 @@ class CostModel:
         # Of those that are about as good the longest: it leaves the cores to others.
         best = int(np.flatnonzero(total <= MARGIN * total.min())[-1])
         known = self.prefill.steps and all(self.rates[tier].measured for tier in set(tiers))
-        if not known or self._avoided >= TRY_AGAIN:
-            best = len(tiers)
+        # With others before it there is more to wait for than one slow load, and they are a trial.
+        is_next = not 0 < ahead.rising_s < math.inf
+        if not known or (self._avoided >= TRY_AGAIN and is_next):
+            best = int(np.flatnonzero(total < math.inf)[-1])
         return Choice(best, len(tiers) - best, float(load_s[best]), float(compute_s[best]))
 
     def decided(self, choice: Choice) -> None:
@@ -221,6 +259,21 @@ class CostModel:
         tier, blocks = ("flash", flash) if flash else ("dram", len(tiers))
         self.rates[tier].add(blocks * self._block_bytes, seconds)
 
+    def late(self, tiers: Sequence[str], seconds: float, given_up: bool = True) -> None:
+        """Blocks of these tiers had not all risen in so long: flash is no faster than that.
+
+        Args:
+            given_up: they are waited for no more, which is long after the estimate; else it may
+                have been a moment, and the mean is halved at most.
+        """
+        flash = sum(tier == "flash" for tier in tiers)
+        weight = 1.0 if given_up else WEIGHT_MAX
+        self.rates["flash"].late(flash * self._block_bytes, seconds, weight)
+
+    def block_s(self, tier: str) -> float:
+        """Seconds that a block of a tier takes."""
+        return self._block_bytes / self.rates[tier].bytes_per_s
+
     def stored(self, blocks: int, seconds: float) -> None:
         """So many blocks were copied in, in so long."""
         self.store.add(blocks * self._block_bytes, seconds)
@@ -228,7 +281,7 @@ class CostModel:
     def break_even_tokens(self, tier: str) -> float:
         """Length of a prefix from which loading it all from a tier beats computing it.
 
-        Whole blocks; math.inf when no length does.
+        Whole blocks; math.inf when no length does, up to LENGTH_MAX.
         """
         _, a, b = self.prefill.coefficients
         gain = a - self._block_bytes / self._block_tokens / self.rates[tier].bytes_per_s
@@ -237,6 +290,8 @@ class CostModel:
         root = math.sqrt(gain**2 + 2 * b * START_S)
         # gain * n + b * n^2 / 2 = START_S, in the form that does not cancel.
         tokens = 2 * START_S / (gain + root) if gain > 0 else (root - gain) / b
+        if tokens > LENGTH_MAX:
+            return math.inf
         return max(1, math.ceil(tokens / self._block_tokens)) * self._block_tokens
 
     def rates_shown(self) -> dict[str, int]:
@@ -261,8 +316,9 @@ class CostModel:
 
     def _load_s(self, tiers: Sequence[str], queued: int) -> npt.NDArray[np.float64]:
         """Seconds to load the first 0, 1, ... blocks."""
-        each = [self._block_bytes / self.rates[tier].bytes_per_s for tier in tiers]
-        waits = START_S + queued * self._block_bytes / self.rates["dram"].bytes_per_s
+        seconds = {tier: self.block_s(tier) for tier in set(tiers)}
+        each = [seconds[tier] for tier in tiers]
+        waits = START_S + queued * self.block_s("dram")
         out = np.cumsum([waits, *each])
         out[0] = 0.0
         return out
