@@ -51,6 +51,7 @@ _ENGINE = (
     _valued("--tensor-parallel-size -tp", _ONE_DEVICE, "1"),
     _valued("--pipeline-parallel-size -pp", _ONE_DEVICE, "1"),
     _valued("--data-parallel-size -dp", _ONE_DEVICE, "1"),
+    _word("--disable-log-requests", "requests are logged with --log-level debug only"),
     _word("--enable-chunked-prefill", "prompts are always computed in chunks"),
     _refused(
         "--no-enable-chunked-prefill",
@@ -79,7 +80,9 @@ BENCH_SERVE = (
     _refused("--profile", "it starts a profiler in vLLM's server; profile the server by itself"),
     _valued("--request-id-prefix", "requests are sent without ids"),
     _word("--disable-shuffle", "the order follows from --seed, and is the same in every run"),
-    _word("--skip-chat-template", "no template is applied here, prompts are sent as they are"),
+    _word(
+        "--skip-chat-template", "the benchmark applies no template, it sends prompts as they are"
+    ),
     _valued("--n", "one answer to each prompt is measured", "1"),
 )
 
@@ -112,10 +115,8 @@ class _Answer(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        row, given = (
-            self._row,
-            f"{option_string} {values}" if self._row.takes_value else option_string,
-        )
+        row = self._row
+        given = f"{option_string} {values}" if row.takes_value else option_string
         if row.refused or (row.only and values not in row.only):
             parser.error(f"{given} is not supported: {row.why}")
         print(f"{parser.prog}: note: {given} has no effect: {row.why}", file=sys.stderr)

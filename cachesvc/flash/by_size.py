@@ -59,7 +59,7 @@ def _formatted(flash: Path) -> list[Path]:
 def _slot_bytes(path: Path) -> int | None:
     with suppress(FormatRefused, OSError):
         superblock = read_superblock(path)
-        return superblock and superblock.slot_bytes
+        return None if superblock is None else superblock.slot_bytes
     return None
 
 
