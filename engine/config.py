@@ -235,27 +235,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=MODEL_HELP
     )
-    http = parser.add_argument_group("HTTP")
-    http.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    http.add_argument("--port", type=whole, default=8000, help="0 takes a free one (%(default)s)")
-    http.add_argument("--served-model-name", metavar="NAME", help="name that clients use")
-    http.add_argument(
-        "--api-key",
-        default=os.environ.get("KVIST_API_KEY"),
-        help="clients must send it ($KVIST_API_KEY)",
-    )
-    http.add_argument(
-        "--drain-seconds",
-        type=_number(float, "a number"),
-        default=30.0,
-        help="let running requests go on this long after SIGTERM (%(default)s)",
-    )
-    http.add_argument(
-        "--otlp-traces-endpoint",
-        default="",
-        metavar="URL",
-        help="collector of OpenTelemetry traces, like http://localhost:4317; see docs/tracing.md",
-    )
+    _add_http_flags(parser.add_argument_group("HTTP"), whole)
     run = parser.add_argument_group("model")
     run.add_argument("--model", metavar="MODEL", help="in place of MODEL")
     add_device_flags(run)
@@ -282,6 +262,29 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     kv = parser.add_argument_group("KV cache")
     _add_cache_flags(kv, whole)
     _add_copy_flags(kv)
+
+
+def _add_http_flags(http: argparse._ArgumentGroup, whole: Callable[[str], float]) -> None:
+    http.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    http.add_argument("--port", type=whole, default=8000, help="0 takes a free one (%(default)s)")
+    http.add_argument("--served-model-name", metavar="NAME", help="name that clients use")
+    http.add_argument(
+        "--api-key",
+        default=os.environ.get("KVIST_API_KEY"),
+        help="clients must send it ($KVIST_API_KEY)",
+    )
+    http.add_argument(
+        "--drain-seconds",
+        type=_number(float, "a number"),
+        default=30.0,
+        help="let running requests go on this long after SIGTERM (%(default)s)",
+    )
+    http.add_argument(
+        "--otlp-traces-endpoint",
+        default="",
+        metavar="URL",
+        help="collector of OpenTelemetry traces, like http://localhost:4317; see docs/tracing.md",
+    )
 
 
 def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
