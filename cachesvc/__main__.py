@@ -37,7 +37,7 @@ from kvist.cachesvc.view.document import Document
 from kvist.cachesvc.view.metrics import Metrics
 from kvist.proto.errors import ConfigInvalid, FormatRefused, KvistError
 from kvist.proto.numa import chosen_nodes, memory_nodes
-from kvist.tiers.segment import clear_directory
+from kvist.tiers.flash_clear import clear_directory
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 # Figures that are not there in 2 s are no use to a page that asks each second.
@@ -53,6 +53,7 @@ def main(
         prog="kvistd",
         description="Kvist's sidecar: owns the DRAM and flash cache of a node.",
         epilog="Every setting can also stand in the file or, as KVIST_NAME, in the environment.",
+        allow_abbrev=False,  # --flash-byte is a slip of the pen, and next year perhaps ambiguous
     )
     parser.add_argument("--version", action="version", version=f"kvistd {version('kvist')}")
     parser.add_argument("--print-config", action="store_true", help="print the settings, as TOML")

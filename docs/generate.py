@@ -70,7 +70,8 @@ def configuration_page() -> str:
         _table(("setting", "default", "what it does"), _settings()),
         'A setting `dram_bytes` is `dram_bytes = "4GiB"` in the file, `KVIST_DRAM_BYTES` in the '
         "environment and `--dram-bytes` as a flag. Two flags are no settings: `--print-config`, "
-        "and `--clear-flash`, which empties the flash folder and ends.",
+        "and `--clear-flash`, which empties the flash folder and ends; one that kvistd has not "
+        "formatted is refused.",
         "### Tenants",
         _module_text("kvist.cachesvc.placing.tenancy"),
         "### What is verified",

@@ -161,7 +161,9 @@ COMMANDS = (
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every subcommand."""
     parser = Parser(
-        prog="kvist", description="An inference engine that keeps its KV cache in tiers."
+        prog="kvist",
+        description="An inference engine that keeps its KV cache in tiers.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"kvist {version('kvist')}")
     _add_commands(parser, "command", COMMANDS)
@@ -173,7 +175,9 @@ def _add_commands(
 ) -> None:
     subcommands = parser.add_subparsers(dest=dest, metavar="COMMAND", required=True)
     for command in commands:
-        sub = subcommands.add_parser(command.name, help=command.text, description=command.text)
+        sub = subcommands.add_parser(
+            command.name, help=command.text, description=command.text, allow_abbrev=False
+        )
         if isinstance(command, Group):
             _add_commands(sub, "subcommand", command.commands)
         else:

@@ -47,10 +47,15 @@ each, and asks a running `kvistd`. It changes nothing. Each finding is ok, warn 
 than need be) or bad (will not work), with the command that mends it.
 
 `evict` and `clear` drop from every tier and take no notice of pins; misses of what went say
-`cleared`. Whose blocks on flash are is known after a restart of `kvistd` as soon as their tenant's
-next prompt begins, and not before: `--namespace` works at once, `--tenant` from then on. Over TCP
-whoever reaches the sidecar may do all of this, as with every other call: see `listen` in
-`kvistd --help`.
+`cleared`. They forget, and do not erase: when they have answered nobody finds the blocks, also
+after a restart, but a slot keeps its bytes until another block is written into it, in DRAM as on
+flash. (Slots of a tenant with a `ttl` are overwritten, and are never on flash.) If the index of a
+flash folder is lost or damaged, it is made anew from the slots: then cleared blocks whose slots
+were not used again are back, for whoever sends the same prompt in the same namespace. To be rid of
+what is on flash, stop `kvistd` and run `kvistd --clear-flash`. Whose blocks on flash are is known
+after a restart of `kvistd` as soon as their tenant's next prompt begins, and not before:
+`--namespace` works at once, `--tenant` from then on. Over TCP whoever reaches the sidecar may do
+all of this, as with every other call: see `listen` in `kvistd --help`.
 
 ## For scripts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sim.blocks import SLOT_BYTES
-from sim.stores import Bench, chain, check, keys_of, worker_of
+from sim.blocks import SLOT_BYTES, Block
+from sim.disk import FaultyDisk
+from sim.stores import Bench, chain, check, comes_back, keys_of, worker_of
 
 from kvist.cachesvc.flash.budget import BOOK_NAME, BOOK_S, DAY_S, Wear, WearBook, WriteBudget
 from kvist.proto.shm import TOUCH
@@ -163,3 +165,55 @@ def test_no_more_is_written_than_the_burst_and_what_time_has_filled(
         clock[0] += wait
     elapsed_s = clock[0] - 1000.0
     assert spent <= burst + per_day * elapsed_s / DAY_S + 1
+
+
+def fail_and_store(bench: Bench, disk: FaultyDisk, blocks: list[Block]) -> None:
+    """The device fails, and blocks are stored meanwhile."""
+    worker = bench.worker()
+    disk.broken = {"pwrite": errno.EIO, "sync": errno.EIO}
+    worker.put(chain(900, 1))
+    bench.run_until(lambda: bench.parts.moves.state == "failed")
+    assert worker.put(blocks) == ["stored"] * len(blocks)
+    disk.broken = {}
+
+
+def test_what_was_stored_while_flash_was_away_gets_there_unasked_when_it_is_back(
+    tmp_path: Path,
+) -> None:
+    bench, disk, blocks = Bench(tmp_path, 64, 64), FaultyDisk(), chain(0, 40)
+    bench.open(disk)
+    fail_and_store(bench, disk, blocks)
+    counts = bench.parts.placement.counts
+    assert (counts.sinks_dropped, counts.sinks_failed) == (0, 41)
+    comes_back(bench)
+
+    def all_there() -> bool:
+        check(bench)
+        assert bench.parts.moves.queued["write"] <= 8
+        return all(on_flash(bench, blocks + chain(900, 1)))
+
+    bench.run_until(all_there)
+    assert (counts.flash_written, counts.sinks_dropped) == (41, 0)
+    bench.close()
+
+
+def test_what_is_offered_again_keeps_to_the_budget_and_starts_with_the_parents(
+    tmp_path: Path,
+) -> None:
+    bench, disk, blocks = Bench(tmp_path, 64, 64), FaultyDisk(), chain(0, 6)
+    day = int(DAY_S * SLOT_BYTES / 1000)  # a block in 1000 s
+    limits = {"flash_write_bytes_per_day": day, "flash_write_burst_bytes": 4 * SLOT_BYTES}
+    bench.open(disk, **limits)
+    fail_and_store(bench, disk, blocks)
+    comes_back(bench)
+    bench.run_until(lambda: (bench.parts.admission.wear.left_bytes or 0) < SLOT_BYTES)
+    for _ in range(20):
+        bench.store.tick()
+    bench.settle()
+    there = on_flash(bench, blocks)
+    assert sorted(there, reverse=True) == there, "parents first"
+    assert 0 < sum(there) < 6
+    bench.clock_s += 7000.0
+    bench.run_until(lambda: sum(on_flash(bench, blocks)) > sum(there))
+    check(bench)
+    bench.close()

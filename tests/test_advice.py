@@ -120,6 +120,8 @@ def test_few_tokens_and_few_blocks_say_nothing() -> None:
     few = Span(600.0, dict.fromkeys(FIELDS, 0.0) | {"miss_tokens.namespace": 1999.0})
     assert advise(Seen(WELL, few, few)) == ()
     assert not said("flash-write-bound", seen(change={"sinks_dropped": 49}))
+    outage = {"sinks_failed": 400, "flash_written": 60}
+    assert not said("flash-write-bound", seen(change=outage)), "that is not the queue's fault"
 
 
 def test_a_cache_that_costs_more_than_it_saves_is_told_of_once_it_was_used() -> None:

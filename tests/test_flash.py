@@ -21,7 +21,7 @@ from kvist.proto.errors import (
 from kvist.proto.record import RecordShape
 from kvist.proto.slot import fill_slot
 from kvist.tiers.flash import FlashTier
-from kvist.tiers.segment import clear_directory
+from kvist.tiers.flash_clear import clear_directory
 
 
 @pytest.fixture
@@ -103,6 +103,50 @@ def test_clearing_a_directory_removes_nothing_that_is_not_kvists(tmp_path: Path)
     (tmp_path / "holiday.jpg").touch()
     clear_directory(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"holiday.jpg", "owner.lock"}
+
+
+def test_clearing_knows_its_files_by_their_exact_names_and_leaves_folders_alone(
+    tmp_path: Path,
+) -> None:
+    filled(tmp_path)
+    others = {"segment-results.csv", "segment-0001", "superblock.md", "index.html"}
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / "segment-00007").mkdir()
+    clear_directory(tmp_path)
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == others | {"segment-00007", "owner.lock"}
+
+
+@pytest.mark.parametrize("name", ["segment-results.csv", "segment-00000", "index.mdb"])
+def test_clearing_refuses_what_kvist_has_not_formatted_and_leaves_nothing_there(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(ConfigInvalid, match=f"{tmp_path} is not a flash folder of kvistd"):
+        clear_directory(tmp_path)
+    with pytest.raises(ConfigInvalid, match="is a file"):
+        clear_directory(tmp_path / name)
+    with pytest.raises(ConfigInvalid, match="does not exist"):
+        clear_directory(tmp_path / "none")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_the_superblock_goes_last_so_that_an_interrupted_clearing_can_be_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path)
+    gone: list[str] = []
+    monkeypatch.setattr(Path, "unlink", lambda file: gone.append(file.name))
+    clear_directory(tmp_path)
+    assert sorted(gone) == ["index.mdb", "segment-00000", "superblock"]
+    assert gone[-1] == "superblock"
+
+
+def test_formatting_a_folder_of_others_leaves_their_files(tmp_path: Path) -> None:
+    (tmp_path / "segment-results.csv").write_text("precious")
+    open_tier(tmp_path).close()
+    assert (tmp_path / "segment-results.csv").read_text() == "precious"
 
 
 def test_a_second_owner_is_refused_and_told_who_has_it(tmp_path: Path, tier: FlashTier) -> None:

@@ -216,6 +216,9 @@ def test_a_file_system_that_turns_read_only_in_use_is_let_go_and_serves_when_it_
     comes_back(bench)
     check(bench)
     assert bench.tiers(first) == ["flash"] * 8
+    late = keys_of(chain(300, 4))
+    bench.run_until(lambda: all(bench.parts.index.find(key).flash is not None for key in late))
+    bench.settle()  # what came meanwhile has gone there too; a block on its way holds its DRAM slot
     bench.store.prefetch(keys_of(first))
     bench.run_until(lambda: set(bench.tiers(first)) == {"dram"})
     bench.settle()

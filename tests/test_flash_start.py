@@ -20,7 +20,8 @@ from kvist.cachesvc.flash.budget import BOOK_NAME
 from kvist.cachesvc.flash.watch import OPEN_S_MAX, backoff_s
 from kvist.proto.errors import ConfigInvalid, FormatRefused, TierOffline
 from kvist.tiers.flash import FlashTier
-from kvist.tiers.segment import SEGMENT_BYTES, clear_directory
+from kvist.tiers.flash_clear import clear_directory
+from kvist.tiers.segment import SEGMENT_BYTES
 
 FLASH_SLOTS = 24
 
@@ -274,6 +275,19 @@ def test_a_folder_that_says_how_large_slots_are_is_waited_for(bench: Bench, fold
     worker = bench.worker()
     assert bench.tiers(chain(0, 8)) == ["flash"] * 8
     assert worker.info.slot_bytes == SLOT_BYTES
+
+
+def test_a_new_folder_that_cannot_be_is_said_before_a_worker_comes(tmp_path: Path) -> None:
+    bench, new = Bench(tmp_path / "store"), tmp_path / "new"
+    bench.open(slot_bytes=None, flash_path=new, flash_bytes=1 << 60)
+    assert "lower flash_bytes" in flash_of(bench)[1]
+    assert list(new.iterdir()) == [], "nothing is formatted"
+    bench.close()
+    bench.open(flash_path=Path("/proc/kvist"), flash_bytes=4 * SLOT_BYTES)
+    state, failure = flash_of(bench)
+    assert (state, "flash_path /proc/kvist" in failure) == ("failed", True)
+    assert bench.worker().put(chain(0, 4)) == ["stored"] * 4, "DRAM serves"
+    bench.close()
 
 
 def test_a_readable_folder_ends_the_wait_without_a_worker(bench: Bench, folder: Path) -> None:

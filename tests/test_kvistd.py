@@ -122,6 +122,11 @@ def test_wrong_settings_end_with_code_2_and_one_line() -> None:
         assert done.stderr.count("\n") == 1
 
 
+def test_part_of_a_flags_name_is_no_flag() -> None:
+    done = kvistd("--flash-byte", "3", "--print-config")
+    assert (done.returncode, "unrecognized arguments: --flash-byte" in done.stderr) == (2, True)
+
+
 def test_print_config_shows_every_setting_with_its_source() -> None:
     done = kvistd("--print-config", "--io-threads", "3", KVIST_LOG_LEVEL="debug")
     assert done.returncode == 0
@@ -142,6 +147,8 @@ def test_clear_flash_removes_only_its_own_files_and_only_when_nobody_uses_them(
     sidecar.stop()
     (flash / "notes.txt").write_text("mine")
     assert kvistd(*flags).returncode == 0
+    again = kvistd(*flags)
+    assert (again.returncode, "not a flash folder of kvistd" in again.stderr) == (2, True)
     assert {path.name for path in flash.iterdir()} <= {"notes.txt", "owner.lock", "wear.json"}
 
 

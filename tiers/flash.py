@@ -107,7 +107,7 @@ class FlashTier(Quarantine):
             disk: system calls, replaced by tests.
 
         Returns:
-            None when slot_bytes is None and the directory is not formatted.
+            None when slot_bytes is None and the directory is not formatted, but could be.
 
         Raises:
             ConfigInvalid: another process has it, or the sizes make no tier.

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from kvist.proto.errors import BlockCorrupt, ConfigInvalid, FormatRefused
+from kvist.proto.errors import BlockCorrupt, FormatRefused
 from kvist.proto.keys import NO_KEY
 from kvist.proto.record import MAGIC, BlockHeader, checksum, unpack_header
 from kvist.proto.slot import payload_of
+from kvist.tiers.flash_clear import read_formatted
 from kvist.tiers.flash_index import FlashEntry, read_index
 from kvist.tiers.segment import (
     FLASH_VERSION,
@@ -28,7 +29,6 @@ from kvist.tiers.segment import (
     OwnerLock,
     Superblock,
     aligned_buffer,
-    read_superblock,
 )
 
 Verdict = Literal["sound", "empty", "bad_header", "bad_payload", "other_version", "unreadable"]
@@ -97,11 +97,9 @@ def check_directory(
         FormatRefused: the superblock is damaged or of another version; with the cure.
         OSError: the directory cannot be read.
     """
-    superblock = read_superblock(path) if path.is_dir() else None
-    if superblock is None:
-        raise ConfigInvalid(f"{path} is not a flash folder of kvistd: it has no superblock")
+    superblock = read_formatted(path)
     with ExitStack() as undo:
-        lock = OwnerLock(path)
+        lock = OwnerLock(path, "stop it first: only a folder that nothing changes can be verified")
         undo.callback(lock.close)
         files = sorted(path.glob("segment-[0-9]*"))
         sizes = [file.stat().st_size // superblock.slot_bytes for file in files]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from kvist.proto.errors import ConfigInvalid, FormatRefused, TierOffline
 from kvist.proto.sizes import format_bytes
+from kvist.tiers.flash_clear import clear_files
 from kvist.tiers.flash_index import FlashIndex
 from kvist.tiers.flash_io import DEVICE_ERRORS
 from kvist.tiers.segment import (
     DiskIo,
     OwnerLock,
     Segments,
-    clear_files,
     make_superblock,
     read_superblock,
     slots_that_fit,
@@ -71,7 +71,7 @@ def open_folder(plan: FlashPlan, slot_bytes: int | None) -> FlashFolder | None:
     Args:
         slot_bytes: bytes of a slot; None takes what the folder was formatted with.
 
-    Returns: None when slot_bytes is None and the folder is not formatted.
+    Returns: None when slot_bytes is None and the folder is not formatted, but could be.
 
     Raises:
         ConfigInvalid: another process has it, or the sizes make no tier.
@@ -80,6 +80,7 @@ def open_folder(plan: FlashPlan, slot_bytes: int | None) -> FlashFolder | None:
     """
     try:
         if slot_bytes is None and read_superblock(plan.path) is None:
+            _check_can_be(plan)
             return None
         return _open(plan, slot_bytes)
     except DEVICE_ERRORS as error:
@@ -134,6 +135,17 @@ def _open(plan: FlashPlan, slot_bytes: int | None) -> FlashFolder:
             index.finish()
         undo.pop_all()
         return FlashFolder(_mount_of(path), lock, segments, index)
+
+
+def _check_can_be(plan: FlashPlan) -> None:
+    """See that a folder can be made and written and has room, long before it is formatted.
+
+    Raises: OSError.
+    """
+    plan.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.access(plan.path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "it cannot be written by this user")
+    _check_room(plan.path, plan.capacity_bytes)
 
 
 def _check_room(path: Path, needed_bytes: int) -> None:

@@ -45,7 +45,6 @@ CLEAR_COMMAND = "kvistd --clear-flash"
 _SUPERBLOCK = struct.Struct("<8sIIQQ")
 _CHECK = struct.Struct("<Q")
 _HUGE_BYTES = 2 * 1024 * 1024
-_OWN_FILES = ("superblock*", "segment-*", "index.*")
 
 
 class DiskIo:
@@ -197,8 +196,11 @@ def write_superblock(path: Path, superblock: Superblock) -> None:
 class OwnerLock:
     """The right to use a directory; the kernel gives it back when the process ends."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, cure: str = "give every kvistd a directory of its own") -> None:
         """Take it.
+
+        Args:
+            cure: what to do when another process has it.
 
         Raises:
             FolderInUse: another process has it.
@@ -214,9 +216,7 @@ class OwnerLock:
             pid = os.pread(self._fd, 32, 0).split(b"\n")[0].decode("ascii", "replace")
             os.close(self._fd)
             raise FolderInUse(
-                f"flash_path {path} is in use by process {pid or '?'};"
-                " give every kvistd a directory of its own",
-                pid or "?",
+                f"flash_path {path} is in use by process {pid or '?'}; {cure}", pid or "?"
             ) from error
         except OSError:
             os.close(self._fd)
@@ -274,7 +274,8 @@ class Segments:
             self.close()
             raise
         for spare in path.glob("segment-*"):
-            if spare.name[8:].isdigit() and int(spare.name[8:]) >= files:
+            name = spare.name[8:]
+            if len(name) >= 5 and name.isdecimal() and int(name) >= files:
                 spare.unlink()
 
     def _length(self, number: int) -> int:
@@ -363,31 +364,3 @@ class Segments:
 
 def _set_buffered(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-
-
-def clear_files(path: Path) -> None:
-    """Remove every file of Kvist's in a directory that the caller has locked, but the lock.
-
-    Raises:
-        OSError: the device failed.
-    """
-    for pattern in _OWN_FILES:
-        for file in path.glob(pattern):
-            file.unlink()
-    sync_directory(path)
-
-
-def clear_directory(path: Path) -> None:
-    """Remove what Kvist keeps in a directory, of whatever version, and nothing else.
-
-    Raises:
-        ConfigInvalid: a process uses the directory.
-        OSError: the device failed.
-    """
-    if not path.is_dir():
-        return
-    lock = OwnerLock(path)
-    try:
-        clear_files(path)
-    finally:
-        lock.close()

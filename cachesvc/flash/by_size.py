@@ -14,7 +14,8 @@ from pathlib import Path
 from kvist.cachesvc.log import Log
 from kvist.proto.errors import ConfigInvalid, FormatRefused
 from kvist.proto.sizes import format_bytes
-from kvist.tiers.segment import clear_directory, read_superblock
+from kvist.tiers.flash_clear import clear_directory
+from kvist.tiers.segment import read_superblock
 
 # Slots are claimed on the disk at once, so this is what they take, used or not.
 _BLOCK_BYTES = 512
@@ -42,7 +43,7 @@ def folder_of_size(flash: Path, slot_bytes: int, budget_bytes: int, log: Log) ->
         if sum(held.values()) <= budget_bytes and _has_room(flash, own, budget_bytes):
             break
         taken = held.pop(path)
-        with suppress(ConfigInvalid, OSError):  # in use, or not ours to write
+        with suppress(ConfigInvalid, OSError):  # in use, or not ours
             clear_directory(path)
             log.info(
                 "flash folder of another slot size emptied, to stay within --cache-flash-bytes",

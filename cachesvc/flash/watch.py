@@ -147,7 +147,10 @@ class Watch:
             self._unread = True
             self._failed_probes = 0
             self._enter("failed")
-            self._log.warning("flash folder let go", reason="it failed for long; opened anew later")
+            failed_s = round(PROBES_BEFORE_LETTING_GO * PROBE_S)
+            self._log.warning(
+                "flash folder let go", reason=f"it failed for {failed_s} s; opened anew later"
+            )
 
     def _forget(self) -> Iterator[None]:
         """Forget what is on flash, pausing now and then; nothing gets there meanwhile."""

@@ -18,9 +18,10 @@ class Counts:
             workers offered, by what became of them: a slot was reserved, they were there or on
             their way, or were refused, see intake.
         sinks_begun: queued to sink.
-        sinks_dropped: not queued to sink: no room in the queue or on flash, or flash not ready.
+        sinks_dropped: not queued to sink: no room in the queue or on flash.
         sinks_first_use: not queued, used once only; sinks_over_budget: over the write budget.
-        sinks_failed, rises_failed: begun, but not ended well.
+        sinks_failed, rises_failed: begun, but not ended well; or not queued to sink, because flash
+            was not ready.
         rises_refused: no room in DRAM but that of blocks used after it.
         dram_corrupt, flash_corrupt: copies found damaged and dropped.
         flash_let_go: forgotten with a flash folder that stayed failed; it is read again later.

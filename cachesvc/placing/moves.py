@@ -2,8 +2,8 @@
 
     sink    a block that is admitted (placing/admission) is queued at once (write-through),
             after the block before it; so the copy is there when DRAM needs the room, and an
-            eviction costs no write. What found no room in the queue gets another chance when it
-            or a later block of its conversation is used.
+            eviction costs no write. What found no room in the queue gets another chance when it or
+            a later block of its conversation is used; what flash was away for, when it is back.
     rise    when somebody wishes it, first block first. A block rises only into free slots and
             those of blocks that were used before it: somebody waits for it. Those that somebody
             follows rise part by part, side by side, and the index shows into which slot.
@@ -44,7 +44,7 @@ class Moves:
     """Moves blocks between the tiers. One thread; see flashio.FlashIo for the others.
 
     Attributes:
-        clearing: what was cleared and is not dropped yet.
+        clearing: what was cleared and is not dropped yet. sinks_max: blocks that may be sinking.
 
     Args:
         placement: the blocks. Without a flash tier nothing moves.
@@ -67,7 +67,7 @@ class Moves:
         self._log = log
         self._flash = placement.flash
         # A small arena must not be all taken by blocks that wait.
-        self._sinks_max = min(queue_blocks, max(1, placement.dram.slots // 2))
+        self.sinks_max = min(queue_blocks, max(1, placement.dram.slots // 2))
         share = max(1, placement.dram.slots // 4)
         self._rises_max = min(_RISES_MAX, share)
         self._followed_max = min(_FOLLOWED_MAX, share)
@@ -159,13 +159,13 @@ class Moves:
         """
         blocks = self._placement.blocks
         missing = []
-        if self.state == "ready" and len(self._sinking) < self._sinks_max:
+        if self.state == "ready" and len(self._sinking) < self.sinks_max:
             above = row
             while above != NO_ROW and not blocks.reaches_flash(above):
                 missing.append(above)
                 above = blocks.parent[above]
         for each in reversed(missing):
-            if len(self._sinking) >= self._sinks_max or not self._begin_sink(each):
+            if len(self._sinking) >= self.sinks_max or not self._begin_sink(each):
                 break
         return blocks.reaches_flash(row)
 

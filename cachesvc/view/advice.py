@@ -138,7 +138,7 @@ def _self_test(seen: Seen) -> str:
 
 
 def _flash_write_bound(seen: Seen) -> str:
-    share = seen.lost(("sinks_dropped", "sinks_failed"), "flash_written")
+    share = seen.lost(("sinks_dropped",), "flash_written")
     if share < DROPPED_MIN:
         return ""
     return f"Flash is write-bound: admission drops {_percent(share)} of the blocks offered to it."
