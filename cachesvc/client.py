@@ -52,6 +52,8 @@ class CacheClient:
         trial: a page of the worker, for the trial before the first hit of each session
             (cachesvc/worker/trial.py); None makes none. Set before start.
         model: a name for people, in the sidecar's metrics. Set before start.
+        without: why an embedded cache has no flash tier though it was to have one, else "".
+        refusal: why the last attempt to attach failed, in words; "" when it did not.
         pace: of copies out and in; may be set as long as nothing is copied.
         reattaches: how often a session followed an earlier one.
         bell_failures: wake-ups that the sidecar did not take; it looks by itself soon after.
@@ -68,7 +70,7 @@ class CacheClient:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.trial: TrialPage | None = None
-        self.model = ""
+        self.model, self.without, self.refusal = "", "", ""
         self.pace = Pace()
         self.reattaches = 0
         self.bell_failures = 0
@@ -122,15 +124,14 @@ class CacheClient:
 
     def _run(self) -> None:
         backoff_s = BACKOFF_MIN_S
-        refusal = ""
         while not self._stopping.is_set():
             try:
                 self._live_once()
-                backoff_s, refusal = BACKOFF_MIN_S, ""
+                backoff_s, self.refusal = BACKOFF_MIN_S, ""
             except (KvistError, OSError) as error:
-                if str(error) != refusal and not self._stopping.is_set():
-                    refusal = str(error)
-                    self._log.warning("cache not attached", reason=refusal)
+                if str(error) != self.refusal and not self._stopping.is_set():
+                    self.refusal = str(error)
+                    self._log.warning("cache not attached", reason=self.refusal)
             except Exception as error:  # a mistake must cost this session only, not all to come
                 self._log.error("session failed", error=repr(error))
             self._stopping.wait(backoff_s)

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -20,16 +19,15 @@ from kvist.cachesvc.api.calls import Pending
 from kvist.cachesvc.client import CacheClient
 from kvist.cachesvc.core.beat import Beat, begin_on, call_on, finish
 from kvist.cachesvc.core.store import Store, StoreConfig
+from kvist.cachesvc.flash.by_size import folder_of_size
 from kvist.cachesvc.folders import OwnedFolder, sweep
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.worker.control import CALL_TIMEOUT_S
 from kvist.cachesvc.worker.trial import TrialPage
 from kvist.proto import cache_pb2
-from kvist.proto.errors import ConfigInvalid, Detached, FormatRefused
+from kvist.proto.errors import Detached, FolderInUse, FormatRefused
 from kvist.proto.keys import Namespace
 from kvist.proto.record import RecordShape
-from kvist.tiers.flash_clear import clear_directory
-from kvist.tiers.segment import read_superblock
 
 __all__ = ["DirectControl", "StoreConfig", "open_embedded"]
 
@@ -185,22 +183,6 @@ def _has_room(parent: Path, wanted_bytes: int) -> bool:
     return space.f_bavail * space.f_frsize >= wanted_bytes
 
 
-def _empty_smaller(flash: Path, record_bytes: int, log: Log) -> None:
-    """Empty a flash folder whose slots are too small: it serves this engine alone, and of what an
-    engine of smaller blocks left there nothing is of use to it.
-
-    A folder that cannot be read, or that a process uses, is left to the store, which says so.
-    """
-    with suppress(ConfigInvalid, FormatRefused, OSError):
-        superblock = read_superblock(flash)
-        if superblock is not None and superblock.slot_bytes < record_bytes:
-            clear_directory(flash)
-            log.warning(
-                "flash folder emptied, its slots are too small for this model's blocks",
-                flash_path=flash, slot_bytes=superblock.slot_bytes, needed_bytes=record_bytes,
-            )  # fmt: skip
-
-
 def open_embedded(
     config: StoreConfig,
     namespace: Namespace,
@@ -211,17 +193,41 @@ def open_embedded(
 ) -> CacheClient:
     """Start a cache in this process and its client; the client's close ends both.
 
+    Its slots have the size of the model's blocks. A flash folder that cannot be had, because
+    another process uses it or a program of another version wrote it, leaves the DRAM tier alone.
+
     Args:
-        config: sizes and flash; run_dir and shm_dir are replaced by a private folder.
+        config: sizes and flash; run_dir and shm_dir are replaced by a private folder, flash_path
+            by a sub-folder (see folder_of_size), slot_bytes by what the model needs.
         trial, model: see CacheClient.
 
     Raises:
-        ConfigInvalid, FormatRefused: the store cannot be opened as configured.
+        ConfigInvalid: the store cannot be opened as configured.
     """
     shape = RecordShape(namespace.format.payload_bytes, namespace.format.block_tokens)
+    config = dataclasses.replace(config, slot_bytes=shape.record_bytes)
     if config.flash_path is not None:
-        _empty_smaller(config.flash_path, shape.record_bytes, log)
-    client = CacheClient(DirectControl(config, log), namespace, name, log)
-    client.trial, client.model = trial, model
+        folder = folder_of_size(config.flash_path, shape.record_bytes, config.flash_bytes, log)
+        config = dataclasses.replace(config, flash_path=folder)
+    control, without = _open_control(config, log)
+    client = CacheClient(control, namespace, name, log)
+    client.trial, client.model, client.without = trial, model, without
     client.start()
     return client
+
+
+def _open_control(config: StoreConfig, log: Log) -> tuple[DirectControl, str]:
+    """A store, and what it has to do without, in words."""
+    try:
+        return DirectControl(config, log), ""
+    except FolderInUse as error:
+        without = f"in use by process {error.pid}"
+        cure = "give each engine a --cache-flash-path of its own, or all of them one sidecar"
+    except FormatRefused as error:
+        without = str(error)
+        cure = "or give another --cache-flash-path"
+    log.warning(
+        "flash tier off, the cache is in DRAM alone",
+        flash_path=config.flash_path, reason=without, cure=cure,
+    )  # fmt: skip
+    return DirectControl(dataclasses.replace(config, flash_path=None), log), without

@@ -135,9 +135,10 @@ def open_tracer(
     try:
         return Tracer(_exporter(protocol, endpoint), service, environment)
     except ModuleNotFoundError as error:
-        package = "kvist[otel]" if protocol == "grpc" else "opentelemetry-exporter-otlp-proto-http"
+        package = ".[otel]" if protocol == "grpc" else "opentelemetry-exporter-otlp-proto-http"
+        where = " in a checkout of Kvist" if protocol == "grpc" else ""
         raise ConfigInvalid(
-            f"{setting}: {error.name} is not installed; pip install '{package}', "
+            f"{setting}: {error.name} is not installed; run pip install '{package}'{where}, "
             "or leave the setting empty"
         ) from None
 

@@ -78,7 +78,8 @@ def configuration_page() -> str:
         _module_text("kvist.proto.verify"),
         "## kvist serve, the engine",
         "Flags only; the names are vLLM's where vLLM has one. `KVIST_API_KEY` in the environment "
-        "stands for `--api-key`.",
+        "stands for `--api-key`. An embedded cache, the default, has no page and none of the "
+        "`kvist cache` commands, like stats and clear; a sidecar has.",
         *_serve_groups(),
     ]
     return _page(parts)
@@ -113,7 +114,7 @@ def _flag_default(action: argparse.Action) -> str:
         return "the cores this process may use"
     if action.dest == "cache_flash_path":
         return "`$XDG_CACHE_HOME/kvist/flash` or `~/.cache/kvist/flash`"
-    if action.default in (None, False) or action.dest == "api_key":
+    if action.default in (None, False, argparse.SUPPRESS) or action.dest == "api_key":
         return ""
     if action.default is True:
         return "on"

@@ -23,6 +23,8 @@ from kvist.engine.config import (
 )
 from kvist.engine.host import usable_cores
 from kvist.engine.kv_dtype import add_kv_dtype_flags
+from kvist.engine.usage import Parser
+from kvist.engine.vllm_flags import SERVE, add_foreign_flags
 from kvist.proto.errors import ConfigInvalid, KvistError
 
 EXIT_FAILED = 1
@@ -30,6 +32,11 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 # As the shell says it of a program that SIGPIPE has ended.
 EXIT_PIPE = 141
+
+
+def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    add_serve_flags(parser)
+    add_foreign_flags(parser, SERVE)
 
 
 def _serve(flags: argparse.Namespace) -> int:
@@ -141,7 +148,7 @@ BENCH = Group(
     ),
 )
 COMMANDS = (
-    Command("serve", "serve a model over OpenAI's HTTP interface", add_serve_flags, _serve),
+    Command("serve", "serve a model over OpenAI's HTTP interface", _add_serve_flags, _serve),
     Command("chat", "chat in the terminal with a running server", _add_chat_flags, _chat),
     Command("demo", "one sidecar, two engines, and what the cache saves", _add_demo_flags, _demo),
     Command("eval", "how far each dtype and quantization is from float32", _add_eval_flags, _eval),
@@ -153,7 +160,7 @@ COMMANDS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every subcommand."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="kvist",
         description="An inference engine that keeps its KV cache in tiers.",
         allow_abbrev=False,
@@ -200,8 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not error.name or error.name.split(".")[0] == "kvist":
             raise
         print(
-            f"{name}: error: {error.name} is not installed; "
-            "install the engine: pip install 'kvist[engine]'",
+            f"{name}: error: {error.name} is not installed; this command needs the engine. In a "
+            "checkout of Kvist: install torch first (README.md says why), then run "
+            "pip install '.[engine]'",
             file=sys.stderr,
         )
         return EXIT_USAGE

@@ -13,9 +13,9 @@ _INTRODUCTION = """# The command line
 
 Made by `python -m kvist.engine.cli_page docs/cli.md` from the parsers; a test keeps it fresh.
 
-`pip install kvist` brings `kvistd` and of `kvist` what an operator needs: `kvist cache ...` and
-`kvist top`. `serve`, `chat`, `demo`, `eval` and `bench` need the engine (`kvist[engine]`) and say
-so.
+`pip install .` in a checkout brings `kvistd` and of `kvist` what an operator needs: `kvist cache
+...` and `kvist top`. `serve`, `chat`, `demo`, `eval` and `bench` need the engine, `'.[engine]'`,
+and say so.
 
 ## Which tool for what
 

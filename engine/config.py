@@ -20,6 +20,7 @@ from kvist.proto.sizes import format_bytes, parse_bytes
 
 DTYPES = ("auto", "bfloat16", "float32")
 QUANTIZATIONS = ("auto", "none", "int8", "int4")
+MODEL_HELP = "folder of safetensors, .gguf file, demo, or ORG/NAME in the local Hugging Face cache"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 BLOCK_TOKENS_MAX = 4096
 # A prompt holds up those that decode beside it for as long as a step takes: on a CPU that is soon
@@ -38,7 +39,7 @@ class EngineConfig:
     """Everything `kvist serve` can be told, checked when made.
 
     Attributes:
-        model: folder of safetensors, .gguf file, or "demo".
+        model: folder of safetensors, .gguf file, "demo", or ORG/NAME in Hugging Face's cache.
         host: address to listen on.
         port: TCP port; 0 takes any free one.
         served_model_name: name that clients use; None is the last part of the model's path.
@@ -230,29 +231,13 @@ def _number(kind: Callable[[str], float], what: str) -> Callable[[str], float]:
 def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     """Add MODEL and one flag per field of EngineConfig; vLLM's names where vLLM has one."""
     whole = _number(int, "a whole number")
-    parser.add_argument("model", metavar="MODEL", help="folder of safetensors, .gguf file, or demo")
-    http = parser.add_argument_group("HTTP")
-    http.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    http.add_argument("--port", type=whole, default=8000, help="0 takes a free one (%(default)s)")
-    http.add_argument("--served-model-name", metavar="NAME", help="name that clients use")
-    http.add_argument(
-        "--api-key",
-        default=os.environ.get("KVIST_API_KEY"),
-        help="clients must send it ($KVIST_API_KEY)",
+    # The default is that of --model: with one of its own, the place would overwrite the flag.
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=MODEL_HELP
     )
-    http.add_argument(
-        "--drain-seconds",
-        type=_number(float, "a number"),
-        default=30.0,
-        help="let running requests go on this long after SIGTERM (%(default)s)",
-    )
-    http.add_argument(
-        "--otlp-traces-endpoint",
-        default="",
-        metavar="URL",
-        help="collector of OpenTelemetry traces, like http://localhost:4317; see docs/tracing.md",
-    )
+    _add_http_flags(parser.add_argument_group("HTTP"), whole)
     run = parser.add_argument_group("model")
+    run.add_argument("--model", metavar="MODEL", help="in place of MODEL")
     add_device_flags(run)
     run.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)} (%(default)s)")
     run.add_argument(
@@ -277,6 +262,29 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     kv = parser.add_argument_group("KV cache")
     _add_cache_flags(kv, whole)
     _add_copy_flags(kv)
+
+
+def _add_http_flags(http: argparse._ArgumentGroup, whole: Callable[[str], float]) -> None:
+    http.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    http.add_argument("--port", type=whole, default=8000, help="0 takes a free one (%(default)s)")
+    http.add_argument("--served-model-name", metavar="NAME", help="name that clients use")
+    http.add_argument(
+        "--api-key",
+        default=os.environ.get("KVIST_API_KEY"),
+        help="clients must send it ($KVIST_API_KEY)",
+    )
+    http.add_argument(
+        "--drain-seconds",
+        type=_number(float, "a number"),
+        default=30.0,
+        help="let running requests go on this long after SIGTERM (%(default)s)",
+    )
+    http.add_argument(
+        "--otlp-traces-endpoint",
+        default="",
+        metavar="URL",
+        help="collector of OpenTelemetry traces, like http://localhost:4317; see docs/tracing.md",
+    )
 
 
 def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
@@ -335,7 +343,12 @@ def _add_cache_flags(kv: argparse._ArgumentGroup, whole: Callable[[str], float])
     )
     for flag, size, what in (
         ("--cache-dram-bytes", 1 << 30, "embedded DRAM tier"),
-        ("--cache-flash-bytes", 4 << 30, "embedded flash tier, 0 is off"),
+        (
+            "--cache-flash-bytes",
+            4 << 30,
+            "embedded flash tier, 0 is off; what models with blocks of other "
+            "sizes have left may take as much again",
+        ),
     ):
         text = f"{what} ({format_bytes(size)})"
         kv.add_argument(flag, type=_size, default=size, metavar="SIZE", help=text)
@@ -377,8 +390,10 @@ def config_from_flags(flags: argparse.Namespace) -> EngineConfig:
     """Turn parsed flags into settings; flags that are no setting are left out.
 
     Raises:
-        ConfigInvalid: a value is out of range.
+        ConfigInvalid: a value is out of range, or no model was given.
     """
+    if flags.model is None:
+        raise ConfigInvalid(f"MODEL or --model: say which: {MODEL_HELP}")
     names = EngineConfig.__dataclass_fields__
     given = {key: value for key, value in vars(flags).items() if key in names}
     return EngineConfig(**given, log_detail=debug_detail("engine", os.environ))

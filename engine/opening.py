@@ -16,6 +16,7 @@ from kvist.cachesvc.events.settings import checked_kv_events
 from kvist.cachesvc.log import Log
 from kvist.engine.backend import Backend, CpuBackend, Progress
 from kvist.engine.cache_address import CACHE_EMBEDDED, CACHE_OFF
+from kvist.engine.cache_words import cache_words
 from kvist.engine.config import EngineConfig
 from kvist.engine.connector import Connector
 from kvist.engine.device.found import CPU, Device, find_device
@@ -56,6 +57,7 @@ class Parts:
         device: where it computes.
         memory: what is left there, for people.
         kv_scale: see EngineConfig.kv_cache_scale.
+        cache: the tiers beyond the pool, for people.
         events: tells routers what the tiers hold, None when that is off; to be closed last.
     """
 
@@ -70,6 +72,7 @@ class Parts:
     device: Device = CPU
     memory: str = ""
     kv_scale: float = 1.0
+    cache: str = ""
     events: Publisher | None = None
 
     def close(self) -> None:
@@ -89,6 +92,7 @@ class Parts:
             kv_dtype=self.format.dtype,
             namespace=self.digests.of("").hex(),
             kv_scale=self.kv_scale,
+            cache=self.cache,
             kernels=self.kernels,
             device=", ".join(filter(None, (self.device.name, self.memory))),
         )
@@ -136,7 +140,7 @@ def open_parts(
         runner=runner, pages=pages, connector=connector, limits=limits, format=format,
         digests=Digests(namespace), dtype=built.dtype, kernels=built.kernels,
         device=backend.device, memory=backend.memory(), kv_scale=config.kv_cache_scale,
-        events=events,
+        cache=cache_words(config, cache), events=events,
     )  # fmt: skip
 
 

@@ -278,6 +278,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
         kernels: what computes, for people.
         device: where, for people.
         kv_scale: what numbers of kv_dtype are multiplied by.
+        cache: the tiers beyond the pool, for people.
     """
 
     max_model_len: int
@@ -290,6 +291,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     kernels: str = ""
     device: str = ""
     kv_scale: float = 1.0
+    cache: str = ""
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):

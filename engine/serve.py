@@ -31,7 +31,6 @@ from rich.progress import (
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.tracer import Tracer, open_tracer
 from kvist.engine.api import create_app
-from kvist.engine.cache_address import CACHE_EMBEDDED, CACHE_OFF
 from kvist.engine.config import EngineConfig
 from kvist.engine.ipc import CoreLink
 from kvist.engine.kv_dtype import KV_DTYPES
@@ -265,22 +264,7 @@ class EngineServer:
 
     def _announce(self) -> None:
         config = self._config
-        cache = {
-            CACHE_OFF: "HBM only",
-            CACHE_EMBEDDED: f"embedded: DRAM {format_bytes(config.cache_dram_bytes)}, flash "
-            + (
-                f"{format_bytes(config.cache_flash_bytes)} in {config.cache_flash_path}"
-                if config.cache_flash_bytes
-                else "off"
-            ),
-        }.get(config.cache, f"sidecar at {config.cache}")
-        if not config.enable_prefix_caching:
-            cache = "off, in every tier"
-        for name, text in (
-            ("Model", f"{config.model}, {config.threads} threads"),
-            ("Cache", cache),
-        ):
-            self._console.print(f"{name:<8} {text}")
+        self._console.print(f"{'Model':<8} {config.model}, {config.threads} threads")
 
     def _announce_ready(self, ready: Ready) -> None:
         """What follows from the model and the machine, which only the core knows."""
@@ -297,6 +281,7 @@ class EngineServer:
                 f"{format_bytes(ready.page_bytes)}, {format_bytes(ready.pages * ready.page_bytes)}"
                 f" in all; context {ready.max_model_len} tokens",
             ),
+            ("Cache", ready.cache),
         ):
             self._console.print(f"{name:<8} {text}")
 

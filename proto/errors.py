@@ -10,6 +10,7 @@ KvistError
 ├── Detached          the sidecar is not reachable now; treat as a miss, the client re-attaches
 ├── SessionUnknown    the sidecar does not know the session (it restarted); attach again
 └── ConfigInvalid     a setting is wrong; the message names the key and the fix
+    └── FolderInUse   another process has the folder; a cache that must not fail goes without
 
 A cache never fails a request: each of these but the last has a cheap answer, named above. A
 broken invariant is not in this tree. It is an AssertionError and ends the process.
@@ -56,3 +57,15 @@ class SessionUnknown(KvistError):
 
 class ConfigInvalid(KvistError):
     """A setting is wrong; the message names the key and the fix."""
+
+
+class FolderInUse(ConfigInvalid):
+    """Another process has the folder.
+
+    Attributes:
+        pid: its id in words, "?" where it has left none.
+    """
+
+    def __init__(self, message: str, pid: str) -> None:
+        super().__init__(message)
+        self.pid = pid

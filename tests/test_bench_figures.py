@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kvist.engine.bench.arrivals import RAMPS, Arrivals, Ramp
 from kvist.engine.bench.client import Outcome
+from kvist.engine.bench.serve import fields_of
 from kvist.engine.bench.summary import (
     Times,
     Wanted,
@@ -43,6 +44,7 @@ from kvist.engine.bench.workload import (
     sharegpt_items,
     warm_up_items,
 )
+from kvist.engine.cli import build_parser
 from kvist.proto.errors import ConfigInvalid
 
 IDS = Vocabulary(list(range(100, 900)))
@@ -344,3 +346,16 @@ def test_what_is_not_http_is_refused() -> None:
         Head.parse(b"SSH-2.0-OpenSSH_9")
     head = Head.parse(b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 12\r\nConnection: close")
     assert (head.status, head.length, head.chunked, head.keep) == (429, 12, False, False)
+
+
+@pytest.mark.parametrize(
+    ("backend", "asked"),
+    [("openai", {"logprobs": 3}), ("openai-chat", {"logprobs": True, "top_logprobs": 3})],
+)
+def test_logprobs_are_asked_for_as_each_interface_writes_it(
+    backend: str, asked: dict[str, object]
+) -> None:
+    words = ["bench", "serve", "--backend", backend, "--logprobs", "3"]
+    assert fields_of(build_parser().parse_args(words), "m") == {
+        "model": "m", "temperature": 0.0, **asked,
+    }  # fmt: skip

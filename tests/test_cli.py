@@ -81,6 +81,71 @@ def test_a_bad_value_names_its_flag_and_exits_with_two(
     assert flag in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "usage", "meant"),
+    [
+        ("serve m --max-model-length 5", "kvist serve", "--max-model-len"),
+        ("bench throughput --num-promts=5", "kvist bench throughput", "--num-prompts"),
+        ("cache ls --sockett /x", "kvist cache ls", "--socket"),
+    ],
+)
+def test_an_unknown_flag_gets_its_subcommands_usage_and_the_flag_that_was_meant(
+    words: str, usage: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words.split())
+    assert left.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"usage: {usage} ")
+    assert f"did you mean {meant}?" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "noted"),
+    [
+        ("serve --model m --tensor-parallel-size 1 --trust-remote-code", 2),
+        ("serve m -tp=1 --enable-chunked-prefill", 2),
+        ("bench throughput --model m --backend vllm --tokenizer m --async-engine --n 1", 4),
+        ("bench latency --model m --disable-detokenize", 1),
+        ("bench serve --model m --tokenizer-mode auto --request-id-prefix x --logprobs 2", 2),
+        ("bench serve --model m --disable-shuffle --skip-chat-template", 2),
+    ],
+)
+def test_flags_of_vllm_without_meaning_here_are_noted_and_the_rest_is_done(
+    words: str, noted: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build_parser().parse_args(words.split()).model == "m"
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == noted
+    assert all("has no effect" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("serve m --tensor-parallel-size 2", "on one device"),
+        ("serve m --tokenizer other", "among the model's files"),
+        ("serve m --no-enable-chunked-prefill", "in chunks"),
+        ("bench throughput --model m --backend hf", "the engine in this process"),
+        ("bench throughput --model m --n 4", "one answer"),
+        ("bench serve --profile", "profiler"),
+    ],
+)
+def test_flags_of_vllm_that_would_be_missed_are_refused_with_the_reason(
+    words: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(words.split())
+    assert reason in capsys.readouterr().err
+
+
+def test_a_server_without_a_model_says_which_there_can_be(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["serve"]) == 2
+    assert "MODEL or --model: say which: folder of safetensors" in capsys.readouterr().err
+
+
 def test_a_taken_port_is_told_before_anything_is_loaded(
     server: SimServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,7 +191,8 @@ assert main(["chat"]) == 2
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert "pip install 'kvist[engine]'" in done.stderr
+    assert "kvist chat: error: httpx is not installed" in done.stderr
+    assert "pip install '.[engine]'" in done.stderr
 
 
 def test_version_and_help_are_there() -> None:

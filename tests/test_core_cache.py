@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from sim.models import tiny_llama
 
 from kvist.cachesvc.log import Log
 from kvist.engine.config import EngineConfig
-from kvist.engine.opening import limits_of, open_parts, pool_pages
+from kvist.engine.opening import Parts, limits_of, open_parts, pool_pages
 from kvist.engine.request import CACHE_BYPASS
 from kvist.engine.weights import load_model
 from kvist.proto.errors import ConfigInvalid
@@ -181,3 +182,28 @@ def test_sampled_answers_do_not_depend_on_the_others_nor_on_where_a_prefix_was(
         ]
         assert [crowd.tokens(one) for one in reversed(ids)] == wanted
     assert sum(crowd.stats.hits_tokens.values()) > 0
+
+
+def test_the_banner_says_what_came_of_the_cache(model: str, tmp_path: Path) -> None:
+    def words(**more: Any) -> str:
+        log = Log(io.StringIO())
+        parts = open_parts(EngineConfig(**settings(model, tmp_path, **more)), log, time.monotonic)
+        opened.append(parts)
+        return parts.ready().cache
+
+    opened: list[Parts] = []
+    try:
+        assert words(cache="off") == "HBM only"
+        assert words(enable_prefix_caching=False) == "off, in every tier"
+        assert words(cache_flash_bytes=0).endswith("flash off")
+        room = 1 << 24
+        assert words(cache_flash_bytes=room).endswith(f"16MiB in {tmp_path / 'flash'}")
+        assert f"flash: in use by process {os.getpid()}, off" in words(cache_flash_bytes=room)
+        missing = tmp_path / "none.sock"
+        assert words(cache=str(missing)) == (
+            f"sidecar at unix:{missing}: serving without it, trying again; not reachable (No such "
+            "file or directory); is kvistd running?"
+        )
+    finally:
+        for parts in opened:
+            parts.close()

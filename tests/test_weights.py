@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sim.models import HEADS, HIDDEN, KV_HEADS, MAX_MODEL_LEN, tiny_config, tiny_llama
 
-from kvist.engine.models.files import ModelFilesError
+from kvist.engine.models.files import ModelFilesError, model_path
 from kvist.engine.models.gguf_file import GgufTensor
 from kvist.engine.models.gguf_values import dequantize
 from kvist.engine.models.gguf_weights import LAYER_NAMES, TOP_NAMES
@@ -323,3 +323,22 @@ def test_the_demo_is_a_smollm2() -> None:
     config = load_model("demo", "bfloat16").config
     assert (config.layers, config.heads, config.kv_heads, config.head_dim) == (30, 9, 3, 64)
     assert (config.vocab, config.max_model_len, config.eos_token_ids) == (49152, 8192, (2,))
+
+
+def test_a_name_of_a_model_that_was_downloaded_is_its_folder_and_else_the_way_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(ModelFilesError, match="hf download org/tiny --local-dir tiny`"):
+        model_path("org/tiny")
+    cached = tmp_path / "hub" / "models--org--tiny"
+    tiny_llama(cached / "snapshots" / "0123abc")
+    with pytest.raises(ModelFilesError, match="hf download"):
+        model_path("org/tiny")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abc")
+    assert load_model("org/tiny").config.layers > 0
+    assert model_path("org/tiny") == cached / "snapshots" / "0123abc"
+    with pytest.raises(ModelFilesError, match=r"no such file or folder$"):
+        model_path("./org/tiny")

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import xxhash
 
-from kvist.proto.errors import ConfigInvalid, FormatRefused
+from kvist.proto.errors import ConfigInvalid, FolderInUse, FormatRefused
 from kvist.proto.record import PAGE_BYTES, RECORD_VERSION, round_up
 from kvist.tiers.durable import sync_directory
 from kvist.tiers.flash_index import FlashEntry, FlashIndex
@@ -203,7 +203,7 @@ class OwnerLock:
             cure: what to do when another process has it.
 
         Raises:
-            ConfigInvalid: another process has it.
+            FolderInUse: another process has it.
             OSError: the device failed.
         """
         self._path = path / "owner.lock"
@@ -215,8 +215,8 @@ class OwnerLock:
         except BlockingIOError as error:
             pid = os.pread(self._fd, 32, 0).split(b"\n")[0].decode("ascii", "replace")
             os.close(self._fd)
-            raise ConfigInvalid(
-                f"flash_path {path} is in use by process {pid or '?'}; {cure}"
+            raise FolderInUse(
+                f"flash_path {path} is in use by process {pid or '?'}; {cure}", pid or "?"
             ) from error
         except OSError:
             os.close(self._fd)

@@ -106,6 +106,9 @@ _ERRORS: dict[grpc.StatusCode, type[KvistError]] = {
 def _raise(error: grpc.RpcError) -> NoReturn:
     """What the sidecar meant by a status; any other status is as good as no sidecar."""
     code, details = error.code(), error.details()
+    # gRPC: "failed to connect to all addresses; last error: UNKNOWN: unix:/run/...: why"
+    if code is grpc.StatusCode.UNAVAILABLE and "last error: " in details:
+        raise Detached(f"not reachable ({details.rpartition(': ')[2]}); is kvistd running?")
     raise _ERRORS.get(code, Detached)(f"{details} ({code.name})") from None
 
 

