@@ -63,7 +63,7 @@ def test_the_interpreter_is_for_tests_and_says_so(monkeypatch: pytest.MonkeyPatc
 
 def test_without_triton_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(found.importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(ConfigInvalid, match=r"kvist\[gpu\]"):
+    with pytest.raises(ConfigInvalid, match=r"'\.\[gpu\]'"):
         find_device("cuda")
 
 

@@ -125,7 +125,8 @@ def test_damage_that_is_found_with_the_last_part_reaches_no_answer(
 ) -> None:
     slot = sunk.place(17).flash
     assert slot is not None
-    with (tmp_path / "flash" / "segment-00000").open("r+b") as file:
+    (segment,) = (tmp_path / "flash").glob("*/segment-00000")
+    with segment.open("r+b") as file:
         file.seek(slot * SLOT_BYTES + 2 * PAGE_BYTES + 40)
         file.write(b"\x7f\xff" * 8)
     assert sunk.ask() == (sunk.expected, 17 * BLOCK_TOKENS)

@@ -30,6 +30,7 @@ from kvist.proto.errors import (
     BlockTorn,
     ConfigInvalid,
     Detached,
+    FolderInUse,
     FormatRefused,
     KvistError,
     SessionUnknown,
@@ -57,6 +58,7 @@ _SERVER_OPTIONS = (
 STATUS: dict[type[KvistError], grpc.StatusCode] = {
     RequestInvalid: grpc.StatusCode.INVALID_ARGUMENT,
     ConfigInvalid: grpc.StatusCode.INVALID_ARGUMENT,
+    FolderInUse: grpc.StatusCode.INVALID_ARGUMENT,
     FormatRefused: grpc.StatusCode.FAILED_PRECONDITION,
     SessionUnknown: grpc.StatusCode.NOT_FOUND,
     BlockMissing: grpc.StatusCode.NOT_FOUND,
