@@ -60,7 +60,7 @@ class ConfigInvalid(KvistError):
 
 
 class FolderInUse(ConfigInvalid):
-    """Another process has the folder.
+    """Another process has the flash folder; the message says which, and what to do.
 
     Attributes:
         pid: its id in words, "?" where it has left none.
