@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim.models import tiny_llama, tiny_tokenizer
 from tokenizers import pre_tokenizers
@@ -78,6 +78,7 @@ def test_the_demo_gives_the_ids_and_chats_of_transformers() -> None:
     assert ours.eos_token_ids == (theirs.eos_token_id,)
 
 
+@settings(deadline=None)
 @given(text=st.text(), cuts=st.lists(st.integers(1, 5), max_size=30))
 def test_text_that_comes_in_pieces_is_the_text_that_comes_at_once(
     tiny: Tokenizer, text: str, cuts: list[int]
@@ -122,8 +123,8 @@ def with_template(tmp_path: Path, template: object, **more: Any) -> Tokenizer:
     folder = tmp_path / "templated"
     folder.mkdir()
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
-    settings = {"chat_template": template, **more}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    written = {"chat_template": template, **more}
+    (folder / "tokenizer_config.json").write_text(json.dumps(written))
     return load_tokenizer(folder)
 
 
