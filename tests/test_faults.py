@@ -156,10 +156,7 @@ def test_a_flipped_byte_on_flash_is_a_miss_with_a_reason(small: Cluster) -> None
     answer = complete(stored.engine, stored.prompt)
     assert answer.text == stored.want
     assert answer.cached_tokens == 0
-    # Late, where the engine followed the rise and saw it end before the index said why.
-    shown = metrics(stored.engine)
-    reasons = ("corrupt", "flash_late")
-    assert sum(shown[f"kvist_engine_missed_tokens_total{{reason={why}}}"] for why in reasons) > 0
+    assert metrics(stored.engine)["kvist_engine_missed_tokens_total{reason=corrupt}"] > 0
     wait_until(
         lambda: (
             sum(

@@ -132,6 +132,8 @@ def test_damage_that_is_found_with_the_last_part_reaches_no_answer(
     assert sunk.ask() == (sunk.expected, 17 * BLOCK_TOKENS)
     assert rising(sunk) == 1
     assert sunk.core.stats.loads.undone == 1
+    sunk.core.settle()
+    assert sunk.core.stats.misses_tokens["corrupt"] > 0
     # Neither the pool nor the cache has kept anything of it.
     assert sunk.ask()[0] == sunk.expected
 

@@ -323,10 +323,10 @@ class Moves:
             check_risen(job, self._placement)
             self._land(job)
         except KvistError as error:
-            self._placement.dram.free(job.dram_slot)
             if not job.cancelled:
                 self._placement.index.show_rise(job.row, None)
                 self._undo_rise(job, error)
+            self._placement.dram.free(job.dram_slot)  # last: who follows then asks the index why
             refuse(job.waiters, error)
         self._pump()
 

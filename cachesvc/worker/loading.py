@@ -118,13 +118,17 @@ def stream_blocks(
         blocks, error = stream.verdict()
     finally:
         stream.settle()
-    return blocks, lost if error is None else _reason(life, error)
+    return blocks, lost if error is None else _reason(life, error, load.wanted[blocks].key)
 
 
-def _reason(life: Life, error: Lost) -> str:
-    if isinstance(error, BlockMissing):
-        return "detached" if life.ended else "flash_late"
-    return "corrupt" if isinstance(error, BlockCorrupt) else "torn"
+def _reason(life: Life, error: Lost, key: BlockKey) -> str:
+    if isinstance(error, BlockCorrupt):
+        return "corrupt"
+    if isinstance(error, BlockMissing) and life.ended:
+        return "detached"
+    if life.index.find(key) is None:  # dropped while it rose, or was copied
+        return life.index.miss_reason(key)
+    return "flash_late" if isinstance(error, BlockMissing) else "torn"
 
 
 def _open(life: Life, wanted: Wanted, patience: Callable[[], bool]) -> SlotReader | str:
