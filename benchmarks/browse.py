@@ -20,17 +20,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sidecar_memory import SLOT_BYTES, NumberedSlots, fill, key_of
+from sidecar_memory import SLOT_BYTES, NumberedSlots, fill, key_of, placement_of
 
 from kvist.cachesvc.catalog.index import IndexWriter
 from kvist.cachesvc.core.browse import Asked, Browser
 from kvist.cachesvc.log import Log
 from kvist.cachesvc.placing.clearing import Clearing
-from kvist.cachesvc.placing.pins import Pins
-from kvist.cachesvc.placing.placement import Placement
-from kvist.cachesvc.placing.tenancy import Tenancy
-from kvist.cachesvc.placing.wards import Rules
-from kvist.cachesvc.policy.rgg import make_policy
 
 EVICTED_CONVERSATIONS = 20
 
@@ -82,15 +77,7 @@ def measure(blocks: int, conversation: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="kvist-bench-", dir="/dev/shm") as folder:
         index = IndexWriter(Path(folder) / "index", blocks, 0, SLOT_BYTES, bytes(16))
         dram = NumberedSlots(blocks)
-        placement = Placement(
-            index,
-            dram,
-            None,
-            lambda tree, history, capacity: make_policy("lru", tree, history, capacity, 0),
-            lambda _: False,
-            time.monotonic,
-            Rules(Tenancy({}), Pins(index.rows, blocks // 4, time.monotonic)),
-        )
+        placement = placement_of(index, dram, "lru")
         fill(placement, blocks, conversation)
         parts: Any = SimpleNamespace(
             index=index, dram=dram, flash=None, placement=placement, log=Log(io.StringIO())

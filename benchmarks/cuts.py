@@ -11,24 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from browse import timed, told
-from sidecar_memory import SLOT_BYTES, NumberedSlots, key_of
+from sidecar_memory import SLOT_BYTES, NumberedSlots, key_of, placement_of
 
 from kvist.cachesvc.catalog.blocks import NO_ROW
 from kvist.cachesvc.catalog.index import IndexWriter, Location
 from kvist.cachesvc.placing.clearing import Clearing
 from kvist.cachesvc.placing.expiry import Expiry
-from kvist.cachesvc.placing.pins import Pins
 from kvist.cachesvc.placing.placement import Placement
-from kvist.cachesvc.placing.tenancy import Limits, Tenancy
-from kvist.cachesvc.placing.wards import Rules
+from kvist.cachesvc.placing.tenancy import Limits
 from kvist.cachesvc.policy.eviction import POLICIES, PolicyName
-from kvist.cachesvc.policy.rgg import make_policy
 
 TTL_S = 60
 NAMESPACE = bytes(32)
@@ -62,15 +58,7 @@ def measure(what: str, blocks: int, conversation: int, policy: PolicyName) -> di
     with tempfile.TemporaryDirectory(prefix="kvist-bench-", dir="/dev/shm") as folder:
         index = IndexWriter(Path(folder) / "index", blocks, 0, SLOT_BYTES, bytes(16))
         rules = {f"ns:{NAMESPACE.hex()[:8]}": Limits(ttl=TTL_S)} if what == "expiry" else {}
-        placement = Placement(
-            index,
-            UnwipedSlots(blocks),
-            None,
-            lambda tree, history, capacity: make_policy(policy, tree, history, capacity, 0),
-            lambda _: False,
-            time.monotonic,
-            Rules(Tenancy(rules), Pins(index.rows, blocks // 4, time.monotonic)),
-        )
+        placement = placement_of(index, UnwipedSlots(blocks), policy, rules)
         clearing, clock_s = Clearing(placement), [0.0]
         expiry = Expiry(placement, lambda: clock_s[0])
         first = fill(placement, blocks, conversation)

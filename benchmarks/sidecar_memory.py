@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from kvist.cachesvc.__main__ import freeze
@@ -24,7 +25,7 @@ from kvist.cachesvc.catalog.blocks import NO_ROW
 from kvist.cachesvc.catalog.index import IndexWriter, Location
 from kvist.cachesvc.placing.pins import Pins
 from kvist.cachesvc.placing.placement import Placement
-from kvist.cachesvc.placing.tenancy import Tenancy
+from kvist.cachesvc.placing.tenancy import Limits, Tenancy
 from kvist.cachesvc.placing.wards import Rules
 from kvist.cachesvc.policy.eviction import POLICIES, PolicyName
 from kvist.cachesvc.policy.rgg import make_policy
@@ -52,6 +53,24 @@ class NumberedSlots(DramTier):
     def free(self, slot: int) -> None:
         """See DramTier."""
         self._free.push(slot)
+
+
+def placement_of(
+    index: IndexWriter,
+    dram: DramTier,
+    policy: PolicyName,
+    rules: Mapping[str, Limits] | None = None,
+) -> Placement:
+    """The real placement over DRAM alone, with limits of tenants by name."""
+    return Placement(
+        index,
+        dram,
+        None,
+        lambda tree, history, capacity: make_policy(policy, tree, history, capacity, 0),
+        lambda _: False,
+        time.monotonic,
+        Rules(Tenancy(rules or {}), Pins(index.rows, dram.slots // 4, time.monotonic)),
+    )
 
 
 class Pauses:
@@ -108,15 +127,7 @@ def measure(blocks: int, conversation: int, policy: PolicyName) -> dict[str, flo
         pauses = Pauses()
         started = time.perf_counter()
         index = IndexWriter(Path(folder) / "index", blocks, 0, SLOT_BYTES, bytes(16))
-        placement = Placement(
-            index,
-            NumberedSlots(blocks),
-            None,
-            lambda tree, history, capacity: make_policy(policy, tree, history, capacity, 0),
-            lambda _: False,
-            time.monotonic,
-            Rules(Tenancy({}), Pins(index.rows, blocks // 4, time.monotonic)),
-        )
+        placement = placement_of(index, NumberedSlots(blocks), policy)
         freeze()  # as kvistd does
         fill(placement, blocks, conversation)
         took = time.perf_counter() - started

@@ -12,10 +12,10 @@ from sim.disk import FaultyDisk
 from sim.flash import flip
 from sim.stores import (
     Bench,
-    Worker,
     chain,
     check,
     comes_back,
+    in_pieces,
     keys_of,
     store_settled,
     tree_block,
@@ -41,13 +41,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     made.close()
 
 
-def in_pieces(bench: Bench, blocks: int = 2) -> Worker:
-    """Open the store; a step of a Clear drops no more than so many blocks."""
-    worker = worker_of(bench)
-    bench.parts.moves.clearing.step_blocks = blocks
-    return worker
-
-
 def test_no_piece_of_a_clear_is_longer_than_the_others(tmp_path: Path) -> None:
     bench = Bench(tmp_path, dram_slots=1000)
     worker = worker_of(bench)
@@ -67,7 +60,7 @@ def test_no_piece_of_a_clear_is_longer_than_the_others(tmp_path: Path) -> None:
 
 
 def test_a_cleared_block_is_found_by_nobody_though_it_is_not_dropped_yet(bench: Bench) -> None:
-    worker = in_pieces(bench)
+    worker = in_pieces(bench, blocks=2)
     keys = store_settled(bench, worker, 0, 8)
     bench.store.clear(None)
     assert bench.parts.index.used_rows == 6
@@ -90,7 +83,7 @@ def test_a_cleared_block_is_found_by_nobody_though_it_is_not_dropped_yet(bench: 
 
 
 def test_what_is_stored_meanwhile_stays_also_under_a_cleared_key(bench: Bench) -> None:
-    worker = in_pieces(bench)
+    worker = in_pieces(bench, blocks=2)
     keys = store_settled(bench, worker, 0, 8)
     bench.store.clear(NAMESPACE)
     assert set(worker.put(chain(0, 4))) == {"stored"}
@@ -101,12 +94,12 @@ def test_what_is_stored_meanwhile_stays_also_under_a_cleared_key(bench: Bench) -
     assert bench.tiers(chain(0, 8)) == ["dram"] * 4
     assert all(worker.reads(block) for block in chain(0, 4))
     bench.close()
-    in_pieces(bench)
+    in_pieces(bench, blocks=2)
     assert bench.tiers(chain(0, 8)) == ["flash"] * 4, "they sank after their keys had left flash"
 
 
 def test_a_block_whose_parent_was_cleared_is_refused(bench: Bench) -> None:
-    worker = in_pieces(bench)
+    worker = in_pieces(bench, blocks=2)
     blocks = chain(0, 6)
     worker.put(blocks[:4])
     (reserved,) = worker.reserve(blocks[4:5])
@@ -134,7 +127,7 @@ def test_cleared_blocks_make_room_before_others_are_evicted(tmp_path: Path) -> N
 
 
 def test_a_second_clear_meanwhile_drops_what_was_stored_since_the_first(bench: Bench) -> None:
-    worker = in_pieces(bench)
+    worker = in_pieces(bench, blocks=2)
     worker.put([*chain(0, 4), tree_block(50, namespace=OTHER)])
     bench.store.clear(NAMESPACE)
     worker.put(chain(0, 3))
@@ -148,7 +141,7 @@ def test_a_second_clear_meanwhile_drops_what_was_stored_since_the_first(bench: B
 
 
 def test_reads_of_cleared_blocks_and_what_was_sinking_end(bench: Bench) -> None:
-    worker = in_pieces(bench)
+    worker = in_pieces(bench, blocks=2)
     store_settled(bench, worker, 0, 4)
     bench.close()
     worker = in_pieces(bench, blocks=1)
@@ -168,7 +161,7 @@ def test_reads_of_cleared_blocks_and_what_was_sinking_end(bench: Bench) -> None:
 
 
 def test_a_sidecar_that_closes_amid_a_clear_finds_nothing_again(bench: Bench) -> None:
-    worker = in_pieces(bench)
+    worker = in_pieces(bench, blocks=2)
     keys = store_settled(bench, worker, 0, 8)
     worker.put(chain(100, 4))  # on their way to flash
     waiting = bench.parts.moves.cleared
@@ -177,13 +170,13 @@ def test_a_sidecar_that_closes_amid_a_clear_finds_nothing_again(bench: Bench) ->
     assert not answer.done()
     bench.close()
     assert answer.done()
-    in_pieces(bench)
+    in_pieces(bench, blocks=2)
     assert bench.store.lookup(keys)[0] == []
     assert bench.store.stats().blocks == 0
 
 
 def test_a_clear_is_answered_when_flash_has_forgotten_too(bench: Bench) -> None:
-    worker = in_pieces(bench)
+    worker = in_pieces(bench, blocks=2)
     store_settled(bench, worker, 0, 8)
     bench.store.clear(None)
     gone_early, gone = bench.parts.moves.cleared(), bench.parts.moves.cleared()

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from sim.blocks import NAMESPACE, Block
 from sim.flash import flip
-from sim.stores import Bench, Worker, chain, check, keys_of, store_settled, tree_block, worker_of
+from sim.stores import (
+    Bench,
+    Worker,
+    chain,
+    check,
+    in_pieces,
+    keys_of,
+    store_settled,
+    tree_block,
+)
 
 from kvist.cachesvc.catalog import trees
 from kvist.cachesvc.catalog.blocks import Blocks
@@ -30,13 +39,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     yield made
     check(made)
     made.close()
-
-
-def in_pieces(bench: Bench, blocks: int = 4) -> Worker:
-    """Open the store; no piece of its work is longer than so many blocks."""
-    worker = worker_of(bench)
-    bench.parts.moves.clearing.step_blocks = blocks
-    return worker
 
 
 def damage(bench: Bench, worker: Worker, block: Block) -> None:
@@ -61,7 +63,7 @@ def drop_the_rest(bench: Bench) -> int:
 def test_what_stands_on_a_damaged_block_is_found_by_nobody_and_dropped_in_pieces(
     bench: Bench,
 ) -> None:
-    worker = in_pieces(bench)
+    worker = in_pieces(bench, blocks=4)
     stem = chain(0, 6)
     branches = [chain(100 * number, 8, stem[3]) for number in range(1, 4)]
     beside = chain(900, 5, stem[2])
@@ -145,7 +147,7 @@ def test_damage_on_flash_takes_all_that_stand_on_it_out_of_the_flash_index(tmp_p
         assert len(record.result()) > 0, "it had risen before"
     assert bench.tiers(blocks) == ["dram"] * 4
     bench.close()
-    in_pieces(bench)
+    in_pieces(bench, blocks=4)
     assert bench.tiers(blocks) == ["flash"] * 4, "what sank since then, and nothing from before"
     check(bench)
     bench.close()

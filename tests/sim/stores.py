@@ -190,6 +190,13 @@ def worker_of(bench: Bench) -> Worker:
     return bench.worker()
 
 
+def in_pieces(bench: Bench, blocks: int) -> Worker:
+    """Open the store; no piece of what is dropped by and by is longer than so many blocks."""
+    worker = worker_of(bench)
+    bench.parts.moves.clearing.step_blocks = blocks
+    return worker
+
+
 def store_settled(bench: Bench, worker: Worker, first: int, length: int) -> list[BlockKey]:
     """Store a chain, a few blocks at a time so that each has room to sink; its keys."""
     blocks = chain(first, length)
