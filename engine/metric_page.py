@@ -51,8 +51,8 @@ the sum is exact at any time.
     worth = seconds saved - seconds of loads - seconds of stores
 
 Saved is the prefill that was not computed: `a * tokens + b * sum of positions` of a request's
-hits, with the `a` and `b` that its engine had measured by then; hits before the first measured
-prefill save nothing. Loads count from when a thread takes them up to verified blocks, and for
+hits, with the `a` and `b` that its engine had measured by then; what was hit before it had measured
+a prefill of 32 tokens is valued when it has (the last 256 requests). Loads count from when a thread takes them up to verified blocks, and for
 flash also how long the request was passed over while its blocks rose. Stores are workers' copies
 into DRAM, calls included, and writes to flash. All copying counts, that beside a computation too,
 so the worth is rather more than what is shown. The worth of the sidecar, to all or to one

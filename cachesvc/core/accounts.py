@@ -105,8 +105,8 @@ def worth_s(saved_s: float, load_s: float, store_s: float) -> float:
     Args:
         saved_s: prefill that was not computed: for each request a * tokens + b * sum of positions
             of its hit tokens, a and b as its worker had measured them by then (worker/cost). The
-            constant of a step is left out, as the rest of the prompt takes a step anyway; until a
-            worker has measured a prefill its hits save nothing.
+            constant of a step is left out, as the rest of the prompt takes a step anyway. What was
+            hit before a worker had measured a prefill is valued when it has.
         load_s: from when a load was begun to when its blocks were there, verified, and for flash
             also how long the request was passed over while they rose.
         store_s: copies into DRAM, their calls included; writes to flash.
