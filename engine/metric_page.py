@@ -51,15 +51,15 @@ the sum is exact at any time.
     worth = seconds saved - seconds of loads - seconds of stores
 
 Saved is the prefill that was not computed: `a * tokens + b * sum of positions` of a request's
-hits, with the `a` and `b` that its engine had measured by then; what was hit before it had measured
-a prefill of 32 tokens is valued when it has (the last 256 requests). Loads count from when a thread takes them up to verified blocks, and for
-flash also how long the request was passed over while its blocks rose. Stores are workers' copies
-into DRAM, calls included, and writes to flash. All copying counts, that beside a computation too,
-so the worth is rather more than what is shown. The worth of the sidecar, to all or to one
-tenant, is that of its own tiers, DRAM and flash: hits in an engine's HBM would be there without
-it, so they have a line of their own and are in no sum. What the sidecar's own threads took to
-write to flash is in the whole and no tenant's. The one place of the formula is `worth_s` in
-`cachesvc/core/accounts.py`.
+hits, with the `a` and `b` that its engine had measured by then; what was hit before it had
+measured a prefill of 32 tokens is valued when it has (the last 256 requests). Loads count from
+when a thread takes them up to verified blocks, and for flash also how long the request was passed
+over while its blocks rose. Stores are workers' copies into DRAM, calls included, and writes to
+flash. All copying counts, that beside a computation too, so the worth is rather more than what is
+shown. The worth of the sidecar, to all or to one tenant, is that of its own tiers, DRAM and flash:
+hits in an engine's HBM would be there without it, so they have a line of their own and are in no
+sum. What the sidecar's own threads took to write to flash is in the whole and no tenant's. The one
+place of the formula is `worth_s` in `cachesvc/core/accounts.py`.
 
 `kvist_load_estimate_ratio` and `kvist_prefill_estimate_ratio` say how good the estimates are by
 which an engine decides whether to load or to compute: what came over what was expected, 1 is
